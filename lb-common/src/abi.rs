@@ -1,0 +1,339 @@
+//! Keys and values of the BPF maps: the contract between kernel programs, agent and `bpftool`.
+//!
+//! Rules: `repr(C)`, no implicit padding, no `bool`, no enums with payload. Addresses are byte arrays in
+//! wire order, ports and numbers are in host byte order. Sizes and offsets are asserted beside each
+//! struct; [`crate::maps::LAYOUT_VERSION`] is raised whenever one of them changes.
+//!
+//! Index 0 of every id space means "uninitialised" and is never allocated.
+
+use core::mem::{align_of, offset_of, size_of};
+
+/// An IPv4 address as it stands in a packet.
+#[repr(C, align(2))]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct Addr4 {
+    /// Octets in wire order.
+    pub octets: [u8; 4],
+}
+
+/// An IPv6 address as it stands in a packet.
+#[repr(C, align(2))]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct Addr6 {
+    /// Octets in wire order.
+    pub octets: [u8; 16],
+}
+
+/// Key of `SERVICES4/6`: what a client addresses.
+///
+/// A NodePort has the unspecified address (`0.0.0.0` / `::`): it answers on every address that `ADDRESSES`
+/// marks with [`address_flags::NODE_PORT`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct ServiceKey<A> {
+    pub addr: A,
+    /// Host byte order.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    pub pad: u8,
+}
+
+/// A run of `SLOTS`: the backends one scope of a frontend may choose from.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Window {
+    /// First index in `SLOTS`.
+    pub base: u32,
+    /// Number of slots; 0: there is nothing to choose.
+    pub len: u32,
+}
+
+/// Value of `SERVICES4/6`: one frontend.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Service {
+    /// The Service this frontend belongs to; shared by all its frontends.
+    pub id: u32,
+    /// [`service_flags`].
+    pub flags: u16,
+    /// [`frontend_kind`], for people and metrics; the datapath does not look at it.
+    pub kind: u8,
+    pub pad: u8,
+    /// For pods and processes of the node.
+    pub internal: Window,
+    /// For everybody else.
+    pub external: Window,
+}
+
+/// Bits of [`Service::flags`].
+pub mod service_flags {
+    /// The windows are Maglev tables: index them by the hash of the flow. Otherwise: at random.
+    pub const MAGLEV: u16 = 1 << 0;
+    /// An empty internal window drops (policy Local, endpoints only elsewhere) instead of rejecting.
+    pub const INTERNAL_DROP: u16 = 1 << 1;
+    /// An empty external window drops instead of rejecting.
+    pub const EXTERNAL_DROP: u16 = 1 << 2;
+}
+
+/// Values of [`Service::kind`].
+pub mod frontend_kind {
+    pub const CLUSTER_IP: u8 = 1;
+    pub const NODE_PORT: u8 = 2;
+    pub const LOAD_BALANCER: u8 = 3;
+    pub const EXTERNAL_IP: u8 = 4;
+    pub const HOST_PORT: u8 = 5;
+}
+
+/// Value of `BACKENDS4/6`, indexed by backend id.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Backend<A> {
+    pub addr: A,
+    /// Host byte order.
+    pub port: u16,
+    /// [`backend_state`].
+    pub state: u8,
+    /// [`backend_flags`].
+    pub flags: u8,
+    /// Raised each time the id is given to another backend, so that a flow of the old one can tell.
+    pub generation: u32,
+}
+
+/// Values of [`Backend::state`].
+pub mod backend_state {
+    /// The id is free.
+    pub const UNUSED: u8 = 0;
+    /// Takes new connections.
+    pub const ACTIVE: u8 = 1;
+    /// Keeps the connections it has.
+    pub const TERMINATING: u8 = 2;
+}
+
+/// Bits of [`Backend::flags`].
+pub mod backend_flags {
+    /// The endpoint is on this node: the client's address is kept and the node's stack delivers.
+    pub const LOCAL: u8 = 1 << 0;
+}
+
+/// Value of `ADDRESSES4/6`, keyed by address: what this node knows about an address.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct AddressInfo {
+    /// [`address_flags`].
+    pub flags: u32,
+}
+
+/// Bits of [`AddressInfo::flags`].
+pub mod address_flags {
+    /// An address of this node.
+    pub const NODE: u32 = 1 << 0;
+    /// NodePorts answer on this address (`--nodeport-addresses`).
+    pub const NODE_PORT: u32 = 1 << 1;
+    /// The address of a Service: ports that no frontend owns are rejected.
+    pub const SERVICE: u32 = 1 << 2;
+    /// A loopback address: only sockets of this node can ask for it.
+    pub const LOOPBACK: u32 = 1 << 3;
+}
+
+/// Value of `EDGES`, keyed by interface index: an external edge of this node.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Edge {
+    /// Source of packets sent on through this device; unspecified if it has no IPv6 address.
+    pub addr6: Addr6,
+    /// Source of packets sent on through this device; unspecified if it has no IPv4 address.
+    pub addr4: Addr4,
+    /// [`edge_flags`].
+    pub flags: u32,
+}
+
+/// Bits of [`Edge::flags`].
+pub mod edge_flags {
+    /// XDP may redirect packets to this device.
+    pub const XDP_TRANSMIT: u32 = 1 << 0;
+}
+
+/// Where a packet was seen: the edge's class and the packet's direction. Part of every flow key: an
+/// entry acts only where it was made for.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Side {
+    /// Came in through an external edge.
+    NicIn = 1,
+    /// Leaves through an external edge.
+    NicOut = 2,
+    /// Comes from a pod.
+    PodIn = 3,
+    /// Goes to a pod.
+    PodOut = 4,
+}
+
+/// Key of `FLOWS4/6` and `PENDING4/6`: the five-tuple as seen at the edge, and the [`Side`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct FlowKey<A> {
+    pub src: A,
+    pub dst: A,
+    /// Host byte order.
+    pub src_port: u16,
+    /// Host byte order.
+    pub dst_port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// [`Side`].
+    pub side: u8,
+    pub pad: u16,
+}
+
+/// Value of `FLOWS4/6` and `PENDING4/6`: the whole rewrite of one direction of a flow.
+///
+/// Key and value of one direction determine those of the other ([`crate::flow`]).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Flow<A> {
+    /// `CLOCK_MONOTONIC`, ns; refreshed at most once a second.
+    pub last_seen: u64,
+    /// Id of the backend.
+    pub backend: u32,
+    /// [`Backend::generation`] when the flow was made.
+    pub generation: u32,
+    /// [`Service::id`].
+    pub service: u32,
+    /// New source.
+    pub src: A,
+    /// New destination.
+    pub dst: A,
+    /// New source port, host byte order.
+    pub src_port: u16,
+    /// New destination port, host byte order.
+    pub dst_port: u16,
+    /// [`flow_flags`].
+    pub flags: u8,
+    /// [`Carry`].
+    pub carry: u8,
+    pub pad: [u8; 6],
+}
+
+/// Bits of [`Flow::flags`].
+pub mod flow_flags {
+    /// This entry is the backend-to-client direction.
+    pub const REPLY: u8 = 1 << 0;
+    /// A FIN was seen in this direction.
+    pub const FIN: u8 = 1 << 1;
+    /// A RST was seen in this direction.
+    pub const RST: u8 = 1 << 2;
+}
+
+/// What happens to a packet after its rewrite; [`Flow::carry`].
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Carry {
+    /// The node's own stack takes it from here.
+    Stack = 1,
+    /// Sent on to the next hop of its new destination without the stack.
+    Forward = 2,
+    /// Sent back out of the device it came from: a pod that is its own backend.
+    Bounce = 3,
+}
+
+/// Key of `SOCKETS`: a remote address as one socket knows it. IPv4 addresses are IPv4-mapped.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct SocketKey {
+    /// `bpf_get_socket_cookie()`.
+    pub cookie: u64,
+    pub addr: Addr6,
+    /// Host byte order.
+    pub port: u16,
+    /// [`SocketSide`].
+    pub side: u8,
+    /// IP protocol number.
+    pub proto: u8,
+    pub pad: u32,
+}
+
+/// Which way a [`SocketKey`] translates.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum SocketSide {
+    /// From the frontend the process named to the backend chosen for it (unconnected UDP).
+    Forward = 1,
+    /// From the backend's address to the frontend the process named.
+    Reply = 2,
+}
+
+/// Value of `SOCKETS`. IPv4 addresses are IPv4-mapped.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct SocketPeer {
+    pub addr: Addr6,
+    /// Host byte order.
+    pub port: u16,
+    pub pad: u16,
+    /// Id of the backend.
+    pub backend: u32,
+    /// [`Backend::generation`] when it was chosen.
+    pub generation: u32,
+}
+
+/// Value of `COUNTERS`, per CPU, indexed by [`crate::reason::counter_index`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Counter {
+    pub packets: u64,
+    /// Bytes of IP packets, without link headers; 0 for socket hooks.
+    pub bytes: u64,
+}
+
+/// Ports that the datapath gives to flows whose source it rewrites: outside the default ephemeral range
+/// (32768 to 60999), the default NodePort range (30000 to 32767) and the ports of Kubernetes' own
+/// components. The agent adds them to `net.ipv4.ip_local_reserved_ports`.
+pub const RESERVED_PORTS_FIRST: u16 = 12288;
+/// Number of reserved source ports: a power of two, so that the datapath can mask instead of divide.
+pub const RESERVED_PORTS_COUNT: u16 = 16384;
+
+const fn assert_layout(size: usize, want_size: usize, align: usize, want_align: usize) {
+    assert!(size == want_size && align == want_align);
+}
+
+macro_rules! layout {
+    ($type:ty, size $size:literal, align $align:literal $(, $field:ident $offset:literal)*) => {
+        const _: () = {
+            assert_layout(size_of::<$type>(), $size, align_of::<$type>(), $align);
+            $(assert!(offset_of!($type, $field) == $offset);)*
+        };
+    };
+}
+
+layout!(Addr4, size 4, align 2);
+layout!(Addr6, size 16, align 2);
+layout!(ServiceKey<Addr4>, size 8, align 2, port 4, proto 6);
+layout!(ServiceKey<Addr6>, size 20, align 2, port 16, proto 18);
+layout!(Service, size 24, align 4, flags 4, internal 8, external 16);
+layout!(Backend<Addr4>, size 12, align 4, port 4, state 6, generation 8);
+layout!(Backend<Addr6>, size 24, align 4, port 16, state 18, generation 20);
+layout!(AddressInfo, size 4, align 4);
+layout!(Edge, size 24, align 4, addr4 16, flags 20);
+layout!(FlowKey<Addr4>, size 16, align 2, src_port 8, proto 12, side 13);
+layout!(FlowKey<Addr6>, size 40, align 2, src_port 32, proto 36, side 37);
+layout!(Flow<Addr4>, size 40, align 8, src 20, dst 24, src_port 28, flags 32, carry 33);
+layout!(Flow<Addr6>, size 64, align 8, src 20, dst 36, src_port 52, flags 56, carry 57);
+layout!(SocketKey, size 32, align 8, addr 8, port 24, side 26, proto 27);
+layout!(SocketPeer, size 28, align 4, port 16, backend 20);
+layout!(Counter, size 16, align 8);
+
+#[cfg(feature = "aya")]
+mod pod {
+    use super::*;
+
+    macro_rules! pod {
+        ($($type:ty),* $(,)?) => {
+            // SAFETY: `repr(C)`, `Copy`, no padding and no pointers; every bit pattern is valid.
+            $(unsafe impl aya::Pod for $type {})*
+        };
+    }
+    pod!(Addr4, Addr6, ServiceKey<Addr4>, ServiceKey<Addr6>, Service, Backend<Addr4>, Backend<Addr6>);
+    pod!(AddressInfo, Edge, FlowKey<Addr4>, FlowKey<Addr6>, Flow<Addr4>, Flow<Addr6>);
+    pod!(SocketKey, SocketPeer, Counter);
+}

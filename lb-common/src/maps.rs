@@ -1,0 +1,147 @@
+//! The one table of BPF maps: names, types, sizes. `lb-ebpf` declares its maps with these numbers, the
+//! agent compares pinned maps with them before it uses them again.
+
+use core::mem::size_of;
+
+use crate::abi::{
+    Addr4, Addr6, AddressInfo, Backend, Counter, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey,
+    SocketPeer,
+};
+use crate::reason;
+
+/// Version of every key and value layout; names the pin directory (`v1`).
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Kinds of BPF maps we use, with the kernel's numbers (`enum bpf_map_type`).
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapKind {
+    Hash = 1,
+    Array = 2,
+    PerCpuArray = 6,
+    LruHash = 9,
+}
+
+/// What decides the size of a map.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Capacity {
+    /// Always this many entries.
+    Fixed(u32),
+    /// `--max-flows`.
+    Flows,
+    /// `--max-flows` / 8.
+    PendingFlows,
+    /// `--max-services`.
+    Services,
+    /// `--max-backends`.
+    Backends,
+    /// [`SLOTS_PER_BACKEND`] for each of `--max-backends`.
+    Slots,
+}
+
+/// What one map must look like.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MapSpec {
+    /// Name of the map, of its pin, and of its symbol in the object.
+    pub name: &'static str,
+    pub kind: MapKind,
+    /// Bytes.
+    pub key_size: u32,
+    /// Bytes.
+    pub value_size: u32,
+    pub capacity: Capacity,
+    /// `BPF_F_*` flags of `BPF_MAP_CREATE`.
+    pub flags: u32,
+}
+
+/// `BPF_F_NO_PREALLOC`: memory only for entries that exist. For maps that only the agent writes.
+pub const NO_PREALLOC: u32 = 1;
+
+/// Maglev wants many slots for each backend.
+pub const SLOTS_PER_BACKEND: u32 = 16;
+
+/// Default of `--max-flows`.
+pub const DEFAULT_MAX_FLOWS: u32 = 512 * 1024;
+/// Default of `--max-services`: frontends per family.
+pub const DEFAULT_MAX_SERVICES: u32 = 64 * 1024;
+/// Default of `--max-backends`: per family.
+pub const DEFAULT_MAX_BACKENDS: u32 = 256 * 1024;
+/// Pending flows for each of `--max-flows`.
+pub const FLOWS_PER_PENDING: u32 = 8;
+/// Sockets that know a translated peer.
+pub const MAX_SOCKETS: u32 = 128 * 1024;
+/// Addresses of the node and of Services, per family.
+pub const MAX_ADDRESSES: u32 = 128 * 1024;
+/// External edges of a node.
+pub const MAX_EDGES: u32 = 256;
+
+#[expect(clippy::cast_possible_truncation, reason = "sizes of map keys and values are far below 4 GiB")]
+const fn spec<K, V>(name: &'static str, kind: MapKind, capacity: Capacity, flags: u32) -> MapSpec {
+    MapSpec {
+        name,
+        kind,
+        key_size: size_of::<K>() as u32,
+        value_size: size_of::<V>() as u32,
+        capacity,
+        flags,
+    }
+}
+
+/// Every pinned map.
+pub const MAPS: [MapSpec; 14] = [
+    spec::<ServiceKey<Addr4>, Service>("SERVICES4", MapKind::Hash, Capacity::Services, NO_PREALLOC),
+    spec::<ServiceKey<Addr6>, Service>("SERVICES6", MapKind::Hash, Capacity::Services, NO_PREALLOC),
+    spec::<u32, Backend<Addr4>>("BACKENDS4", MapKind::Array, Capacity::Backends, 0),
+    spec::<u32, Backend<Addr6>>("BACKENDS6", MapKind::Array, Capacity::Backends, 0),
+    spec::<u32, u32>("SLOTS", MapKind::Array, Capacity::Slots, 0),
+    spec::<Addr4, AddressInfo>("ADDRESSES4", MapKind::Hash, Capacity::Fixed(MAX_ADDRESSES), NO_PREALLOC),
+    spec::<Addr6, AddressInfo>("ADDRESSES6", MapKind::Hash, Capacity::Fixed(MAX_ADDRESSES), NO_PREALLOC),
+    spec::<u32, Edge>("EDGES", MapKind::Hash, Capacity::Fixed(MAX_EDGES), NO_PREALLOC),
+    spec::<FlowKey<Addr4>, Flow<Addr4>>("FLOWS4", MapKind::LruHash, Capacity::Flows, 0),
+    spec::<FlowKey<Addr6>, Flow<Addr6>>("FLOWS6", MapKind::LruHash, Capacity::Flows, 0),
+    spec::<FlowKey<Addr4>, Flow<Addr4>>("PENDING4", MapKind::LruHash, Capacity::PendingFlows, 0),
+    spec::<FlowKey<Addr6>, Flow<Addr6>>("PENDING6", MapKind::LruHash, Capacity::PendingFlows, 0),
+    spec::<SocketKey, SocketPeer>("SOCKETS", MapKind::LruHash, Capacity::Fixed(MAX_SOCKETS), 0),
+    spec::<u32, Counter>("COUNTERS", MapKind::PerCpuArray, Capacity::Fixed(reason::COUNTERS), 0),
+];
+
+/// Names of the load-time globals; each is a variable of `lb-ebpf` that the agent sets at load, so that
+/// the verifier removes what is switched off.
+pub mod globals {
+    /// `u64`: network namespace cookie of the node; sockets of other namespaces are left alone.
+    /// 0: sockets of all namespaces are served (`--socket-lb=all`).
+    pub const NODE_NETNS: &str = "NODE_NETNS";
+    /// `u8`: the kernel has `bpf_set_retval` (5.18, commit b44123b4a3dc) for socket hooks.
+    pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
+    /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11, commit d05512618056).
+    pub const HAVE_COARSE_CLOCK: &str = "HAVE_COARSE_CLOCK";
+    /// `u8`: the kernel knows `BPF_F_IPV6` for `bpf_l4_csum_replace` (6.16, commit ead7f9b8de65).
+    pub const HAVE_CSUM_IPV6: &str = "HAVE_CSUM_IPV6";
+    /// `u8`: aya-log's level: 0 off (the verifier removes every line), 1 error to 5 trace.
+    pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
+}
+
+/// Names of the programs in the object, and the hook each is for.
+pub mod programs {
+    /// External edge, XDP.
+    pub const XDP_NIC: &str = "xdp_nic";
+    /// External edge, tc ingress: what XDP left, or everything where there is no XDP.
+    pub const TC_NIC_IN: &str = "tc_nic_in";
+    /// External edge, tc egress.
+    pub const TC_NIC_OUT: &str = "tc_nic_out";
+    /// Pod edge (host side of the veth), tc ingress: packets from the pod.
+    pub const TC_POD_IN: &str = "tc_pod_in";
+    /// Pod edge, tc egress: packets to the pod.
+    pub const TC_POD_OUT: &str = "tc_pod_out";
+    /// Socket edge: (program, attach type as the kernel names it).
+    pub const SOCKETS: [&str; 8] = [
+        "sock_connect4",
+        "sock_connect6",
+        "sock_sendmsg4",
+        "sock_sendmsg6",
+        "sock_recvmsg4",
+        "sock_recvmsg6",
+        "sock_getpeer4",
+        "sock_getpeer6",
+    ];
+}

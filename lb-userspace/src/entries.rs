@@ -1,0 +1,208 @@
+//! The plain types between the two halves of the agent: what `compile` makes of a Service, and what
+//! `reconcile` asks of the datapath. No Kubernetes type and no BPF map appears on either side of them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use lb_common::abi;
+
+/// IP protocol of a frontend.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    /// IP protocol number (IANA).
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+
+    /// The protocol with this IP protocol number, if it is one that Services can have.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            6 => Some(Self::Tcp),
+            17 => Some(Self::Udp),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
+/// IP family of an entry: it decides which of the `…4` and `…6` maps holds it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// The family of an address.
+    pub const fn of(addr: IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// The unspecified address: in a [`FrontendKey`] it stands for "any address of this node".
+    pub const fn unspecified(self) -> IpAddr {
+        match self {
+            Self::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        }
+    }
+}
+
+/// Kind of a frontend.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum FrontendKind {
+    ClusterIP,
+    NodePort,
+    LoadBalancer,
+    ExternalIP,
+    HostPort,
+}
+
+/// What a client addresses. The unspecified address stands for every address that NodePorts answer on.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct FrontendKey {
+    pub addr: IpAddr,
+    pub port: u16,
+    pub protocol: Protocol,
+}
+
+/// Whether a backend takes new connections or only keeps those it has.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum BackendState {
+    Active,
+    Terminating,
+}
+
+/// An endpoint as the datapath knows it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Backend {
+    pub addr: SocketAddr,
+    pub protocol: Protocol,
+    /// It runs on this node.
+    pub local: bool,
+    pub state: BackendState,
+}
+
+/// What happens to a client when there is nothing to choose from.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum WhenEmpty {
+    /// TCP RST, ICMP port unreachable, `ECONNREFUSED`.
+    Reject,
+    /// Silence: endpoints exist, but the policy is Local and none is here.
+    Drop,
+}
+
+/// The backends one scope of a frontend may choose from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// Sorted, without duplicates.
+    pub backends: Vec<Backend>,
+    pub when_empty: WhenEmpty,
+}
+
+/// How a backend is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Algorithm {
+    Random,
+    Maglev,
+}
+
+/// One frontend of a Service on this node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Frontend {
+    pub kind: FrontendKind,
+    pub algorithm: Algorithm,
+    /// For pods and processes of the node.
+    pub internal: Target,
+    /// For everybody else.
+    pub external: Target,
+}
+
+/// Name of a Service.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ServiceName {
+    pub namespace: String,
+    pub name: String,
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// What one Service means on this node; no frontends: nothing.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Compiled {
+    pub frontends: BTreeMap<FrontendKey, Frontend>,
+}
+
+/// One write to the maps. `reconcile` orders them so that no packet meets a dangling reference.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// `BACKENDS4/6[id] = …`; `state` 0 frees the id and keeps its generation.
+    SetBackend { family: Family, id: u32, entry: BackendEntry },
+    /// `SLOTS[base..] = slots`.
+    WriteSlots { base: u32, slots: Vec<u32> },
+    /// `SERVICES4/6[key] = entry`: the switch, atomic for each frontend.
+    SetFrontend { key: FrontendKey, entry: abi::Service },
+    /// Removes `SERVICES4/6[key]`; fine if it is not there.
+    RemoveFrontend { key: FrontendKey },
+    /// `ADDRESSES4/6[addr].flags = flags` ([`abi::address_flags`]).
+    SetAddress { addr: IpAddr, flags: u32 },
+    /// Removes `ADDRESSES4/6[addr]`; fine if it is not there.
+    RemoveAddress { addr: IpAddr },
+}
+
+/// An entry of `BACKENDS4/6`, of either family.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct BackendEntry {
+    pub addr: SocketAddr,
+    /// [`abi::backend_state`].
+    pub state: u8,
+    /// [`abi::backend_flags`].
+    pub flags: u8,
+    pub generation: u32,
+}
+
+/// What the maps hold, read back when the agent starts.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Snapshot {
+    pub frontends: BTreeMap<FrontendKey, abi::Service>,
+    /// Entries that are, or once were, in use (generation not 0).
+    pub backends: BTreeMap<(Family, u32), BackendEntry>,
+    /// Every window that a frontend refers to, by its base.
+    pub slots: BTreeMap<u32, Vec<u32>>,
+    pub addresses: BTreeMap<IpAddr, u32>,
+}
+
+/// How many entries the maps take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Frontends per family.
+    pub services: u32,
+    /// Backends per family; ids run from 1 to this number less 1.
+    pub backends: u32,
+    /// Slots for both families together; index 0 is not used.
+    pub slots: u32,
+    pub addresses: u32,
+}

@@ -1,0 +1,3 @@
+//! Fairlead's node agent: sources, model, compile, reconcile, datapath.
+
+pub mod entries;
