@@ -327,7 +327,10 @@ layout!(Counter, size 16, align 8);
 
 #[cfg(feature = "aya")]
 mod pod {
-    use super::*;
+    use super::{
+        Addr4, Addr6, AddressInfo, Backend, Counter, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey,
+        SocketPeer,
+    };
 
     macro_rules! pod {
         ($($type:ty),* $(,)?) => {

@@ -11,7 +11,7 @@ use crate::reason::Reason;
 use crate::wire::{Be16, Be32, EtherType, IcmpHdr, IpProto, Ipv4Hdr, Ipv6ExtHdr, Ipv6Hdr, Quote, Wire};
 
 /// An IP family.
-pub trait Family: Copy + Debug + 'static {
+pub trait Family: Copy + Eq + Debug + 'static {
     /// An address as it stands in a packet.
     type Addr: Wire + Eq + Ord + Hash + Default + Debug;
     /// The part of a packet that an ICMP error quotes: the IP header and the 8 bytes behind it.
@@ -126,7 +126,7 @@ impl Family for V4 {
                 _ => Reason::NotIp,
             });
         }
-        let room = packet.len().wrapping_sub(NETWORK as u32);
+        let room = packet.size().wrapping_sub(NETWORK as u32);
         let mut len = u32::from(ip.total_len.get());
         if len == 0 && room > u32::from(u16::MAX) {
             // A TCP segment larger than the field can say (BIG TCP, kernel commit b1a78b9b9886).
@@ -242,7 +242,7 @@ impl Family for V6 {
         if ip.version_class_flow.get() >> 28 != 6 {
             return Err(Reason::NotIp);
         }
-        let room = packet.len().wrapping_sub(NETWORK as u32);
+        let room = packet.size().wrapping_sub(NETWORK as u32);
         let len = u32::from(ip.payload_len.get()) + Ipv6Hdr::LEN as u32;
         if len > room {
             return Err(Reason::Truncated);

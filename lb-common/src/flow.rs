@@ -247,7 +247,6 @@ fn add_reply<F: Family, T: Tables<F>>(
 
 /// A port of the reserved range; attempts are far apart, so that neighbours do not meet again.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "masked to the size of the range, which is below 2^16")]
 const fn reserved_port(spread: u32, attempt: u16) -> u16 {
     const STRIDE: u32 = 5953;
     const MASK: u32 = RESERVED_PORTS_COUNT as u32 - 1;

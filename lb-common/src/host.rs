@@ -80,7 +80,7 @@ impl HostPacket {
 impl Packet for HostPacket {
     const NEEDS_XDP_TRANSMIT: bool = false;
 
-    fn len(&self) -> u32 {
+    fn size(&self) -> u32 {
         u32::try_from(self.len).unwrap_or(u32::MAX)
     }
 

@@ -7,6 +7,14 @@
 //! * [`Packet`]: the bytes of one packet (XDP, tc, or a host buffer),
 //! * [`Tables`]: the maps (kernel maps, or host hash maps).
 #![cfg_attr(not(any(test, feature = "host")), no_std)]
+#![expect(
+    clippy::inline_always,
+    reason = "in the kernel a call costs 8 ns, takes five arguments at most, and hides from the verifier what was checked"
+)]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "lengths and offsets of headers; the kernel has no panicking conversion to fall back on"
+)]
 
 pub mod abi;
 pub mod checksum;
@@ -25,6 +33,8 @@ pub mod rewrite;
 pub mod service;
 pub mod socket;
 pub mod tables;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod wire;
 
 pub use abi::{Addr4, Addr6};

@@ -6,7 +6,7 @@ use core::mem::offset_of;
 use crate::checksum::Diff;
 use crate::family::Family;
 use crate::reason::Reason;
-use crate::wire::{Be16, EthHdr, Mac, TcpHdr, UdpHdr, Wire};
+use crate::wire::{Be16, EthHdr, TcpHdr, UdpHdr, Wire};
 
 /// Where the network header starts: programs run on devices with an Ethernet header.
 pub const NETWORK: usize = EthHdr::LEN;
@@ -27,8 +27,8 @@ pub trait Packet {
     /// where it came from.
     const NEEDS_XDP_TRANSMIT: bool;
 
-    /// Bytes, the Ethernet header included.
-    fn len(&self) -> u32;
+    /// Length in bytes, the Ethernet header included.
+    fn size(&self) -> u32;
 
     /// The device it came in through, or goes out of.
     fn ifindex(&self) -> u32;
@@ -78,9 +78,7 @@ pub trait Packet {
     #[inline(always)]
     fn turn_around(&mut self) -> Result<(), Reason> {
         let eth = self.view_mut::<EthHdr>(0)?;
-        let src: Mac = eth.src;
-        eth.src = eth.dst;
-        eth.dst = src;
+        core::mem::swap(&mut eth.src, &mut eth.dst);
         Ok(())
     }
 }

@@ -69,17 +69,17 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
     parsed: &mut Parsed<F>,
 ) -> Result<Carry, Reason> {
     parse(packet, side, parsed)?;
-    if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key) {
-        if let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Established)? {
-            return Ok(carry);
-        }
+    if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key)
+        && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Established)?
+    {
+        return Ok(carry);
     }
     // Every entry of an incoming side has an address of this node or of a Service as destination.
     let info = tables.address(&parsed.key.dst).ok_or(Reason::NotOurs)?;
-    if let Some(entry) = tables.flow(FlowTable::Pending, &parsed.key) {
-        if let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Pending)? {
-            return Ok(carry);
-        }
+    if let Some(entry) = tables.flow(FlowTable::Pending, &parsed.key)
+        && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Pending)?
+    {
+        return Ok(carry);
     }
     begin(packet, tables, parsed, info)
 }

@@ -93,16 +93,16 @@ fn write_icmp<F: Family, P: Packet>(
         _ => (F::PORT_UNREACHABLE, 0),
     };
     let mut icmp = IcmpHdr { kind, code, check: Be16::new(0), rest: Be32::new(rest) };
-    icmp.check = Be16::from_raw(icmp_checksum::<F>(&parsed.key, &icmp, quote));
+    icmp.check = Be16::from_raw(icmp_checksum::<F>(&parsed.key, icmp, quote));
     *packet.view_mut::<IcmpHdr>(NETWORK + F::HEADER_LEN)? = icmp;
     checksum::copy(quote, packet.view_mut::<F::Quote>(NETWORK + F::HEADER_LEN + IcmpHdr::LEN)?);
     Ok(())
 }
 
 #[inline(never)]
-fn icmp_checksum<F: Family>(key: &FlowKey<F::Addr>, icmp: &IcmpHdr, quote: &F::Quote) -> u16 {
+fn icmp_checksum<F: Family>(key: &FlowKey<F::Addr>, icmp: IcmpHdr, quote: &F::Quote) -> u16 {
     let pseudo = F::icmp_pseudo(&key.dst, &key.src, icmp_error_len::<F>());
-    checksum::finish(pseudo + checksum::sum_of(icmp) + checksum::sum_of(quote))
+    checksum::finish(pseudo + checksum::sum_of(&icmp) + checksum::sum_of(quote))
 }
 
 /// Link and IP header of an answer of `payload` bytes.

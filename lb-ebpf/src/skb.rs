@@ -39,7 +39,7 @@ impl Skb {
     pub fn new(skb: *mut __sk_buff) -> Self {
         let packet = Self { skb, hop: Hop::default() };
         let (start, end) = packet.bounds();
-        let len = packet.len();
+        let len = packet.size();
         if end - start < HEADERS as usize && ((end - start) as u32) < len {
             // SAFETY: the context is valid; pointers are read anew afterwards. A failure shows as a truncated packet.
             unsafe { bpf_skb_pull_data(skb, if len < HEADERS { len } else { HEADERS }) };
@@ -91,7 +91,7 @@ impl Packet for Skb {
     const NEEDS_XDP_TRANSMIT: bool = false;
 
     #[inline(always)]
-    fn len(&self) -> u32 {
+    fn size(&self) -> u32 {
         // SAFETY: the context is valid while the program runs.
         unsafe { (*self.skb).len }
     }

@@ -1,5 +1,6 @@
 //! Socket programs: the context of `connect`, `sendmsg`, `recvmsg` and `getpeername` in a cgroup.
 
+use core::mem::transmute;
 use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
 
 use aya_ebpf::bindings::bpf_sock_addr;
@@ -75,17 +76,18 @@ fn inet4(ctx: *mut bpf_sock_addr, call: Call, hook: Hook) -> i32 {
 /// A hook of an IPv6 address, which may be an IPv4 address in disguise.
 #[inline(always)]
 fn inet6(ctx: *mut bpf_sock_addr, call: Call, hook: Hook) -> i32 {
-    // SAFETY: the context is valid while the program runs; the verifier wants each field read by itself.
-    let [a, b, c, d] = unsafe {
+    const MAPPED: u32 = 0xffff_u32.to_be();
+    // SAFETY: the context is valid while the program runs; the verifier wants each word read by itself.
+    let words = unsafe {
         [
-            read_volatile(addr_of!((*ctx).user_ip6[0])).to_ne_bytes(),
-            read_volatile(addr_of!((*ctx).user_ip6[1])).to_ne_bytes(),
-            read_volatile(addr_of!((*ctx).user_ip6[2])).to_ne_bytes(),
-            read_volatile(addr_of!((*ctx).user_ip6[3])).to_ne_bytes(),
+            read_volatile(addr_of!((*ctx).user_ip6[0])),
+            read_volatile(addr_of!((*ctx).user_ip6[1])),
+            read_volatile(addr_of!((*ctx).user_ip6[2])),
+            read_volatile(addr_of!((*ctx).user_ip6[3])),
         ]
     };
-    if a == [0; 4] && b == [0; 4] && c == [0, 0, 0xff, 0xff] {
-        return match run::<V4>(ctx, call, hook, Addr4 { octets: d }) {
+    if let [0, 0, MAPPED, word] = words {
+        return match run::<V4>(ctx, call, hook, Addr4 { octets: word.to_ne_bytes() }) {
             Ok(peer) => {
                 // SAFETY: as above.
                 unsafe {
@@ -96,17 +98,17 @@ fn inet6(ctx: *mut bpf_sock_addr, call: Call, hook: Hook) -> i32 {
             Err(code) => code,
         };
     }
-    let octets =
-        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]];
+    // SAFETY: four words and sixteen octets in the same order.
+    let octets = unsafe { transmute::<[u32; 4], [u8; 16]>(words) };
     match run::<V6>(ctx, call, hook, Addr6 { octets }) {
         Ok(peer) => {
-            let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = peer.addr.octets;
-            // SAFETY: as above.
+            // SAFETY: as above, and the other way round.
             unsafe {
-                write_volatile(addr_of_mut!((*ctx).user_ip6[0]), u32::from_ne_bytes([a, b, c, d]));
-                write_volatile(addr_of_mut!((*ctx).user_ip6[1]), u32::from_ne_bytes([e, f, g, h]));
-                write_volatile(addr_of_mut!((*ctx).user_ip6[2]), u32::from_ne_bytes([i, j, k, l]));
-                write_volatile(addr_of_mut!((*ctx).user_ip6[3]), u32::from_ne_bytes([m, n, o, p]));
+                let [first, second, third, fourth] = transmute::<[u8; 16], [u32; 4]>(peer.addr.octets);
+                write_volatile(addr_of_mut!((*ctx).user_ip6[0]), first);
+                write_volatile(addr_of_mut!((*ctx).user_ip6[1]), second);
+                write_volatile(addr_of_mut!((*ctx).user_ip6[2]), third);
+                write_volatile(addr_of_mut!((*ctx).user_ip6[3]), fourth);
             }
             PROCEED
         }
@@ -145,6 +147,8 @@ fn translate<F: Family>(ctx: *mut bpf_sock_addr, call: Call, addr: F::Addr) -> R
 where
     Kernel: lb_common::Tables<F>,
 {
+    const TCP: u32 = IpProto::Tcp as u32;
+    const UDP: u32 = IpProto::Udp as u32;
     let netns = NODE_NETNS.load();
     // SAFETY: helpers on, and a field of, a context that is valid while the program runs.
     let (ours, cookie, protocol, port) = unsafe {
@@ -158,8 +162,6 @@ where
     if !ours {
         return Err(Reason::OtherNamespace);
     }
-    const TCP: u32 = IpProto::Tcp as u32;
-    const UDP: u32 = IpProto::Udp as u32;
     let proto = match protocol {
         TCP | IPPROTO_MPTCP => IpProto::Tcp as u8,
         UDP => IpProto::Udp as u8,
@@ -189,7 +191,7 @@ fn set_retval(value: i32) {
     const NUMBER: usize = 187;
     // SAFETY: the kernel calls helpers by number; this one takes one number and returns one.
     unsafe {
-        let helper: unsafe extern "C" fn(i32) -> i32 = core::mem::transmute(NUMBER);
+        let helper: unsafe extern "C" fn(i32) -> i32 = transmute(NUMBER);
         helper(value);
     }
 }

@@ -71,7 +71,7 @@ impl Packet for Xdp {
     const NEEDS_XDP_TRANSMIT: bool = true;
 
     #[inline(always)]
-    fn len(&self) -> u32 {
+    fn size(&self) -> u32 {
         let (start, end) = self.bounds();
         (end - start) as u32
     }
@@ -96,7 +96,7 @@ impl Packet for Xdp {
 
     #[inline(always)]
     fn resize(&mut self, len: u16) -> Result<(), Reason> {
-        let change = i32::from(len) - self.len() as i32;
+        let change = i32::from(len) - self.size() as i32;
         // To grow at the head always finds room (XDP_PACKET_HEADROOM); at the tail only with some drivers.
         // SAFETY: the context is valid; all pointers into the packet are read anew afterwards.
         let result = unsafe {

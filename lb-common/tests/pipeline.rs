@@ -1,0 +1,662 @@
+//! The pipeline on the host, packet by packet, in both families: what goes in, what comes out, what is kept.
+
+use std::net::SocketAddr;
+
+use lb_common::abi::{Side, backend_state};
+use lb_common::flow;
+use lb_common::host::{HostPacket, HostRoute, HostTables};
+use lb_common::packet::Packet;
+use lb_common::pipeline::{Verdict, process};
+use lb_common::tables::FlowTable;
+use lb_common::testing::{
+    RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, cluster, ports, read, tcp, udp,
+};
+use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
+use lb_common::{Family, Reason, V4, V6};
+
+const NIC: u32 = 7;
+const MTU: u32 = 1500;
+
+/// A node with its maps, through which packets are sent one by one.
+struct Node<F: TestFamily> {
+    tables: HostTables<F>,
+    route: HostRoute,
+}
+
+/// What became of a packet.
+struct Outcome {
+    verdict: Verdict,
+    reason: Reason,
+    before: Vec<u8>,
+    bytes: Vec<u8>,
+}
+
+impl Outcome {
+    /// The packet, which must have gone this way and be well-formed.
+    #[track_caller]
+    fn seen(&self, verdict: Verdict, reason: Reason) -> Seen {
+        assert_eq!((self.verdict, self.reason), (verdict, reason));
+        read(&self.bytes).unwrap_or_else(|e| panic!("{e}: {:02x?}", self.bytes))
+    }
+
+    /// The packet went this way and was not touched.
+    #[track_caller]
+    fn untouched(&self, verdict: Verdict, reason: Reason) {
+        assert_eq!((self.verdict, self.reason), (verdict, reason));
+        assert_eq!(self.before, self.bytes);
+    }
+}
+
+impl<F: TestFamily> Node<F> {
+    fn new() -> Self {
+        Self { tables: cluster::<F>(NIC), route: HostRoute::Out { ifindex: NIC, mtu: MTU } }
+    }
+
+    fn send(&self, side: Side, bytes: Vec<u8>) -> Outcome {
+        let mut packet = HostPacket::new(&bytes, NIC).with_route(self.route);
+        let (verdict, reason) = process::<F, _, _>(&mut packet, &self.tables, side);
+        Outcome { verdict, reason, before: bytes, bytes: packet.bytes() }
+    }
+
+    fn count(&self, table: FlowTable) -> usize {
+        self.tables.entries(table).len()
+    }
+
+    fn wait(&self, ns: u64) {
+        self.tables.now.set(self.tables.now.get() + ns);
+    }
+}
+
+fn client<F: TestFamily>(port: u16) -> SocketAddr {
+    at(F::CLIENT, port)
+}
+
+/// A test for each family.
+macro_rules! both_families {
+    ($($name:ident)*) => {
+        mod v4 { $(#[test] fn $name() { super::$name::<super::V4>(); })* }
+        mod v6 { $(#[test] fn $name() { super::$name::<super::V6>(); })* }
+    };
+}
+
+both_families! {
+    outside_to_a_backend_here_keeps_the_client
+    outside_to_a_backend_there_is_forwarded_and_comes_back
+    cluster_ip_from_outside_is_served_like_a_node_port
+    a_pod_reaches_any_backend_with_its_own_address
+    a_pod_reaches_itself_through_its_service
+    udp_flows_go_the_same_ways
+    frontends_without_endpoints_reset_tcp
+    frontends_without_endpoints_send_port_unreachable
+    policy_local_without_local_endpoints_drops
+    ports_of_a_service_address_that_nobody_owns_are_rejected
+    what_is_not_ours_is_left_alone
+    one_client_port_through_two_frontends_gives_two_flows
+    forwarded_flows_of_many_clients_never_share_a_port
+    a_port_is_used_again_when_its_flow_is_over
+    ports_can_run_out_and_that_is_said
+    pending_flows_are_promoted_by_the_first_reply
+    a_lost_half_is_restored_by_the_half_that_is_left
+    a_syn_on_an_old_tuple_is_a_new_connection
+    a_retransmitted_syn_keeps_its_backend
+    udp_leaves_a_dead_backend_with_its_next_packet
+    tcp_stays_with_a_backend_that_is_gone
+    a_backend_may_open_connections_from_its_service_port
+    forwarding_takes_one_from_the_ttl_and_answers_the_last
+    forwarding_respects_the_mtu
+    a_way_through_no_edge_leads_to_a_local_pod
+    no_route_drops
+    resets_without_a_flow_pass
+    a_reset_is_never_answered
+}
+
+fn outside_to_a_backend_here_keeps_the_client<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+
+    let syn = node.send(Side::NicIn, tcp(client, frontend, SYN));
+    assert_eq!(syn.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+    let reply = node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+    let seen = reply.seen(Verdict::Pass, Reason::Translated);
+    assert_eq!(seen.ends(), (frontend, client));
+    // The node's stack forwards: the TTL is its business.
+    assert_eq!(seen.ttl(), Some(TTL));
+
+    let mut segment = Segment::new(client, frontend, ACK);
+    segment.payload = b"odd".to_vec();
+    let seen = node.send(Side::NicIn, segment.build()).seen(Verdict::Pass, Reason::Translated);
+    let Seen::Tcp { dst, payload, .. } = seen else { panic!("{seen:?}") };
+    assert_eq!((dst, payload.as_slice()), (backend, &b"odd"[..]));
+}
+
+fn outside_to_a_backend_there_is_forwarded_and_comes_back<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::FAR_NODE), at(F::FAR_POD, ports::TARGET));
+
+    let out = node.send(Side::NicIn, tcp(client, frontend, SYN)).seen(Verdict::Forward, Reason::Forwarded);
+    let (src, dst) = out.ends();
+    assert_eq!((src.ip(), dst, out.ttl()), (at(F::NODE, 0).ip(), backend, Some(TTL - 1)));
+    assert!((12288..28672).contains(&src.port()), "{src} is not of the reserved range");
+
+    let back = node.send(Side::NicIn, tcp(backend, src, SYN | ACK)).seen(Verdict::Forward, Reason::Forwarded);
+    assert_eq!((back.ends(), back.ttl()), ((frontend, client), Some(TTL - 1)));
+    // The same way for the rest of the connection.
+    let out = node.send(Side::NicIn, tcp(client, frontend, ACK)).seen(Verdict::Forward, Reason::Forwarded);
+    assert_eq!(out.ends(), (src, backend));
+}
+
+fn cluster_ip_from_outside_is_served_like_a_node_port<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, backend) = (client::<F>(40000), at(F::POD, ports::TARGET));
+    let here = node.send(Side::NicIn, tcp(client, at(F::VIP, ports::WEB), SYN));
+    assert_eq!(here.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+    let there = node.send(Side::NicIn, tcp(client, at(F::VIP, ports::FAR), SYN));
+    let (src, _) = there.seen(Verdict::Forward, Reason::Forwarded).ends();
+    assert_eq!(src.ip(), at(F::NODE, 0).ip());
+}
+
+fn a_pod_reaches_any_backend_with_its_own_address<F: TestFamily>() {
+    for (frontend, backend) in [
+        (at(F::VIP, ports::WEB), at(F::POD, ports::TARGET)),
+        (at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET)),
+        (at(F::VIP, ports::FAR), at(F::FAR_POD, ports::TARGET)),
+        (at(F::NODE, ports::FAR_NODE), at(F::FAR_POD, ports::TARGET)),
+        // Contract, rule 33: policy Local never restricts pods.
+        (at(F::NODE, ports::LOCAL_NODE), at(F::FAR_POD, ports::TARGET)),
+    ] {
+        let node = Node::<F>::new();
+        let pod = at(F::OTHER_POD, 40000);
+        let syn = node.send(Side::PodIn, tcp(pod, frontend, SYN));
+        assert_eq!(syn.seen(Verdict::Pass, Reason::Translated).ends(), (pod, backend));
+        let reply = node.send(Side::PodOut, tcp(backend, pod, SYN | ACK));
+        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (frontend, pod));
+        // The entry acts at this edge alone: the same reply on its way through a NIC stays as it is.
+        node.send(Side::NicIn, tcp(backend, pod, ACK)).untouched(Verdict::Pass, Reason::NotOurs);
+    }
+}
+
+fn a_pod_reaches_itself_through_its_service<F: TestFamily>() {
+    for frontend in [at(F::VIP, ports::WEB), at(F::NODE, ports::WEB_NODE)] {
+        let node = Node::<F>::new();
+        let (pod, backend) = (at(F::POD, 40000), at(F::POD, ports::TARGET));
+        let syn = node.send(Side::PodIn, tcp(pod, frontend, SYN));
+        let (src, dst) = syn.seen(Verdict::SendBack, Reason::Hairpinned).ends();
+        assert_eq!((src, dst), (SocketAddr::new(frontend.ip(), 40000), backend));
+        assert_eq!((&syn.bytes[..6], &syn.bytes[6..12]), (&SENDER[..], &RECEIVER[..]));
+
+        let reply = node.send(Side::PodIn, tcp(backend, src, SYN | ACK));
+        assert_eq!(reply.seen(Verdict::SendBack, Reason::Hairpinned).ends(), (frontend, pod));
+        let ack = node.send(Side::PodIn, tcp(pod, frontend, ACK));
+        assert_eq!(ack.seen(Verdict::SendBack, Reason::Hairpinned).ends(), (src, backend));
+    }
+}
+
+fn udp_flows_go_the_same_ways<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(5000), at(F::NODE, ports::DNS_NODE), at(F::POD, ports::TARGET_UDP));
+    let query = node.send(Side::NicIn, udp(client, frontend, b"query"));
+    assert_eq!(query.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+    let answer = node.send(Side::NicOut, udp(backend, client, b"answer"));
+    assert_eq!(answer.seen(Verdict::Pass, Reason::Translated).ends(), (frontend, client));
+
+    let frontend = at(F::NODE, ports::FAR_DNS_NODE);
+    let query = node.send(Side::NicIn, udp(client, frontend, b"query"));
+    let (src, dst) = query.seen(Verdict::Forward, Reason::Forwarded).ends();
+    assert_eq!(dst, at(F::FAR_POD, ports::TARGET_UDP));
+    let answer = node.send(Side::NicIn, udp(dst, src, b"answer"));
+    assert_eq!(answer.seen(Verdict::Forward, Reason::Forwarded).ends(), (frontend, client));
+}
+
+fn frontends_without_endpoints_reset_tcp<F: TestFamily>() {
+    let node = Node::<F>::new();
+    for (side, asker) in [(Side::NicIn, client::<F>(40000)), (Side::PodIn, at(F::OTHER_POD, 40000))] {
+        for frontend in [at(F::VIP, ports::EMPTY), at(F::NODE, ports::EMPTY_NODE)] {
+            let mut syn = Segment::new(asker, frontend, SYN);
+            syn.payload = vec![0; 11];
+            let answer = node.send(side, syn.build());
+            let seen = answer.seen(Verdict::SendBack, Reason::NoEndpoints);
+            let Seen::Tcp { src, dst, flags, seq, ack, payload, .. } = seen else { panic!("{seen:?}") };
+            assert_eq!((src, dst, flags), (frontend, asker, RST | ACK));
+            // RFC 9293, section 3.10.7.1: without ACK, the answer acknowledges all that the segment took.
+            assert_eq!((seq, ack, payload.len()), (0, 1000 + 1 + 11, 0));
+            assert_eq!((&answer.bytes[..6], &answer.bytes[6..12]), (&SENDER[..], &RECEIVER[..]));
+
+            let answer = node.send(side, tcp(asker, frontend, ACK));
+            let seen = answer.seen(Verdict::SendBack, Reason::NoEndpoints);
+            let Seen::Tcp { flags, seq, .. } = seen else { panic!("{seen:?}") };
+            assert_eq!((flags, seq), (RST, 2000));
+        }
+    }
+    assert_eq!(node.count(FlowTable::Pending), 0, "nothing was begun");
+}
+
+fn frontends_without_endpoints_send_port_unreachable<F: TestFamily>() {
+    let node = Node::<F>::new();
+    for (side, asker) in [(Side::NicIn, client::<F>(5000)), (Side::PodIn, at(F::OTHER_POD, 5000))] {
+        for frontend in [at(F::VIP, ports::EMPTY), at(F::NODE, ports::EMPTY_NODE)] {
+            for payload in [&[][..], &[7; 1200][..]] {
+                let answer = node.send(side, udp(asker, frontend, payload));
+                let seen = answer.seen(Verdict::SendBack, Reason::NoEndpoints);
+                let Seen::Icmp { src, dst, kind, code, about } = seen else { panic!("{seen:?}") };
+                assert_eq!((src, dst, (kind, code)), (frontend.ip(), asker.ip(), F::PORT_UNREACHABLE));
+                assert_eq!(about, (asker, frontend));
+            }
+        }
+    }
+}
+
+fn policy_local_without_local_endpoints_drops<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let syn = node.send(Side::NicIn, tcp(client::<F>(40000), at(F::NODE, ports::LOCAL_NODE), SYN));
+    syn.untouched(Verdict::Drop, Reason::NoLocalEndpoints);
+}
+
+fn ports_of_a_service_address_that_nobody_owns_are_rejected<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let pod = at(F::OTHER_POD, 40000);
+    // `clusterIP:targetPort` and `clusterIP:nodePort` are what people try.
+    for port in [ports::TARGET, ports::WEB_NODE] {
+        node.send(Side::PodIn, tcp(pod, at(F::VIP, port), SYN)).seen(Verdict::SendBack, Reason::UnknownPort);
+    }
+    // Contract, rule 12: a port that exists for TCP alone is none for UDP.
+    node.send(Side::PodIn, udp(pod, at(F::VIP, ports::WEB), b""))
+        .seen(Verdict::SendBack, Reason::UnknownPort);
+}
+
+fn what_is_not_ours_is_left_alone<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (pod, outside) = (at(F::POD, 8080), client::<F>(40000));
+    // To a pod directly, from a pod directly, and to the node's own services.
+    node.send(Side::NicIn, tcp(outside, pod, SYN)).untouched(Verdict::Pass, Reason::NotOurs);
+    node.send(Side::PodIn, tcp(pod, outside, SYN | ACK)).untouched(Verdict::Pass, Reason::NotOurs);
+    node.send(Side::NicOut, tcp(pod, outside, SYN | ACK)).untouched(Verdict::Pass, Reason::NotOurs);
+    node.send(Side::NicIn, tcp(outside, at(F::NODE, 22), SYN)).untouched(Verdict::Pass, Reason::NotOurs);
+    assert_eq!(node.count(FlowTable::Pending), 0);
+}
+
+fn one_client_port_through_two_frontends_gives_two_flows<F: TestFamily>() {
+    // Rule 1. All four lead to the same backend, at the same time, from the same client port.
+    let node = Node::<F>::new();
+    let (client, backend) = (client::<F>(40000), at(F::POD, ports::TARGET));
+    let frontends = [at(F::NODE, ports::WEB_NODE), at(F::VIP, ports::WEB)];
+    let sources: Vec<SocketAddr> = frontends
+        .iter()
+        .map(|frontend| {
+            let syn = node.send(Side::NicIn, tcp(client, *frontend, SYN));
+            let (src, dst) = syn.seen(Verdict::Pass, Reason::Translated).ends();
+            assert_eq!((src.ip(), dst), (client.ip(), backend));
+            src
+        })
+        .collect();
+    assert_ne!(sources[0], sources[1]);
+    for (frontend, source) in frontends.iter().zip(&sources) {
+        let reply = node.send(Side::NicOut, tcp(backend, *source, SYN | ACK));
+        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (*frontend, client));
+        let ack = node.send(Side::NicIn, tcp(client, *frontend, ACK));
+        assert_eq!(ack.seen(Verdict::Pass, Reason::Translated).ends(), (*source, backend));
+    }
+}
+
+fn forwarded_flows_of_many_clients_never_share_a_port<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let mut sources = std::collections::BTreeSet::new();
+    for port in 20000..23000 {
+        let syn = node.send(Side::NicIn, tcp(client::<F>(port), at(F::NODE, ports::FAR_NODE), SYN));
+        let (src, _) = syn.seen(Verdict::Forward, Reason::Forwarded).ends();
+        assert!(sources.insert(src), "{src} twice");
+    }
+}
+
+/// Opens a forwarded connection from `port` and returns the address it has on the other node.
+fn open_forwarded<F: TestFamily>(node: &Node<F>, port: u16) -> Outcome {
+    node.send(Side::NicIn, tcp(client::<F>(port), at(F::NODE, ports::FAR_NODE), SYN))
+}
+
+fn a_port_is_used_again_when_its_flow_is_over<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (frontend, backend) = (at(F::NODE, ports::FAR_NODE), at(F::FAR_POD, ports::TARGET));
+    // More connections, one after the other, than there are ports.
+    for n in 0..20_000u16 {
+        let from = client::<F>(1024 + n);
+        let syn = node.send(Side::NicIn, tcp(from, frontend, SYN));
+        let (src, _) = syn.seen(Verdict::Forward, Reason::Forwarded).ends();
+        for (bytes, ends) in [
+            (tcp(backend, src, SYN | ACK), (frontend, from)),
+            (tcp(from, frontend, FIN | ACK), (src, backend)),
+            (tcp(backend, src, FIN | ACK), (frontend, from)),
+            (tcp(from, frontend, ACK), (src, backend)),
+        ] {
+            assert_eq!(node.send(Side::NicIn, bytes).seen(Verdict::Forward, Reason::Forwarded).ends(), ends);
+        }
+    }
+}
+
+fn ports_can_run_out_and_that_is_said<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let mut refused = 0;
+    for port in 1024..40_000 {
+        let outcome = open_forwarded(&node, port);
+        if outcome.verdict == Verdict::Drop {
+            outcome.untouched(Verdict::Drop, Reason::PortsExhausted);
+            refused += 1;
+        }
+    }
+    assert!(refused > 20_000, "{refused} refused, but there are only 16384 ports");
+    // Pending flows that nobody answered give their ports back.
+    node.wait(flow::PENDING_TIMEOUT + 1);
+    open_forwarded(&node, 1023).seen(Verdict::Forward, Reason::Forwarded);
+}
+
+fn pending_flows_are_promoted_by_the_first_reply<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+    node.send(Side::NicIn, tcp(client, frontend, SYN)).seen(Verdict::Pass, Reason::Translated);
+    assert_eq!((node.count(FlowTable::Pending), node.count(FlowTable::Established)), (2, 0));
+    node.send(Side::NicIn, tcp(client, frontend, ACK)).seen(Verdict::Pass, Reason::Translated);
+    assert_eq!((node.count(FlowTable::Pending), node.count(FlowTable::Established)), (2, 0));
+    node.send(Side::NicOut, tcp(backend, client, SYN | ACK)).seen(Verdict::Pass, Reason::Translated);
+    assert_eq!((node.count(FlowTable::Pending), node.count(FlowTable::Established)), (0, 2));
+    // The two halves say the same of each other.
+    let entries = node.tables.entries(FlowTable::Established);
+    for (key, flow) in &entries {
+        let other = entries.get(&flow::reverse_key(key, flow)).expect("the other half");
+        assert_eq!(*other, flow::reverse_value(key, flow));
+    }
+}
+
+fn a_lost_half_is_restored_by_the_half_that_is_left<F: TestFamily>() {
+    // Rule 2: under LRU pressure either half may go.
+    for lost in [false, true] {
+        let node = Node::<F>::new();
+        let (client, frontend, backend) =
+            (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+        node.send(Side::NicIn, tcp(client, frontend, SYN));
+        node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+        let before = node.tables.entries(FlowTable::Established);
+        node.tables.flows.borrow_mut().retain(|_, entry| flow::is_reply(&entry.get()) != lost);
+        assert_eq!(node.count(FlowTable::Established), 1);
+        node.wait(2_000_000_000);
+        if lost {
+            node.send(Side::NicIn, tcp(client, frontend, ACK)).seen(Verdict::Pass, Reason::Translated);
+        } else {
+            node.send(Side::NicOut, tcp(backend, client, ACK)).seen(Verdict::Pass, Reason::Translated);
+        }
+        let after = node.tables.entries(FlowTable::Established);
+        assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+    }
+}
+
+fn a_syn_on_an_old_tuple_is_a_new_connection<F: TestFamily>() {
+    // Rule 5. The client comes back with the same port; its backend has been replaced by another meanwhile.
+    let mut node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+    node.send(Side::NicIn, tcp(client, frontend, SYN));
+    node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+    let other = at(F::OTHER_POD, ports::TARGET);
+    let mut entry = node.tables.backends[&1];
+    entry.addr = F::wire(other.ip());
+    node.tables.backends.insert(9, entry);
+    node.tables.slots.insert(1, 9);
+
+    let ack = node.send(Side::NicIn, tcp(client, frontend, ACK));
+    assert_eq!(ack.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+    let syn = node.send(Side::NicIn, tcp(client, frontend, SYN));
+    assert_eq!(syn.seen(Verdict::Pass, Reason::Translated).ends(), (client, other));
+    assert_eq!(node.count(FlowTable::Established), 0, "the old flow is gone, both halves");
+}
+
+fn a_retransmitted_syn_keeps_its_backend<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::WEB_NODE));
+    let first = node.send(Side::NicIn, tcp(client, frontend, SYN));
+    node.tables.slots.insert(1, 2);
+    let again = node.send(Side::NicIn, tcp(client, frontend, SYN));
+    assert_eq!(first.bytes, again.bytes);
+}
+
+fn udp_leaves_a_dead_backend_with_its_next_packet<F: TestFamily>() {
+    // Rule 4.
+    for answered in [false, true] {
+        let mut node = Node::<F>::new();
+        let (client, frontend, backend) =
+            (client::<F>(5000), at(F::NODE, ports::DNS_NODE), at(F::POD, ports::TARGET_UDP));
+        node.send(Side::NicIn, udp(client, frontend, b"1")).seen(Verdict::Pass, Reason::Translated);
+        if answered {
+            node.send(Side::NicOut, udp(backend, client, b"2")).seen(Verdict::Pass, Reason::Translated);
+        }
+        // The id was given to another backend.
+        let other = at(F::OTHER_POD, ports::TARGET_UDP);
+        let entry = node.tables.backends.get_mut(&3).expect("backend 3");
+        entry.addr = F::wire(other.ip());
+        entry.generation += 1;
+        let moved = node.send(Side::NicIn, udp(client, frontend, b"3"));
+        assert_eq!(moved.seen(Verdict::Pass, Reason::Translated).ends(), (client, other));
+        // And the service was scaled to zero.
+        node.tables.backends.get_mut(&3).expect("backend 3").state = backend_state::UNUSED;
+        for service in node.tables.services.values_mut() {
+            service.external.len = 0;
+        }
+        node.send(Side::NicIn, udp(client, frontend, b"4")).seen(Verdict::SendBack, Reason::NoEndpoints);
+    }
+}
+
+fn tcp_stays_with_a_backend_that_is_gone<F: TestFamily>() {
+    // As kube-proxy: the backend, or whoever has its address now, ends the connection.
+    let mut node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+    node.send(Side::NicIn, tcp(client, frontend, SYN));
+    node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+    node.tables.backends.get_mut(&1).expect("backend 1").state = backend_state::UNUSED;
+    let ack = node.send(Side::NicIn, tcp(client, frontend, ACK));
+    assert_eq!(ack.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+}
+
+fn a_backend_may_open_connections_from_its_service_port<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+    node.send(Side::NicIn, tcp(client, frontend, SYN));
+    node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+    node.send(Side::NicOut, tcp(backend, client, SYN)).untouched(Verdict::Pass, Reason::NotOurs);
+}
+
+fn forwarding_takes_one_from_the_ttl_and_answers_the_last<F: TestFamily>() {
+    // Rule 9.
+    let node = Node::<F>::new();
+    let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::FAR_NODE));
+    for (ttl, left) in [(2, Some(1)), (1, None), (0, None)] {
+        let mut syn = Segment::new(client, frontend, SYN);
+        syn.ttl = ttl;
+        let outcome = node.send(Side::NicIn, syn.build());
+        if left.is_some() {
+            assert_eq!(outcome.seen(Verdict::Forward, Reason::Forwarded).ttl(), left);
+        } else {
+            let seen = outcome.seen(Verdict::SendBack, Reason::TtlExceeded);
+            let Seen::Icmp { src, dst, kind, code, about } = seen else { panic!("{seen:?}") };
+            assert_eq!((src, dst, (kind, code)), (frontend.ip(), client.ip(), F::TIME_EXCEEDED));
+            assert_eq!(about, (client, frontend));
+        }
+    }
+}
+
+fn forwarding_respects_the_mtu<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::FAR_NODE));
+    open_forwarded(&node, 40000).seen(Verdict::Forward, Reason::Forwarded);
+    node.route = HostRoute::Out { ifindex: NIC, mtu: 1280 };
+    let mut segment = Segment::new(client, frontend, ACK);
+    segment.payload = vec![1; 1300];
+    let outcome = node.send(Side::NicIn, segment.build());
+    if F::ETHER_TYPE == V4::ETHER_TYPE {
+        // The builder sets DF, as TCP stacks do.
+        let without_df = {
+            let mut bytes = segment.build();
+            bytes[20] &= !0x40;
+            let sum = u16::from_be_bytes([bytes[24], bytes[25]]);
+            let diff = lb_common::checksum::Diff::between(0x4000, 0).apply(sum);
+            bytes[24..26].copy_from_slice(&diff.to_be_bytes());
+            bytes
+        };
+        node.send(Side::NicIn, without_df).untouched(Verdict::Drop, Reason::PacketTooBig);
+    }
+    let bytes = outcome.bytes.clone();
+    let seen = outcome.seen(Verdict::SendBack, Reason::PacketTooBig);
+    let Seen::Icmp { dst, kind, code, about, .. } = seen else { panic!("{seen:?}") };
+    assert_eq!((dst, (kind, code), about), (client.ip(), F::TOO_BIG, (client, frontend)));
+    let rest = 14 + F::HEADER_LEN + 4;
+    assert_eq!(&bytes[rest..rest + 4], &1280u32.to_be_bytes());
+}
+
+fn a_way_through_no_edge_leads_to_a_local_pod<F: TestFamily>() {
+    // Nothing says that the backend is here, but its route does.
+    for route in [HostRoute::Out { ifindex: NIC + 1, mtu: MTU }, HostRoute::Local] {
+        let mut node = Node::<F>::new();
+        node.route = route;
+        let (client, backend) = (client::<F>(40000), at(F::FAR_POD, ports::TARGET));
+        let syn = open_forwarded(&node, 40000);
+        assert_eq!(syn.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+    }
+}
+
+fn no_route_drops<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    node.route = HostRoute::None;
+    open_forwarded(&node, 40000).untouched(Verdict::Drop, Reason::NoRoute);
+    node.route = HostRoute::NoNextHop;
+    open_forwarded(&node, 40000).untouched(Verdict::Pass, Reason::NoNextHop);
+    assert_eq!(node.count(FlowTable::Pending), 0);
+}
+
+fn resets_without_a_flow_pass<F: TestFamily>() {
+    let node = Node::<F>::new();
+    node.send(Side::NicIn, tcp(client::<F>(40000), at(F::NODE, ports::WEB_NODE), RST))
+        .untouched(Verdict::Pass, Reason::StrayReset);
+}
+
+fn a_reset_is_never_answered<F: TestFamily>() {
+    let node = Node::<F>::new();
+    node.send(Side::PodIn, tcp(at(F::OTHER_POD, 40000), at(F::VIP, 9), RST))
+        .untouched(Verdict::Drop, Reason::UnknownPort);
+}
+
+/// Changes a frame and expects it to pass untouched.
+#[track_caller]
+fn passes<F: TestFamily>(reason: Reason, mut bytes: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) {
+    change(&mut bytes);
+    Node::<F>::new().send(Side::NicIn, bytes).untouched(Verdict::Pass, reason);
+}
+
+fn frame<F: TestFamily>() -> Vec<u8> {
+    tcp(client::<F>(40000), at(F::NODE, ports::WEB_NODE), SYN)
+}
+
+#[test]
+fn headers_that_are_not_understood_pass_in_ipv4() {
+    passes::<V4>(Reason::IpOptions, frame::<V4>(), |b| b[14] = 0x46);
+    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[14] = 0x44);
+    passes::<V4>(Reason::NotIp, frame::<V4>(), |b| b[14] = 0x65);
+    passes::<V4>(Reason::Fragment, frame::<V4>(), |b| b[20] = 0x20);
+    passes::<V4>(Reason::Fragment, frame::<V4>(), |b| b[21] = 1);
+    passes::<V4>(Reason::UnknownProtocol, frame::<V4>(), |b| b[23] = 47);
+    // Lengths that lie: longer than the frame, shorter than its headers.
+    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[17] = 41);
+    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[17] = 39);
+    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[17] = 0);
+    // A TCP header shorter than a TCP header, and longer than its packet.
+    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[46] = 0x40);
+    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[46] = 0x60);
+    for len in 14..frame::<V4>().len() {
+        passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b.truncate(len));
+    }
+    let datagram = udp(client::<V4>(5000), at(V4::NODE, ports::DNS_NODE), b"four");
+    passes::<V4>(Reason::Truncated, datagram.clone(), |b| b[39] = 13);
+    passes::<V4>(Reason::Truncated, datagram, |b| b[39] = 7);
+}
+
+#[test]
+fn headers_that_are_not_understood_pass_in_ipv6() {
+    passes::<V6>(Reason::NotIp, frame::<V6>(), |b| b[14] = 0x40);
+    passes::<V6>(Reason::UnknownProtocol, frame::<V6>(), |b| b[20] = 47);
+    passes::<V6>(Reason::Truncated, frame::<V6>(), |b| b[19] = 21);
+    passes::<V6>(Reason::Truncated, frame::<V6>(), |b| b[19] = 19);
+    for len in 14..frame::<V6>().len() {
+        passes::<V6>(Reason::Truncated, frame::<V6>(), |b| b.truncate(len));
+    }
+    for (next, reason) in [
+        (44, Reason::Fragment),
+        (50, Reason::ExtensionHeader),
+        (51, Reason::ExtensionHeader),
+        (59, Reason::ExtensionHeader),
+        (58, Reason::UnknownProtocol),
+    ] {
+        passes::<V6>(reason, with_extensions(&[(60, 0)], next), |_| ());
+    }
+    // A source route with hops left, and more headers than we walk.
+    passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(43, 0)], 6), |b| b[57] = 1);
+    passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(60, 0); 5], 6), |_| ());
+    // Headers that lead out of the packet.
+    passes::<V6>(Reason::Truncated, with_extensions(&[(0, 0)], 6), |b| b[55] = 20);
+    passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(0, 0)], 6), |b| b[55] = 255);
+}
+
+/// A SYN behind extension headers of (kind, length field).
+fn with_extensions(headers: &[(u8, u8)], last: u8) -> Vec<u8> {
+    let mut bytes = frame::<V6>();
+    let mut chain = Vec::new();
+    for (i, (_, len)) in headers.iter().enumerate() {
+        let next = headers.get(i + 1).map_or(last, |(kind, _)| *kind);
+        let mut header = vec![0; 8 + 8 * usize::from(*len)];
+        header[0] = next;
+        header[1] = *len;
+        chain.extend(header);
+    }
+    bytes[20] = headers[0].0;
+    let payload = u16::from_be_bytes([bytes[18], bytes[19]]) + u16::try_from(chain.len()).expect("short");
+    bytes[18..20].copy_from_slice(&payload.to_be_bytes());
+    bytes.splice(54..54, chain);
+    bytes
+}
+
+#[test]
+fn extension_headers_that_can_be_walked_are_walked() {
+    let node = Node::<V6>::new();
+    for headers in [&[(0, 0)][..], &[(0, 1), (60, 2)], &[(43, 0)], &[(0, 0), (60, 0), (43, 1), (60, 3)]] {
+        let syn = node.send(Side::NicIn, with_extensions(headers, 6));
+        let (src, dst) = syn.seen(Verdict::Pass, Reason::Translated).ends();
+        assert_eq!((src, dst), (client::<V6>(40000), at(V6::POD, ports::TARGET)));
+    }
+}
+
+#[test]
+fn a_udp_checksum_of_zero_stays_zero() {
+    let node = Node::<V4>::new();
+    let mut datagram = udp(client::<V4>(5000), at(V4::NODE, ports::DNS_NODE), b"x");
+    datagram[40..42].copy_from_slice(&[0, 0]);
+    let outcome = node.send(Side::NicIn, datagram);
+    outcome.seen(Verdict::Pass, Reason::Translated);
+    assert_eq!(&outcome.bytes[40..42], &[0, 0]);
+}
+
+#[test]
+fn frames_longer_than_their_packet_are_translated() {
+    // Ethernet pads to 60 bytes.
+    let node = Node::<V4>::new();
+    let mut bytes = frame::<V4>();
+    let len = bytes.len();
+    bytes.resize(60, 0);
+    let outcome = node.send(Side::NicIn, bytes);
+    assert_eq!(outcome.verdict, Verdict::Pass);
+    let (_, dst) = read(&outcome.bytes[..len]).expect("a good packet").ends();
+    assert_eq!(dst, at(V4::POD, ports::TARGET));
+}
+
+#[test]
+fn a_packet_knows_its_length() {
+    assert_eq!(HostPacket::new(&[0; 33], NIC).size(), 33);
+}

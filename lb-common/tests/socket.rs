@@ -1,0 +1,96 @@
+//! The socket edge on the host: what a process asks for, what it is connected to, what it is told.
+
+use std::net::SocketAddr;
+
+use lb_common::abi::{AddressInfo, address_flags, backend_state};
+use lb_common::host::HostTables;
+use lb_common::socket::{self, Peer, Socket};
+use lb_common::testing::{TestFamily, at, cluster, ports};
+use lb_common::{Reason, V4, V6};
+
+const TCP: Socket = Socket { cookie: 17, proto: 6 };
+const UDP: Socket = Socket { cookie: 18, proto: 17 };
+
+fn peer<F: TestFamily>(addr: SocketAddr) -> Peer<F> {
+    Peer { addr: F::wire(addr.ip()), port: addr.port() }
+}
+
+macro_rules! both_families {
+    ($($name:ident)*) => {
+        mod v4 { $(#[test] fn $name() { super::$name::<super::V4>(); })* }
+        mod v6 { $(#[test] fn $name() { super::$name::<super::V6>(); })* }
+    };
+}
+
+both_families! {
+    connections_go_to_the_backend_and_keep_their_name
+    datagrams_stay_with_their_backend_while_it_lives
+    frontends_without_endpoints_refuse
+    what_is_no_frontend_is_left_alone
+    loopback_addresses_serve_node_ports_to_sockets_alone
+}
+
+fn connections_go_to_the_backend_and_keep_their_name<F: TestFamily>() {
+    let tables = cluster::<F>(1);
+    for (frontend, backend) in [
+        (at(F::VIP, ports::WEB), at(F::POD, ports::TARGET)),
+        (at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET)),
+        (at(F::VIP, ports::FAR), at(F::FAR_POD, ports::TARGET)),
+        (at(F::NODE, ports::LOCAL_NODE), at(F::FAR_POD, ports::TARGET)),
+    ] {
+        assert_eq!(socket::connect(&tables, TCP, peer::<F>(frontend)), Ok(peer(backend)));
+        assert_eq!(socket::name(&tables, TCP, peer::<F>(backend)), Ok(peer(frontend)));
+        // Another socket that talks to the backend directly is told the truth.
+        let direct = Socket { cookie: 99, ..TCP };
+        assert_eq!(socket::name(&tables, direct, peer::<F>(backend)), Err(Reason::NotOurs));
+    }
+}
+
+fn datagrams_stay_with_their_backend_while_it_lives<F: TestFamily>() {
+    let mut tables = cluster::<F>(1);
+    let (frontend, backend) = (at(F::VIP, ports::DNS), at(F::POD, ports::TARGET_UDP));
+    assert_eq!(socket::sendmsg(&tables, UDP, peer::<F>(frontend)), Ok(peer(backend)));
+    assert_eq!(socket::name(&tables, UDP, peer::<F>(backend)), Ok(peer(frontend)));
+    // The service would choose another now; this socket is not moved.
+    tables.slots.insert(3, 4);
+    assert_eq!(socket::sendmsg(&tables, UDP, peer::<F>(frontend)), Ok(peer(backend)));
+    tables.backends.get_mut(&3).expect("backend 3").state = backend_state::UNUSED;
+    let other = at(F::FAR_POD, ports::TARGET_UDP);
+    assert_eq!(socket::sendmsg(&tables, UDP, peer::<F>(frontend)), Ok(peer(other)));
+    assert_eq!(socket::name(&tables, UDP, peer::<F>(other)), Ok(peer(frontend)));
+}
+
+fn frontends_without_endpoints_refuse<F: TestFamily>() {
+    let tables = cluster::<F>(1);
+    let connect = |addr| socket::connect(&tables, TCP, peer::<F>(addr));
+    assert_eq!(connect(at(F::VIP, ports::EMPTY)), Err(Reason::NoEndpoints));
+    assert_eq!(connect(at(F::NODE, ports::EMPTY_NODE)), Err(Reason::NoEndpoints));
+    assert_eq!(connect(at(F::VIP, ports::TARGET)), Err(Reason::UnknownPort));
+    let sendmsg = socket::sendmsg(&tables, UDP, peer::<F>(at(F::VIP, ports::EMPTY)));
+    assert_eq!(sendmsg, Err(Reason::NoEndpoints));
+}
+
+fn what_is_no_frontend_is_left_alone<F: TestFamily>() {
+    let tables = cluster::<F>(1);
+    for addr in [at(F::POD, ports::TARGET), at(F::NODE, 22), at(F::CLIENT, 80)] {
+        assert_eq!(socket::connect(&tables, TCP, peer::<F>(addr)), Err(Reason::NotOurs));
+        assert_eq!(socket::sendmsg(&tables, UDP, peer::<F>(addr)), Err(Reason::NotOurs));
+    }
+    assert!(tables.sockets.borrow().is_empty());
+}
+
+fn loopback_addresses_serve_node_ports_to_sockets_alone<F: TestFamily>() {
+    let mut tables: HostTables<F> = cluster::<F>(1);
+    let loopback = at(F::CLIENT, ports::WEB_NODE);
+    let flags = address_flags::LOOPBACK | address_flags::NODE_PORT;
+    tables.addresses.insert(F::wire(loopback.ip()), AddressInfo { flags });
+    let backend = at(F::POD, ports::TARGET);
+    assert_eq!(socket::connect(&tables, TCP, peer::<F>(loopback)), Ok(peer(backend)));
+
+    let mut packet = lb_common::host::HostPacket::new(
+        &lb_common::testing::tcp(at(F::OTHER_POD, 1), loopback, lb_common::wire::tcp_flags::SYN),
+        1,
+    );
+    let outcome = lb_common::pipeline::process::<F, _, _>(&mut packet, &tables, lb_common::abi::Side::NicIn);
+    assert_eq!(outcome, (lb_common::pipeline::Verdict::Pass, Reason::NotOurs));
+}
