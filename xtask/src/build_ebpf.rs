@@ -53,8 +53,7 @@ pub fn build() -> Result<PathBuf> {
 }
 
 fn cargo_build(toolchain: &Toolchain) -> Result<Command> {
-    let mut command = Command::new(host::cargo()?);
-    command.current_dir(host::workspace());
+    let mut command = host::cargo()?;
     for name in env::vars_os().filter_map(|(name, _)| name.into_string().ok()).filter(|name| leaks(name)) {
         command.env_remove(name);
     }
@@ -84,19 +83,10 @@ fn rustflags(linker: &Path) -> String {
 }
 
 /// Whether a variable of the environment would change how the kernel programs are compiled: flags and
-/// profiles that are meant for host programs, wrappers such as clippy's driver, and what the cargo that
-/// started us set for us.
+/// profiles that are meant for host programs, and wrappers such as clippy's driver.
 fn leaks(name: &str) -> bool {
-    let prefixes = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_", "CARGO_UNSTABLE_", "CARGO_PKG_"];
-    let names = [
-        "CARGO_ENCODED_RUSTFLAGS",
-        "CARGO_MANIFEST_DIR",
-        "CARGO_MANIFEST_PATH",
-        "LD_LIBRARY_PATH",
-        "RUSTC_WORKSPACE_WRAPPER",
-        "RUSTC_WRAPPER",
-        "RUSTFLAGS",
-    ];
+    let prefixes = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_", "CARGO_UNSTABLE_"];
+    let names = ["CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS"];
     names.contains(&name) || prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
 

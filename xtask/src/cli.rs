@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::build_ebpf;
+use crate::{build_ebpf, host, snapshot, test};
 
 /// Builds, tests and shows Fairlead.
 ///
@@ -20,19 +20,26 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     BuildEbpf(build_ebpf::Args),
+    Test(test::Args),
+    #[command(hide = true)]
+    Snapshot(snapshot::Args),
 }
 
 impl Command {
     fn run(self) -> Result<()> {
         match self {
             Self::BuildEbpf(args) => build_ebpf::command(&args),
+            Self::Test(args) => test::command(&args),
+            Self::Snapshot(args) => snapshot::command(&args),
         }
     }
 }
 
 /// Parses the arguments and runs the command; a failure is one line on stderr.
 pub fn main() -> ExitCode {
-    match Cli::parse().command.run() {
+    let outcome = Cli::parse().command.run();
+    host::give_back();
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

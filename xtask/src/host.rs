@@ -18,11 +18,56 @@ pub fn workspace() -> &'static Path {
 
 /// Whether we may change the machine.
 pub fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
+    nix::unistd::geteuid().is_root()
 }
 
-/// The cargo that started us, or the first one found.
-pub fn cargo() -> Result<PathBuf> {
+/// After `sudo cargo xtask`, what was built belongs to the user who called sudo, so that they can go on
+/// building without it.
+pub fn give_back() {
+    let (Ok(user), Ok(group)) = (env::var("SUDO_UID"), env::var("SUDO_GID")) else { return };
+    let target = workspace().join("target");
+    if is_root() && target.exists() {
+        let owner = format!("{user}:{group}");
+        let mut chown = Command::new("chown");
+        chown.args(["--recursive", "--no-dereference", "--from=0", &owner]).arg(&target);
+        if let Err(error) = process::run(&mut chown) {
+            say(format!("{} now belongs to root: {error:#}", target.display()));
+        }
+    }
+}
+
+/// A command that runs as root: directly, or through sudo, which may ask for a password.
+pub fn as_root(program: &str) -> Result<Command> {
+    let found = find(program).with_context(|| format!("there is no `{program}` on this machine"))?;
+    if is_root() {
+        return Ok(Command::new(found));
+    }
+    let sudo = find("sudo").context("this needs root, and there is no sudo; run it as root")?;
+    let mut command = Command::new(sudo);
+    command.arg("--preserve-env").arg(found);
+    Ok(command)
+}
+
+/// The cargo that started us, or the first one found, in the root of the workspace.
+///
+/// `cargo xtask` is `cargo run`, which describes our own package in the environment. Build scripts that
+/// look at these variables would find them changed each time, and half of the workspace would be built again.
+pub fn cargo() -> Result<Command> {
+    let mut command = Command::new(cargo_path()?);
+    command.current_dir(workspace());
+    let ours = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(|name| ours.iter().any(|prefix| name.starts_with(prefix))) {
+            command.env_remove(name);
+        }
+    }
+    // What `cargo run` puts in front of it is for our own libraries.
+    command.env_remove("LD_LIBRARY_PATH");
+    Ok(command)
+}
+
+/// Where cargo is.
+pub fn cargo_path() -> Result<PathBuf> {
     env::var_os("CARGO")
         .map(PathBuf::from)
         .or_else(|| find("cargo"))

@@ -6,4 +6,7 @@ pub mod build_ebpf;
 pub mod cli;
 pub mod host;
 pub mod process;
+pub mod setup;
+pub mod snapshot;
+pub mod test;
 pub mod toolchain;

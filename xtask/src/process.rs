@@ -34,11 +34,12 @@ fn cannot_start(command: &Command) -> String {
     format!("`{}` could not be started", show(command))
 }
 
-/// The command line as one would type it in a shell, with the environment that was added to it.
+/// The command line as one would type it in a shell, with the environment that was added to it (but for
+/// PATH, which is long and seldom the reason).
 pub fn show(command: &Command) -> String {
     let mut words = Vec::new();
     for (name, value) in command.get_envs() {
-        if let Some(value) = value {
+        if let Some(value) = value.filter(|_| name != "PATH") {
             words.push(format!("{}={}", name.to_string_lossy(), quote(value)));
         }
     }
@@ -64,7 +65,11 @@ mod tests {
     #[test]
     fn a_command_is_shown_as_it_would_be_typed() {
         let mut command = Command::new("cargo");
-        command.args(["build", "--features", "a b", ""]).env("RUSTFLAGS", "-Cx='y'").env_remove("HOME");
+        command
+            .args(["build", "--features", "a b", ""])
+            .env("RUSTFLAGS", "-Cx='y'")
+            .env("PATH", "/bin")
+            .env_remove("HOME");
         assert_eq!(show(&command), r"RUSTFLAGS='-Cx='\''y'\''' cargo build --features 'a b' ''");
     }
 

@@ -74,7 +74,7 @@ fn perform(step: &Step) -> Result<()> {
         }
         Step::Linker => {
             say(format!("building bpf-linker, once, in about a minute: {}", linker_line()));
-            let mut command = Command::new(host::cargo()?);
+            let mut command = host::cargo()?;
             command.args(linker_args()).env("LLVM_PREFIX", llvm_prefix());
             command.env("PATH", host::path_with(&Path::new(&llvm_prefix()).join("bin")));
             // Flags meant for the user's own programs are none of its business.

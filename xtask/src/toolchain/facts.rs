@@ -86,7 +86,7 @@ fn rustcs() -> Result<Vec<Rustc>> {
     let mut paths = Vec::new();
     paths.extend(std::env::var_os("RUSTC").map(PathBuf::from));
     // Behind rustup's proxies, the toolchain's cargo and rustc stand side by side.
-    paths.extend(host::cargo()?.parent().map(|bin| bin.join("rustc")));
+    paths.extend(host::cargo_path()?.parent().map(|bin| bin.join("rustc")));
     paths.extend(host::find("rustc"));
     paths.push(PathBuf::from("/usr/bin/rustc"));
     for path in paths.iter().filter(|path| path.components().count() == 1 || path.exists()) {
