@@ -17,13 +17,17 @@ use crate::toolchain::{self, TARGET, Toolchain};
 /// Needs rustc with a core library for the BPF target and bpf-linker. Uses what it finds (rust-src of the
 /// active toolchain, or a distribution's precompiled core library) and installs what is missing.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Run clippy on them as well, for the BPF target, and deny warnings
+    #[arg(long)]
+    clippy: bool,
+}
 
 /// The subcommand.
-pub fn command(_: &Args) -> Result<()> {
+pub fn command(args: &Args) -> Result<()> {
     let object = build()?;
     say(format!("kernel programs: {}", object.display()));
-    Ok(())
+    if args.clippy { clippy() } else { Ok(()) }
 }
 
 /// Where the object is, independent of where cargo was told to build the agent.
@@ -41,7 +45,7 @@ fn target_dir() -> PathBuf {
 /// the agent's build script checks.
 pub fn build() -> Result<PathBuf> {
     let toolchain = toolchain::ready()?;
-    process::run(&mut cargo_build(&toolchain)?)?;
+    process::run(&mut cargo("build", &toolchain)?)?;
     let built = target_dir().join(TARGET).join("release/lb-ebpf");
     let object = object();
     if modified(&object).is_none_or(|written| modified(&built).is_none_or(|built| built > written)) {
@@ -52,13 +56,24 @@ pub fn build() -> Result<PathBuf> {
     Ok(object)
 }
 
-fn cargo_build(toolchain: &Toolchain) -> Result<Command> {
+fn clippy() -> Result<()> {
+    let toolchain = toolchain::ready()?;
+    if !toolchain.build_std {
+        // Clippy reads only what its own compiler has written, and a distribution's `core` is by another.
+        say("no clippy for the BPF target: it needs the component rust-src of the active toolchain");
+        return Ok(());
+    }
+    process::run(cargo("clippy", &toolchain)?.args(["--", "--deny", "warnings"]))
+}
+
+fn cargo(subcommand: &str, toolchain: &Toolchain) -> Result<Command> {
     let mut command = host::cargo()?;
     for name in env::vars_os().filter_map(|(name, _)| name.into_string().ok()).filter(|name| leaks(name)) {
         command.env_remove(name);
     }
     command
-        .args(["build", "--locked", "--release", "--package", "lb-ebpf", "--target", TARGET])
+        .arg(subcommand)
+        .args(["--locked", "--release", "--package", "lb-ebpf", "--target", TARGET])
         .arg("--target-dir")
         .arg(target_dir())
         .env("RUSTC", &toolchain.rustc)
