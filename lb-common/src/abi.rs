@@ -221,8 +221,10 @@ pub mod flow_flags {
     pub const REPLY: u8 = 1 << 0;
     /// A FIN was seen in this direction.
     pub const FIN: u8 = 1 << 1;
-    /// A RST was seen in this direction.
-    pub const RST: u8 = 1 << 2;
+    /// A FIN was seen in the other direction.
+    pub const PEER_FIN: u8 = 1 << 2;
+    /// A RST was seen in either direction.
+    pub const RST: u8 = 1 << 3;
 }
 
 /// What happens to a packet after its rewrite; [`Flow::carry`].

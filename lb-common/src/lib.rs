@@ -9,8 +9,26 @@
 #![cfg_attr(not(any(test, feature = "host")), no_std)]
 
 pub mod abi;
+pub mod checksum;
+pub mod family;
+pub mod flow;
+pub mod hash;
+#[cfg(any(test, feature = "host"))]
+pub mod host;
 pub mod maps;
+pub mod packet;
+pub mod parse;
+pub mod pipeline;
 pub mod reason;
+pub mod respond;
+pub mod rewrite;
+pub mod service;
+pub mod socket;
+pub mod tables;
+pub mod wire;
 
 pub use abi::{Addr4, Addr6};
+pub use family::{Family, V4, V6};
+pub use packet::Packet;
 pub use reason::{Hook, Reason};
+pub use tables::Tables;

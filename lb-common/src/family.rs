@@ -1,0 +1,365 @@
+//! IPv4 and IPv6: everything in which they differ. The pipeline itself is written once.
+
+use core::fmt::Debug;
+use core::hash::Hash;
+
+use crate::abi::{Addr4, Addr6, Edge, FlowKey};
+use crate::checksum::{self, Diff};
+use crate::packet::{NETWORK, Packet};
+use crate::parse::Parsed;
+use crate::reason::Reason;
+use crate::wire::{Be16, Be32, EtherType, IcmpHdr, IpProto, Ipv4Hdr, Ipv6ExtHdr, Ipv6Hdr, Quote, Wire};
+
+/// An IP family.
+pub trait Family: Copy + Debug + 'static {
+    /// An address as it stands in a packet.
+    type Addr: Wire + Eq + Ord + Hash + Default + Debug;
+    /// The part of a packet that an ICMP error quotes: the IP header and the 8 bytes behind it.
+    type Quote: Wire;
+
+    /// In host byte order.
+    const ETHER_TYPE: u16;
+    /// `AF_INET` or `AF_INET6`.
+    const ADDRESS_FAMILY: u8;
+    /// Bytes of the IP header without options or extension headers.
+    const HEADER_LEN: usize;
+    /// Protocol number of the family's ICMP.
+    const ICMP: u8;
+    /// ICMP type and code: port unreachable.
+    const PORT_UNREACHABLE: (u8, u8);
+    /// ICMP type and code: TTL or hop limit exceeded in transit.
+    const TIME_EXCEEDED: (u8, u8);
+    /// ICMP type and code: fragmentation needed, or packet too big.
+    const TOO_BIG: (u8, u8);
+
+    /// Checks the IP header and finds the transport header: fills the addresses, protocol and offsets of `parsed`.
+    fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason>;
+
+    /// Writes new addresses into the IP header, and with `forward` takes one from TTL or hop limit.
+    /// `addresses` is what the addresses change in a sum.
+    fn readdress<P: Packet>(
+        packet: &mut P,
+        src: &Self::Addr,
+        dst: &Self::Addr,
+        addresses: Diff,
+        forward: bool,
+    ) -> Result<(), Reason>;
+
+    /// Writes a fresh IP header without options for a packet of ours.
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        src: &Self::Addr,
+        dst: &Self::Addr,
+        proto: u8,
+        payload: u16,
+    ) -> Result<(), Reason>;
+
+    /// The rest-of-header field of a "too big" message.
+    fn too_big_rest(mtu: u32) -> u32;
+
+    /// Whether a packet that is too long may be answered with "too big": not without `DF` on IPv4.
+    fn wants_too_big<P: Packet>(packet: &P) -> Result<bool, Reason>;
+
+    /// Sum of the pseudo-header's words that an ICMP message of this family covers.
+    fn icmp_pseudo(src: &Self::Addr, dst: &Self::Addr, len: u16) -> u32;
+
+    /// The address as an IPv6 address: IPv4-mapped if it is IPv4 (RFC 4291, section 2.5.5.2).
+    fn to_mapped(addr: &Self::Addr) -> Addr6;
+
+    /// The inverse of [`Family::to_mapped`] for addresses that came from it.
+    fn from_mapped(addr: &Addr6) -> Self::Addr;
+
+    /// The address of an external edge; unspecified if it has none of this family.
+    fn edge_addr(edge: &Edge) -> Self::Addr;
+
+    /// Sum of an address' words.
+    #[inline(always)]
+    fn sum(addr: &Self::Addr) -> u32 {
+        checksum::sum_of(addr)
+    }
+
+    /// Sum of the words of a TCP, UDP or ICMPv6 pseudo-header (RFC 9293 section 3.1, RFC 8200 section 8.1).
+    #[inline(always)]
+    fn pseudo(src: &Self::Addr, dst: &Self::Addr, proto: u8, len: u16) -> u32 {
+        Self::sum(src)
+            + Self::sum(dst)
+            + u32::from(Be16::new(u16::from(proto)).raw())
+            + u32::from(Be16::new(len).raw())
+    }
+}
+
+/// IPv4.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct V4;
+
+/// IPv6.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct V6;
+
+/// TTL and hop limit of packets of our own.
+const OWN_TTL: u8 = 64;
+
+/// Extension headers we walk at most; the kernel's own limit for options is of that order.
+const MAX_EXTENSION_HEADERS: usize = 4;
+/// Where a transport header behind extension headers may start at the latest.
+const MAX_TRANSPORT: usize = 512;
+
+impl Family for V4 {
+    type Addr = Addr4;
+    type Quote = Quote<14>;
+
+    const ETHER_TYPE: u16 = u16::from_be(EtherType::Ipv4 as u16);
+    const ADDRESS_FAMILY: u8 = 2;
+    const HEADER_LEN: usize = Ipv4Hdr::LEN;
+    const ICMP: u8 = IpProto::Icmp as u8;
+    const PORT_UNREACHABLE: (u8, u8) = (3, 3);
+    const TIME_EXCEEDED: (u8, u8) = (11, 0);
+    const TOO_BIG: (u8, u8) = (3, 4);
+
+    #[inline(always)]
+    fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason> {
+        let ip = packet.view::<Ipv4Hdr>(NETWORK)?;
+        if ip.version_ihl != Ipv4Hdr::VERSION_IHL {
+            return Err(match ip.version_ihl {
+                0x46..=0x4f => Reason::IpOptions,
+                0x40..=0x44 => Reason::Truncated,
+                _ => Reason::NotIp,
+            });
+        }
+        let room = packet.len().wrapping_sub(NETWORK as u32);
+        let mut len = u32::from(ip.total_len.get());
+        if len == 0 && room > u32::from(u16::MAX) {
+            // A TCP segment larger than the field can say (BIG TCP, kernel commit b1a78b9b9886).
+            len = room;
+        }
+        if len > room {
+            return Err(Reason::Truncated);
+        }
+        if ip.fragment.get() & Ipv4Hdr::IS_FRAGMENT != 0 {
+            return Err(Reason::Fragment);
+        }
+        parsed.ip_len = len;
+        parsed.transport = (NETWORK + Ipv4Hdr::LEN) as u16;
+        parsed.ttl = ip.ttl;
+        parsed.key = FlowKey { src: ip.src, dst: ip.dst, proto: ip.proto, ..FlowKey::default() };
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn readdress<P: Packet>(
+        packet: &mut P,
+        src: &Addr4,
+        dst: &Addr4,
+        addresses: Diff,
+        forward: bool,
+    ) -> Result<(), Reason> {
+        let ip = packet.view_mut::<Ipv4Hdr>(NETWORK)?;
+        let mut diff = addresses;
+        if forward {
+            let word = |ttl| u32::from(u16::from_ne_bytes([ttl, ip.proto]));
+            diff = diff.and(Diff::between(word(ip.ttl), word(ip.ttl.wrapping_sub(1))));
+            ip.ttl = ip.ttl.wrapping_sub(1);
+        }
+        ip.src = *src;
+        ip.dst = *dst;
+        ip.check = Be16::from_raw(diff.apply(ip.check.raw()));
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        src: &Addr4,
+        dst: &Addr4,
+        proto: u8,
+        payload: u16,
+    ) -> Result<(), Reason> {
+        let mut ip = Ipv4Hdr {
+            version_ihl: Ipv4Hdr::VERSION_IHL,
+            tos: 0,
+            total_len: Be16::new(payload.wrapping_add(Ipv4Hdr::LEN as u16)),
+            id: Be16::new(0),
+            fragment: Be16::new(Ipv4Hdr::DONT_FRAGMENT),
+            ttl: OWN_TTL,
+            proto,
+            check: Be16::new(0),
+            src: *src,
+            dst: *dst,
+        };
+        ip.check = Be16::from_raw(checksum::finish(checksum::sum_of(&ip)));
+        *packet.view_mut::<Ipv4Hdr>(NETWORK)? = ip;
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn too_big_rest(mtu: u32) -> u32 {
+        mtu & 0xffff
+    }
+
+    #[inline(always)]
+    fn wants_too_big<P: Packet>(packet: &P) -> Result<bool, Reason> {
+        Ok(packet.view::<Ipv4Hdr>(NETWORK)?.fragment.get() & Ipv4Hdr::DONT_FRAGMENT != 0)
+    }
+
+    #[inline(always)]
+    fn icmp_pseudo(_src: &Addr4, _dst: &Addr4, _len: u16) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn edge_addr(edge: &Edge) -> Addr4 {
+        edge.addr4
+    }
+
+    #[inline(always)]
+    fn to_mapped(addr: &Addr4) -> Addr6 {
+        let [a, b, c, d] = addr.octets;
+        Addr6 { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
+    }
+
+    #[inline(always)]
+    fn from_mapped(addr: &Addr6) -> Addr4 {
+        let [.., a, b, c, d] = addr.octets;
+        Addr4 { octets: [a, b, c, d] }
+    }
+}
+
+impl Family for V6 {
+    type Addr = Addr6;
+    type Quote = Quote<24>;
+
+    const ETHER_TYPE: u16 = u16::from_be(EtherType::Ipv6 as u16);
+    const ADDRESS_FAMILY: u8 = 10;
+    const HEADER_LEN: usize = Ipv6Hdr::LEN;
+    const ICMP: u8 = IpProto::Ipv6Icmp as u8;
+    const PORT_UNREACHABLE: (u8, u8) = (1, 4);
+    const TIME_EXCEEDED: (u8, u8) = (3, 0);
+    const TOO_BIG: (u8, u8) = (2, 0);
+
+    #[inline(always)]
+    fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason> {
+        let ip = packet.view::<Ipv6Hdr>(NETWORK)?;
+        if ip.version_class_flow.get() >> 28 != 6 {
+            return Err(Reason::NotIp);
+        }
+        let room = packet.len().wrapping_sub(NETWORK as u32);
+        let len = u32::from(ip.payload_len.get()) + Ipv6Hdr::LEN as u32;
+        if len > room {
+            return Err(Reason::Truncated);
+        }
+        let mut next = ip.next_header;
+        parsed.ip_len = len;
+        parsed.ttl = ip.hop_limit;
+        parsed.key = FlowKey { src: ip.src, dst: ip.dst, ..FlowKey::default() };
+
+        let mut transport = NETWORK + Ipv6Hdr::LEN;
+        for _ in 0..MAX_EXTENSION_HEADERS {
+            if !is_walkable(next) {
+                break;
+            }
+            if transport > MAX_TRANSPORT {
+                return Err(Reason::ExtensionHeader);
+            }
+            let header = packet.view::<Ipv6ExtHdr>(transport)?;
+            if next == IpProto::Ipv6Route as u8 && header.segments_left != 0 {
+                // The destination in the header is not the last one: whose connection this is, only that one knows.
+                return Err(Reason::ExtensionHeader);
+            }
+            next = header.next_header;
+            transport += 8 + 8 * header.len as usize;
+        }
+        if next == IpProto::Ipv6Frag as u8 {
+            return Err(Reason::Fragment);
+        }
+        if is_walkable(next) || is_opaque(next) || transport > MAX_TRANSPORT {
+            return Err(Reason::ExtensionHeader);
+        }
+        parsed.transport = transport as u16;
+        parsed.key.proto = next;
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn readdress<P: Packet>(
+        packet: &mut P,
+        src: &Addr6,
+        dst: &Addr6,
+        _addresses: Diff,
+        forward: bool,
+    ) -> Result<(), Reason> {
+        let ip = packet.view_mut::<Ipv6Hdr>(NETWORK)?;
+        if forward {
+            ip.hop_limit = ip.hop_limit.wrapping_sub(1);
+        }
+        ip.src = *src;
+        ip.dst = *dst;
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        src: &Addr6,
+        dst: &Addr6,
+        proto: u8,
+        payload: u16,
+    ) -> Result<(), Reason> {
+        *packet.view_mut::<Ipv6Hdr>(NETWORK)? = Ipv6Hdr {
+            version_class_flow: Be32::new(6 << 28),
+            payload_len: Be16::new(payload),
+            next_header: proto,
+            hop_limit: OWN_TTL,
+            src: *src,
+            dst: *dst,
+        };
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn too_big_rest(mtu: u32) -> u32 {
+        mtu
+    }
+
+    #[inline(always)]
+    fn wants_too_big<P: Packet>(_packet: &P) -> Result<bool, Reason> {
+        Ok(true)
+    }
+
+    #[inline(always)]
+    fn icmp_pseudo(src: &Addr6, dst: &Addr6, len: u16) -> u32 {
+        Self::pseudo(src, dst, Self::ICMP, len)
+    }
+
+    #[inline(always)]
+    fn edge_addr(edge: &Edge) -> Addr6 {
+        edge.addr6
+    }
+
+    #[inline(always)]
+    fn to_mapped(addr: &Addr6) -> Addr6 {
+        *addr
+    }
+
+    #[inline(always)]
+    fn from_mapped(addr: &Addr6) -> Addr6 {
+        *addr
+    }
+}
+
+/// Extension headers with the common format (RFC 6564) that say nothing about who talks to whom.
+#[inline(always)]
+const fn is_walkable(next: u8) -> bool {
+    next == IpProto::HopOpt as u8 || next == IpProto::Ipv6Opts as u8 || next == IpProto::Ipv6Route as u8
+}
+
+/// Headers that hide what is behind them, or forbid to change it.
+#[inline(always)]
+const fn is_opaque(next: u8) -> bool {
+    next == IpProto::Ah as u8 || next == IpProto::Esp as u8 || next == IpProto::Ipv6NoNxt as u8
+}
+
+/// Bytes of an ICMP error with its quote, without the IP header.
+#[inline(always)]
+pub const fn icmp_error_len<F: Family>() -> u16 {
+    (IcmpHdr::LEN + size_of::<F::Quote>()) as u16
+}

@@ -1,0 +1,259 @@
+//! Flows: how the two entries of a connection belong together, live and end.
+//!
+//! An entry's key is the tuple as seen at the edge, its value the whole rewrite. So each direction says
+//! everything about the other ([`reverse_key`], [`reverse_value`]): nothing has to be kept twice, and a lost half is restored from
+//! the half that is left.
+
+use core::cell::Cell;
+
+use crate::abi::{Carry, Flow, FlowKey, RESERVED_PORTS_COUNT, RESERVED_PORTS_FIRST, Side, flow_flags};
+use crate::family::Family;
+use crate::hash;
+use crate::parse::Parsed;
+use crate::reason::Reason;
+use crate::tables::{FlowTable, Tables};
+use crate::wire::{IpProto, tcp_flags};
+
+/// An entry's time is refreshed at most this often, so that packets of one flow on many CPUs do not fight for it.
+const REFRESH: u64 = 1_000_000_000;
+/// Without a packet for this long, a UDP flow is over (`nf_conntrack_udp_timeout_stream` has 120 s, too).
+pub const UDP_TIMEOUT: u64 = 120_000_000_000;
+/// Without a packet for this long, a TCP flow is over (`nf_conntrack_tcp_timeout_established`: 5 days).
+pub const TCP_TIMEOUT: u64 = 432_000_000_000_000;
+/// Without an answer for this long, a pending flow is over (`nf_conntrack_tcp_timeout_syn_recv`: 60 s).
+pub const PENDING_TIMEOUT: u64 = 60_000_000_000;
+/// Source ports tried for one new flow.
+const PORT_ATTEMPTS: u16 = 8;
+
+/// The direction an entry was made for.
+#[inline(always)]
+pub const fn is_reply<A: Copy>(flow: &Flow<A>) -> bool {
+    flow.flags & flow_flags::REPLY != 0
+}
+
+/// Where the other direction of a flow is seen.
+#[inline(always)]
+const fn reverse_side(side: u8, carry: u8, reply: bool) -> u8 {
+    const NIC_IN: u8 = Side::NicIn as u8;
+    const NIC_OUT: u8 = Side::NicOut as u8;
+    const POD_IN: u8 = Side::PodIn as u8;
+    const POD_OUT: u8 = Side::PodOut as u8;
+    if carry == Carry::Stack as u8 {
+        match (side, reply) {
+            (NIC_IN, false) => NIC_OUT,
+            (NIC_OUT, true) => NIC_IN,
+            (POD_IN, false) => POD_OUT,
+            _ => POD_IN,
+        }
+    } else {
+        // Forwarded and hairpinned flows come back in where they went out.
+        side
+    }
+}
+
+/// Key of the other direction.
+#[inline(always)]
+pub fn reverse_key<A: Copy>(key: &FlowKey<A>, flow: &Flow<A>) -> FlowKey<A> {
+    FlowKey {
+        src: flow.dst,
+        dst: flow.src,
+        src_port: flow.dst_port,
+        dst_port: flow.src_port,
+        proto: key.proto,
+        side: reverse_side(key.side, flow.carry, is_reply(flow)),
+        pad: 0,
+    }
+}
+
+/// Value of the other direction.
+#[inline(always)]
+pub fn reverse_value<A: Copy>(key: &FlowKey<A>, flow: &Flow<A>) -> Flow<A> {
+    Flow {
+        src: key.dst,
+        dst: key.src,
+        src_port: key.dst_port,
+        dst_port: key.src_port,
+        flags: peer_flags(flow.flags) | ((flow.flags & flow_flags::REPLY) ^ flow_flags::REPLY),
+        pad: [0; 6],
+        ..*flow
+    }
+}
+
+/// Notes in an entry that a packet of its direction passed. `true`: the other half wants to know ([`sync`]).
+#[inline(always)]
+pub fn note_packet<F: Family>(entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>, now: u64) -> bool {
+    let mut flags = 0;
+    if parsed.tcp_flags & tcp_flags::FIN != 0 {
+        flags |= flow_flags::FIN;
+    }
+    if parsed.tcp_flags & tcp_flags::RST != 0 {
+        flags |= flow_flags::RST;
+    }
+    note(entry, flags, now)
+}
+
+/// Adds flags to an entry and refreshes it. `true` if that changed it: a refresh happens once a second.
+#[inline(always)]
+fn note<A: Copy>(entry: &Cell<Flow<A>>, flags: u8, now: u64) -> bool {
+    let flow = entry.as_ptr();
+    // SAFETY: the pointer of a live `Cell`, written field by field so that CPUs that note different things at once
+    // do not undo each other; a torn or lost note costs a late refresh, nothing more.
+    unsafe {
+        let fresh = now.wrapping_sub((*flow).last_seen) < REFRESH;
+        let known = (*flow).flags & flags == flags;
+        if fresh && known {
+            return false;
+        }
+        (*flow).flags |= flags;
+        (*flow).last_seen = now;
+    }
+    true
+}
+
+/// Changes the source port of a flow that is not in a table yet.
+#[inline(always)]
+fn set_src_port<A: Copy>(entry: &Cell<Flow<A>>, port: u16) {
+    // SAFETY: the pointer of a live `Cell` of ours; a copy of the whole flow costs stack that programs do not have.
+    unsafe { (*entry.as_ptr()).src_port = port };
+}
+
+/// Tells the other half of an established flow what this half knows: that the flow lives, or that it ends. Restores
+/// it if it was evicted (rule 2).
+#[inline(never)]
+pub fn sync<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) {
+    let flow = entry.get();
+    let other_key = reverse_key(key, &flow);
+    if let Some(other) = tables.flow(FlowTable::Established, &other_key) {
+        note(&other, peer_flags(flow.flags), flow.last_seen);
+    } else {
+        // A failure is no loss: the next refresh tries again.
+        let _ = tables.add_flow(FlowTable::Established, &other_key, &Cell::new(reverse_value(key, &flow)));
+    }
+}
+
+/// What the flags of one direction mean to the other.
+#[inline(always)]
+const fn peer_flags(flags: u8) -> u8 {
+    let mut peer = flags & flow_flags::RST;
+    if flags & flow_flags::FIN != 0 {
+        peer |= flow_flags::PEER_FIN;
+    }
+    if flags & flow_flags::PEER_FIN != 0 {
+        peer |= flow_flags::FIN;
+    }
+    peer
+}
+
+/// The first answer: both halves move from `PENDING` to `FLOWS`.
+///
+/// The forward half goes first, so that no packet of the flow finds only a reply half; the pending halves go
+/// last. If the table is full for good, the flow stays pending and works.
+#[inline(never)]
+pub fn promote<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<(), Reason> {
+    let other_key = reverse_key(key, &entry.get());
+    let other = Cell::new(reverse_value(key, &entry.get()));
+    tables.put_flow(FlowTable::Established, &other_key, &other)?;
+    tables.put_flow(FlowTable::Established, key, entry)?;
+    tables.remove_flow(FlowTable::Pending, &other_key);
+    tables.remove_flow(FlowTable::Pending, key);
+    Ok(())
+}
+
+/// Forgets a flow, given one of its entries.
+#[inline(never)]
+pub fn forget<F: Family, T: Tables<F>>(
+    tables: &T,
+    table: FlowTable,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+) {
+    tables.remove_flow(table, &reverse_key(key, &entry.get()));
+    tables.remove_flow(table, key);
+}
+
+/// Whether a flow has ended: its tuple may serve another.
+#[inline(always)]
+fn is_over<A: Copy>(table: FlowTable, proto: u8, flow: &Flow<A>, now: u64) -> bool {
+    const BOTH: u8 = flow_flags::FIN | flow_flags::PEER_FIN;
+    let idle = now.saturating_sub(flow.last_seen);
+    match (table, proto == IpProto::Tcp as u8) {
+        (FlowTable::Pending, _) => idle > PENDING_TIMEOUT,
+        (FlowTable::Established, false) => idle > UDP_TIMEOUT,
+        (FlowTable::Established, true) => {
+            idle > TCP_TIMEOUT || flow.flags & flow_flags::RST != 0 || flow.flags & BOTH == BOTH
+        }
+    }
+}
+
+/// Enters a new flow, both halves, into `PENDING`: rule 1, the tuple a reply is known by belongs to one flow.
+///
+/// If the tuple is taken by a live flow (the same client port through two frontends to one backend), the
+/// new flow gets another source port, of the reserved range.
+#[inline(never)]
+pub fn enter<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<(), Reason> {
+    let spread = hash::tuple::<F>(key);
+    // A forwarded packet bears this node's address: it needs a port of ours from the start.
+    let keeps_port = entry.get().carry != Carry::Forward as u8;
+    for attempt in 0..PORT_ATTEMPTS {
+        if attempt != 0 || !keeps_port {
+            set_src_port(entry, reserved_port(spread, attempt));
+        }
+        if is_free::<F, T>(tables, key, entry) && add_reply::<F, T>(tables, key, entry) {
+            return tables.put_flow(FlowTable::Pending, key, entry);
+        }
+    }
+    Err(Reason::PortsExhausted)
+}
+
+/// Whether the tuple that replies of a new flow would have belongs to no other live flow. What is left of flows that
+/// are over, and of this one, is cleared away.
+#[inline(never)]
+fn is_free<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) -> bool {
+    let reply_key = reverse_key(key, &entry.get());
+    for table in [FlowTable::Established, FlowTable::Pending] {
+        if let Some(other) = tables.flow(table, &reply_key) {
+            let flow = other.get();
+            let ours = flow.dst == key.src
+                && flow.dst_port == key.src_port
+                && flow.src == key.dst
+                && flow.src_port == key.dst_port;
+            if !ours && !is_over(table, key.proto, &flow, tables.now()) {
+                return false;
+            }
+            forget::<F, T>(tables, table, &reply_key, &other);
+        }
+    }
+    true
+}
+
+/// Enters the reply half of a new flow; `false` if another was quicker.
+#[inline(never)]
+fn add_reply<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> bool {
+    let reply = Cell::new(reverse_value(key, &entry.get()));
+    tables.add_flow(FlowTable::Pending, &reverse_key(key, &entry.get()), &reply)
+}
+
+/// A port of the reserved range; attempts are far apart, so that neighbours do not meet again.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "masked to the size of the range, which is below 2^16")]
+const fn reserved_port(spread: u32, attempt: u16) -> u16 {
+    const STRIDE: u32 = 5953;
+    const MASK: u32 = RESERVED_PORTS_COUNT as u32 - 1;
+    let offset = spread.wrapping_add(attempt as u32 * STRIDE) & MASK;
+    RESERVED_PORTS_FIRST + offset as u16
+}
+
+const _: () = assert!(RESERVED_PORTS_COUNT.is_power_of_two());
+const _: () = assert!(RESERVED_PORTS_FIRST as u32 + RESERVED_PORTS_COUNT as u32 <= 30000);

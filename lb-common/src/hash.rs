@@ -1,0 +1,96 @@
+//! Hashing of tuples: the same on every node, so that any of them sends a flow to the same backend.
+
+use crate::abi::FlowKey;
+use crate::checksum;
+use crate::family::Family;
+
+/// A hash of a five-tuple, well spread in all bits.
+///
+/// The address words are mixed one by one (their sum would collide for neighbours), with the multipliers and
+/// the finaliser of MurmurHash3's 32-bit variant.
+#[inline(always)]
+pub fn tuple<F: Family>(key: &FlowKey<F::Addr>) -> u32 {
+    let mut hash = u32::from(key.src_port) << 16 | u32::from(key.dst_port);
+    hash = mix(u32::from(key.proto), hash);
+    hash = words::<F>(&key.src, hash);
+    hash = words::<F>(&key.dst, hash);
+    finish(hash)
+}
+
+/// A hash of a socket and the port it asks for, well spread in all bits.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "both halves of the cookie are mixed in")]
+pub const fn socket(cookie: u64, port: u16) -> u32 {
+    finish(mix(mix(port as u32, cookie as u32), (cookie >> 32) as u32))
+}
+
+#[inline(always)]
+fn words<F: Family>(addr: &F::Addr, mut hash: u32) -> u32 {
+    checksum::for_words(addr, |word| hash = mix(hash, u32::from(u16::from_be(word))));
+    hash
+}
+
+#[inline(always)]
+const fn mix(hash: u32, word: u32) -> u32 {
+    let word = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
+    (hash ^ word).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64)
+}
+
+#[inline(always)]
+const fn finish(mut hash: u32) -> u32 {
+    hash ^= hash >> 16;
+    hash = hash.wrapping_mul(0x85eb_ca6b);
+    hash ^= hash >> 13;
+    hash = hash.wrapping_mul(0xc2b2_ae35);
+    hash ^ hash >> 16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::{Addr4, Addr6};
+    use crate::family::{V4, V6};
+
+    #[test]
+    fn consecutive_ports_and_addresses_spread_evenly() {
+        let (mut low, mut high) = ([0u32; 64], [0u32; 64]);
+        for i in 0..64_000u32 {
+            let [a, b, c, d] = (0x0a00_0000 + i / 16).to_be_bytes();
+            let key = FlowKey {
+                src: Addr4 { octets: [a, b, c, d] },
+                dst: Addr4 { octets: [10, 96, 0, 1] },
+                src_port: 32768 + (i % 16) as u16,
+                dst_port: 80,
+                proto: 6,
+                side: 3,
+                pad: 0,
+            };
+            low[tuple::<V4>(&key) as usize % 64] += 1;
+            high[tuple::<V4>(&key) as usize >> 26] += 1;
+        }
+        // 1000 expected in each; six standard deviations are 190.
+        assert!(low.iter().chain(&high).all(|n| (810..1190).contains(n)), "{low:?} {high:?}");
+    }
+
+    #[test]
+    fn the_hash_is_part_of_the_contract_between_nodes() {
+        // A changed hash sends established flows to other backends while nodes are upgraded one by one.
+        let v4 = FlowKey {
+            src: Addr4 { octets: [192, 0, 2, 1] },
+            dst: Addr4 { octets: [10, 96, 0, 10] },
+            src_port: 40000,
+            dst_port: 53,
+            proto: 17,
+            ..FlowKey::default()
+        };
+        let v6 = FlowKey {
+            src: Addr6 { octets: [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] },
+            dst: Addr6 { octets: [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 10] },
+            src_port: 40000,
+            dst_port: 53,
+            proto: 17,
+            ..FlowKey::default()
+        };
+        assert_eq!((tuple::<V4>(&v4), tuple::<V6>(&v6)), (6_450_344, 208_319));
+    }
+}

@@ -1,0 +1,245 @@
+//! The pipeline's surroundings on the host: packets in a buffer, maps in hash maps.
+//!
+//! Tests compare the kernel programs with this, byte by byte; fuzzers and property tests run on it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use crate::abi::{AddressInfo, Backend, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey, SocketPeer};
+use crate::family::Family;
+use crate::packet::{Packet, Route};
+use crate::reason::Reason;
+use crate::tables::{FlowTable, Tables};
+use crate::wire::Wire;
+
+/// What the routing table of the host says about a destination.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HostRoute {
+    /// Out of this device, whose MTU is this.
+    Out { ifindex: u32, mtu: u32 },
+    /// To the node itself.
+    Local,
+    /// The next hop is not resolved.
+    NoNextHop,
+    /// Nowhere.
+    None,
+}
+
+/// A packet in a buffer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostPacket {
+    /// 16-bit words, so that the packet starts at an even address as the kernel's do.
+    words: Vec<u16>,
+    len: usize,
+    ifindex: u32,
+    /// The only route, if any.
+    route: HostRoute,
+    out_ifindex: u32,
+    mtu: u32,
+}
+
+impl HostPacket {
+    /// A packet with an Ethernet header that came in through a device.
+    pub fn new(bytes: &[u8], ifindex: u32) -> Self {
+        let mut packet =
+            Self { words: Vec::new(), len: 0, ifindex, route: HostRoute::None, out_ifindex: 0, mtu: 0 };
+        packet.set(bytes);
+        packet
+    }
+
+    /// The same with a route for whatever it is sent to.
+    #[must_use]
+    pub fn with_route(mut self, route: HostRoute) -> Self {
+        self.route = route;
+        self
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        bytes.truncate(self.len);
+        bytes
+    }
+
+    fn set(&mut self, bytes: &[u8]) {
+        self.words = bytes
+            .chunks(2)
+            .map(|pair| u16::from_ne_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]))
+            .collect();
+        self.len = bytes.len();
+    }
+
+    fn check<T>(&self, at: usize) -> Result<(), Reason> {
+        // Headers stand at even offsets (see `wire`).
+        let fits = at.is_multiple_of(2) && at.checked_add(size_of::<T>()).is_some_and(|end| end <= self.len);
+        if fits { Ok(()) } else { Err(Reason::Truncated) }
+    }
+}
+
+impl Packet for HostPacket {
+    const NEEDS_XDP_TRANSMIT: bool = false;
+
+    fn len(&self) -> u32 {
+        u32::try_from(self.len).unwrap_or(u32::MAX)
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
+        self.check::<T>(at)?;
+        // SAFETY: inside of the buffer, which is aligned to 2 as `at` is; `Wire` types take any bytes.
+        Ok(unsafe { &*self.words.as_ptr().byte_add(at).cast::<T>() })
+    }
+
+    fn view_mut<T: Wire>(&mut self, at: usize) -> Result<&mut T, Reason> {
+        self.check::<T>(at)?;
+        // SAFETY: as in `view`, and the buffer is ours alone.
+        Ok(unsafe { &mut *self.words.as_mut_ptr().byte_add(at).cast::<T>() })
+    }
+
+    fn resize(&mut self, len: u16) -> Result<(), Reason> {
+        self.set(&vec![0; usize::from(len)]);
+        Ok(())
+    }
+
+    fn route<F: Family>(&mut self, _from: &F::Addr, _to: &F::Addr, ip_len: u32) -> Result<Route, Reason> {
+        match self.route {
+            HostRoute::Out { ifindex, mtu } => {
+                self.out_ifindex = ifindex;
+                self.mtu = mtu;
+                if ip_len > mtu { Err(Reason::PacketTooBig) } else { Ok(Route::Out) }
+            }
+            HostRoute::Local => Ok(Route::Local),
+            HostRoute::NoNextHop => Err(Reason::NoNextHop),
+            HostRoute::None => Err(Reason::NoRoute),
+        }
+    }
+
+    fn out_ifindex(&self) -> u32 {
+        self.out_ifindex
+    }
+
+    fn mtu(&self) -> u32 {
+        self.mtu
+    }
+}
+
+type FlowMap<A> = BTreeMap<FlowKey<A>, Rc<Cell<Flow<A>>>>;
+
+/// The maps of one family.
+#[derive(Debug)]
+pub struct HostTables<F: Family> {
+    pub services: BTreeMap<ServiceKey<F::Addr>, Service>,
+    pub addresses: BTreeMap<F::Addr, AddressInfo>,
+    pub slots: BTreeMap<u32, u32>,
+    pub backends: BTreeMap<u32, Backend<F::Addr>>,
+    pub edges: BTreeMap<u32, Edge>,
+    pub sockets: RefCell<BTreeMap<SocketKey, SocketPeer>>,
+    pub flows: RefCell<FlowMap<F::Addr>>,
+    pub pending: RefCell<FlowMap<F::Addr>>,
+    /// What the clock says, ns.
+    pub now: Cell<u64>,
+    /// What chance says.
+    pub random: Cell<u32>,
+}
+
+impl<F: Family> Default for HostTables<F> {
+    fn default() -> Self {
+        Self {
+            services: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            slots: BTreeMap::new(),
+            backends: BTreeMap::new(),
+            edges: BTreeMap::new(),
+            sockets: RefCell::default(),
+            flows: RefCell::default(),
+            pending: RefCell::default(),
+            now: Cell::new(10_000_000_000),
+            random: Cell::new(0),
+        }
+    }
+}
+
+impl<F: Family> HostTables<F> {
+    fn table(&self, table: FlowTable) -> &RefCell<FlowMap<F::Addr>> {
+        match table {
+            FlowTable::Established => &self.flows,
+            FlowTable::Pending => &self.pending,
+        }
+    }
+
+    /// Every entry of a flow table.
+    pub fn entries(&self, table: FlowTable) -> BTreeMap<FlowKey<F::Addr>, Flow<F::Addr>> {
+        self.table(table).borrow().iter().map(|(key, flow)| (*key, flow.get())).collect()
+    }
+}
+
+impl<F: Family> Tables<F> for HostTables<F> {
+    type Entry = Rc<Cell<Flow<F::Addr>>>;
+
+    fn flow(&self, table: FlowTable, key: &FlowKey<F::Addr>) -> Option<Self::Entry> {
+        self.table(table).borrow().get(key).cloned()
+    }
+
+    fn put_flow(
+        &self,
+        table: FlowTable,
+        key: &FlowKey<F::Addr>,
+        flow: &Cell<Flow<F::Addr>>,
+    ) -> Result<(), Reason> {
+        self.table(table).borrow_mut().insert(*key, Rc::new(Cell::new(flow.get())));
+        Ok(())
+    }
+
+    fn add_flow(&self, table: FlowTable, key: &FlowKey<F::Addr>, flow: &Cell<Flow<F::Addr>>) -> bool {
+        let mut table = self.table(table).borrow_mut();
+        if table.contains_key(key) {
+            return false;
+        }
+        table.insert(*key, Rc::new(Cell::new(flow.get())));
+        true
+    }
+
+    fn remove_flow(&self, table: FlowTable, key: &FlowKey<F::Addr>) {
+        self.table(table).borrow_mut().remove(key);
+    }
+
+    fn address(&self, addr: &F::Addr) -> Option<AddressInfo> {
+        self.addresses.get(addr).copied()
+    }
+
+    fn service(&self, key: &ServiceKey<F::Addr>) -> Option<Service> {
+        self.services.get(key).copied()
+    }
+
+    fn slot(&self, index: u32) -> Option<u32> {
+        self.slots.get(&index).copied()
+    }
+
+    fn backend(&self, id: u32) -> Option<Backend<F::Addr>> {
+        self.backends.get(&id).copied()
+    }
+
+    fn edge(&self, ifindex: u32) -> Option<Edge> {
+        self.edges.get(&ifindex).copied()
+    }
+
+    fn socket(&self, key: &SocketKey) -> Option<SocketPeer> {
+        self.sockets.borrow().get(key).copied()
+    }
+
+    fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
+        self.sockets.borrow_mut().insert(*key, *peer);
+    }
+
+    fn now(&self) -> u64 {
+        self.now.get()
+    }
+
+    fn random(&self) -> u32 {
+        self.random.get()
+    }
+}

@@ -1,0 +1,110 @@
+//! The bytes of one packet, wherever they are: in a driver's buffer (XDP), in a socket buffer (tc), or in a
+//! `Vec` of a test.
+
+use core::mem::offset_of;
+
+use crate::checksum::Diff;
+use crate::family::Family;
+use crate::reason::Reason;
+use crate::wire::{Be16, EthHdr, Mac, TcpHdr, UdpHdr, Wire};
+
+/// Where the network header starts: programs run on devices with an Ethernet header.
+pub const NETWORK: usize = EthHdr::LEN;
+
+/// Where a route leads.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// Out of a device, to a next hop; the packet remembers both.
+    Out = 1,
+    /// To this node itself.
+    Local = 2,
+}
+
+/// One packet with an Ethernet header.
+pub trait Packet {
+    /// A packet can only be sent to devices that `EDGES` marks [`crate::abi::edge_flags::XDP_TRANSMIT`], or back
+    /// where it came from.
+    const NEEDS_XDP_TRANSMIT: bool;
+
+    /// Bytes, the Ethernet header included.
+    fn len(&self) -> u32;
+
+    /// The device it came in through, or goes out of.
+    fn ifindex(&self) -> u32;
+
+    /// Looks at a header at a byte offset; [`Reason::Truncated`] if the packet ends before it does.
+    fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason>;
+
+    /// As [`Packet::view`], to change it in place.
+    fn view_mut<T: Wire>(&mut self, at: usize) -> Result<&mut T, Reason>;
+
+    /// Makes the packet this long. What was in it is lost; offloads (GSO) are given up.
+    fn resize(&mut self, len: u16) -> Result<(), Reason>;
+
+    /// Finds the way to `to` in the node's routing table and remembers next hop and MTU for the verdict.
+    ///
+    /// [`Reason::NoNextHop`]: this hook cannot send it there, a later one can. [`Reason::PacketTooBig`]: longer
+    /// than the MTU of the way, which [`Packet::mtu`] then tells.
+    fn route<F: Family>(&mut self, from: &F::Addr, to: &F::Addr, ip_len: u32) -> Result<Route, Reason>;
+
+    /// The device of the last [`Route::Out`].
+    fn out_ifindex(&self) -> u32;
+
+    /// MTU of the last way that was too narrow, bytes.
+    fn mtu(&self) -> u32;
+
+    /// Updates a TCP or UDP checksum: `pseudo` for the addresses, which it covers through the pseudo-header,
+    /// `body` for the header itself.
+    ///
+    /// A socket buffer overrides this: with `CHECKSUM_PARTIAL` its field holds the pseudo-header's sum alone.
+    #[inline(always)]
+    fn update_checksum<F: Family>(
+        &mut self,
+        field: ChecksumField,
+        pseudo: Diff,
+        body: Diff,
+    ) -> Result<(), Reason> {
+        let check = self.view_mut::<Be16>(field.at())?;
+        let diff = pseudo.and(body);
+        *check = Be16::from_raw(match field {
+            ChecksumField::Tcp { .. } => diff.apply(check.raw()),
+            ChecksumField::Udp { .. } => diff.apply_udp(check.raw()),
+        });
+        Ok(())
+    }
+
+    /// Exchanges the Ethernet addresses, so that the packet goes back where it came from.
+    #[inline(always)]
+    fn turn_around(&mut self) -> Result<(), Reason> {
+        let eth = self.view_mut::<EthHdr>(0)?;
+        let src: Mac = eth.src;
+        eth.src = eth.dst;
+        eth.dst = src;
+        Ok(())
+    }
+}
+
+/// Where a transport checksum is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ChecksumField {
+    Tcp {
+        /// Offset of the TCP header.
+        header: usize,
+    },
+    Udp {
+        /// Offset of the UDP header.
+        header: usize,
+    },
+}
+
+impl ChecksumField {
+    /// Offset of the field.
+    #[inline(always)]
+    pub const fn at(self) -> usize {
+        match self {
+            Self::Tcp { header } => header + offset_of!(TcpHdr, check),
+            Self::Udp { header } => header + offset_of!(UdpHdr, check),
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! From bytes to the five-tuple.
+
+use crate::abi::{FlowKey, Side};
+use crate::family::Family;
+use crate::packet::Packet;
+use crate::reason::Reason;
+use crate::wire::{IpProto, TcpHdr, UdpHdr, tcp_flags};
+
+/// What the pipeline needs to know about a packet.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Parsed<F: Family> {
+    pub key: FlowKey<F::Addr>,
+    /// Length the IP header states, bytes, the header included.
+    pub ip_len: u32,
+    /// Offset of the transport header in the packet.
+    pub transport: u16,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// TCP flags; 0 for other protocols.
+    pub tcp_flags: u8,
+}
+
+impl<F: Family> Default for Parsed<F> {
+    #[inline(always)]
+    fn default() -> Self {
+        Self { key: FlowKey::default(), ip_len: 0, transport: 0, ttl: 0, tcp_flags: 0 }
+    }
+}
+
+impl<F: Family> Parsed<F> {
+    /// Whether the packet is TCP.
+    #[inline(always)]
+    pub const fn is_tcp(&self) -> bool {
+        self.key.proto == IpProto::Tcp as u8
+    }
+
+    /// Whether the packet opens a TCP connection.
+    #[inline(always)]
+    pub const fn is_opening(&self) -> bool {
+        const MASK: u8 = tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST | tcp_flags::FIN;
+        self.tcp_flags & MASK == tcp_flags::SYN
+    }
+}
+
+/// Checks every header and every length of a packet and fills `parsed`.
+///
+/// # Errors
+///
+/// The reason why the packet is left alone; nothing was changed.
+#[inline(always)]
+pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F>) -> Result<(), Reason> {
+    F::parse(packet, parsed)?;
+    parsed.key.side = side as u8;
+    let transport = parsed.transport as usize;
+    // Bytes of the IP packet from the transport header on.
+    let room = (parsed.ip_len + crate::packet::NETWORK as u32).saturating_sub(transport as u32);
+    if parsed.is_tcp() {
+        let tcp = packet.view::<TcpHdr>(transport)?;
+        let header = u32::from(tcp.offset >> 4) * 4;
+        if header < TcpHdr::LEN as u32 || header > room {
+            return Err(Reason::Truncated);
+        }
+        parsed.tcp_flags = tcp.flags;
+        parsed.key.src_port = tcp.ports.src.get();
+        parsed.key.dst_port = tcp.ports.dst.get();
+    } else if parsed.key.proto == IpProto::Udp as u8 {
+        let udp = packet.view::<UdpHdr>(transport)?;
+        let len = u32::from(udp.len.get());
+        if len < UdpHdr::LEN as u32 || len > room {
+            return Err(Reason::Truncated);
+        }
+        parsed.key.src_port = udp.ports.src.get();
+        parsed.key.dst_port = udp.ports.dst.get();
+    } else {
+        return Err(Reason::UnknownProtocol);
+    }
+    Ok(())
+}

@@ -1,0 +1,275 @@
+//! The pipeline every packet goes through, written once for both families, for XDP and tc, for NICs and
+//! pods, for the kernel and the host.
+//!
+//! An established packet costs one lookup in `FLOWS` and one rewrite, whatever the kind of translation. All others
+//! come further: what is not addressed to this node or a Service leaves after one lookup more; a new connection
+//! is looked up in the service tables, gets a backend and its two entries.
+
+use core::cell::Cell;
+
+use crate::abi::{AddressInfo, Carry, Flow, ServiceKey, Side, address_flags, backend_flags, edge_flags};
+use crate::family::Family;
+use crate::flow;
+use crate::hash;
+use crate::packet::{Packet, Route};
+use crate::parse::{Parsed, parse};
+use crate::reason::{Action, Reason};
+use crate::respond::respond;
+use crate::rewrite::rewrite;
+use crate::service::{self, Scope};
+use crate::tables::{FlowTable, Tables};
+use crate::wire::tcp_flags;
+
+/// What the hook has to do with the packet.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Verdict {
+    /// On its way: untouched, or rewritten for the stack, the pod or the client.
+    Pass = 0,
+    /// Out to the next hop that [`Packet::route`] found.
+    Forward = 1,
+    /// Back out of the device it came in through; the Ethernet addresses are turned around.
+    SendBack = 2,
+    Drop = 3,
+}
+
+/// Takes one packet through the pipeline. The reason is what is counted.
+#[inline(always)]
+pub fn process<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    side: Side,
+) -> (Verdict, Reason) {
+    let mut parsed = Parsed::<F>::default();
+    let result = match side {
+        Side::NicIn | Side::PodIn => ingress(packet, tables, side, &mut parsed),
+        Side::NicOut | Side::PodOut => egress(packet, tables, side, &mut parsed),
+    };
+    match result {
+        Ok(Carry::Stack) => (Verdict::Pass, Reason::Translated),
+        Ok(Carry::Forward) => (Verdict::Forward, Reason::Forwarded),
+        Ok(Carry::Bounce) => (Verdict::SendBack, Reason::Hairpinned),
+        Err(reason) => match reason.action() {
+            Action::Pass => (Verdict::Pass, reason),
+            Action::Carry | Action::Drop => (Verdict::Drop, reason),
+            Action::Reject | Action::Expire | Action::Shrink => match respond(packet, &parsed, reason) {
+                Ok(()) => (Verdict::SendBack, reason),
+                Err(reason) => (Verdict::Drop, reason),
+            },
+        },
+    }
+}
+
+/// A packet that comes in: from outside, or from a pod.
+#[inline(always)]
+fn ingress<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    side: Side,
+    parsed: &mut Parsed<F>,
+) -> Result<Carry, Reason> {
+    parse(packet, side, parsed)?;
+    if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key) {
+        if let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Established)? {
+            return Ok(carry);
+        }
+    }
+    // Every entry of an incoming side has an address of this node or of a Service as destination.
+    let info = tables.address(&parsed.key.dst).ok_or(Reason::NotOurs)?;
+    if let Some(entry) = tables.flow(FlowTable::Pending, &parsed.key) {
+        if let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Pending)? {
+            return Ok(carry);
+        }
+    }
+    begin(packet, tables, parsed, info)
+}
+
+/// A packet that goes out: to a client outside, or to a pod. Only replies of flows are translated here.
+#[inline(always)]
+fn egress<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    side: Side,
+    parsed: &mut Parsed<F>,
+) -> Result<Carry, Reason> {
+    parse(packet, side, parsed)?;
+    if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key) {
+        return follow(packet, tables, parsed, &entry, FlowTable::Established)?.ok_or(Reason::NotOurs);
+    }
+    let entry = tables.flow(FlowTable::Pending, &parsed.key).ok_or(Reason::NotOurs)?;
+    follow(packet, tables, parsed, &entry, FlowTable::Pending)?.ok_or(Reason::NotOurs)
+}
+
+/// A packet of a flow. `None`: the flow does not speak for this packet, which begins a new one.
+#[inline(always)]
+fn follow<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+    table: FlowTable,
+) -> Result<Option<Carry>, Reason> {
+    let pending = table as u32 == FlowTable::Pending as u32;
+    let flow = entry.get();
+    if flow::is_reply(&flow) {
+        if parsed.is_opening() {
+            // The backend opens a connection of its own from the port it serves on.
+            return Err(Reason::NotOurs);
+        }
+        if pending {
+            flow::promote::<F, T>(tables, &parsed.key, entry)?;
+        }
+    } else {
+        // A new SYN on an old tuple is a new connection; on a pending one it is the first SYN again.
+        let reopens = parsed.is_opening() && !pending;
+        let may_move = !parsed.is_tcp() || parsed.is_opening();
+        if reopens || (may_move && !service::is_alive::<F, T>(tables, flow.backend, flow.generation)) {
+            flow::forget::<F, T>(tables, table, &parsed.key, entry);
+            return Ok(None);
+        }
+    }
+    if flow::note_packet(entry, parsed, tables.now()) && !pending {
+        flow::sync::<F, T>(tables, &parsed.key, entry);
+    }
+    carry(packet, tables, parsed, entry).map(Some)
+}
+
+/// A packet without a flow, addressed to this node or to a Service: a new flow, if there is a frontend.
+#[inline(never)]
+fn begin<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    info: AddressInfo,
+) -> Result<Carry, Reason> {
+    let flow = Cell::new(Flow::default());
+    select::<F, T>(tables, parsed, info, &flow)?;
+    if parsed.key.side == Side::NicIn as u8 {
+        find_way(packet, tables, parsed, &flow)?;
+    }
+    flow::enter::<F, T>(tables, &parsed.key, &flow)?;
+    carry(packet, tables, parsed, &flow)
+}
+
+/// Finds the frontend and chooses a backend.
+#[inline(never)]
+fn select<F: Family, T: Tables<F>>(
+    tables: &T,
+    parsed: &Parsed<F>,
+    info: AddressInfo,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<(), Reason> {
+    if info.flags & address_flags::LOOPBACK != 0 {
+        return Err(Reason::NotOurs);
+    }
+    let key = &parsed.key;
+    let from_pod = key.side == Side::PodIn as u8;
+    let scope = if from_pod { Scope::Internal } else { Scope::External };
+    let frontend = ServiceKey { addr: key.dst, port: key.dst_port, proto: key.proto, pad: 0 };
+    let service = service::find::<F, T>(tables, &frontend, info)?;
+    if parsed.tcp_flags & tcp_flags::RST != 0 {
+        return Err(Reason::StrayReset);
+    }
+    let choice = service::choose::<F, T>(tables, &service, scope, hash::tuple::<F>(key))?;
+    // A pod that is its own backend would take a packet from itself for a stray: it gets one from the frontend,
+    // and its answer finds the way back here.
+    let hairpin = from_pod && choice.backend.addr == key.src;
+    let local = choice.backend.flags & backend_flags::LOCAL != 0;
+    entry.set(Flow {
+        last_seen: tables.now(),
+        backend: choice.id,
+        generation: choice.backend.generation,
+        service: choice.service,
+        src: if hairpin { key.dst } else { key.src },
+        src_port: key.src_port,
+        dst: choice.backend.addr,
+        dst_port: choice.backend.port,
+        flags: 0,
+        carry: match (hairpin, from_pod || local) {
+            (true, _) => Carry::Bounce,
+            (false, true) => Carry::Stack,
+            (false, false) => Carry::Forward,
+        } as u8,
+        pad: [0; 6],
+    });
+    Ok(())
+}
+
+/// Where a connection from outside goes on to another node, and with which source address.
+#[inline(never)]
+fn find_way<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<(), Reason> {
+    let mut flow = entry.get();
+    if flow.carry != Carry::Forward as u8 {
+        return Ok(());
+    }
+    let edge = match packet.route::<F>(&flow.src, &flow.dst, parsed.ip_len)? {
+        Route::Out => tables.edge(packet.out_ifindex()),
+        Route::Local => None,
+    };
+    match edge {
+        Some(edge) => {
+            flow.src = F::edge_addr(&edge);
+            if flow.src == F::Addr::default() {
+                return Err(Reason::NoRoute);
+            }
+        }
+        // A way through a device that is no external edge leads to a pod of this node after all.
+        None => flow.carry = Carry::Stack as u8,
+    }
+    entry.set(flow);
+    Ok(())
+}
+
+/// Rewrites the packet as its flow says and prepares its way.
+#[inline(never)]
+fn carry<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<Carry, Reason> {
+    let flow = entry.get();
+    if flow.carry == Carry::Stack as u8 {
+        rewrite(packet, parsed, &flow, false)?;
+        return Ok(Carry::Stack);
+    }
+    // From here on we are the router: TTL and MTU are ours to respect.
+    if parsed.ttl <= 1 {
+        return Err(Reason::TtlExceeded);
+    }
+    if flow.carry == Carry::Bounce as u8 {
+        rewrite(packet, parsed, &flow, true)?;
+        packet.turn_around()?;
+        return Ok(Carry::Bounce);
+    }
+    find_next_hop(packet, tables, parsed, entry)?;
+    rewrite(packet, parsed, &flow, true)?;
+    Ok(Carry::Forward)
+}
+
+/// Has the packet remember where its flow's new destination is reached.
+#[inline(never)]
+fn find_next_hop<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<(), Reason> {
+    let Flow { src, dst, .. } = entry.get();
+    if matches!(packet.route::<F>(&src, &dst, parsed.ip_len)?, Route::Local) {
+        return Err(Reason::NoRoute);
+    }
+    if P::NEEDS_XDP_TRANSMIT && packet.out_ifindex() != packet.ifindex() {
+        let transmits =
+            tables.edge(packet.out_ifindex()).is_some_and(|e| e.flags & edge_flags::XDP_TRANSMIT != 0);
+        if !transmits {
+            return Err(Reason::NoNextHop);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! The socket edge: processes that ask for a frontend are connected to its backend from the start.
+//!
+//! No packet of theirs is translated afterwards. What a socket knows of its peers (`SOCKETS`) keeps the names
+//! straight: `getpeername` and `recvmsg` tell the address that the process asked for.
+
+use crate::abi::{ServiceKey, SocketKey, SocketPeer, SocketSide};
+use crate::family::Family;
+use crate::hash;
+use crate::reason::Reason;
+use crate::service::{self, Scope};
+use crate::tables::Tables;
+
+/// A remote address of a socket: what it asks for, or what it is told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Peer<F: Family> {
+    pub addr: F::Addr,
+    /// Host byte order.
+    pub port: u16,
+}
+
+/// Which socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Socket {
+    /// `bpf_get_socket_cookie()`.
+    pub cookie: u64,
+    /// IP protocol number.
+    pub proto: u8,
+}
+
+/// `connect()`: the backend to connect to instead of `peer`.
+///
+/// # Errors
+///
+/// [`Reason::NotOurs`], or why there is no backend.
+#[inline(always)]
+pub fn connect<F: Family, T: Tables<F>>(
+    tables: &T,
+    socket: Socket,
+    peer: Peer<F>,
+) -> Result<Peer<F>, Reason> {
+    let (backend, _) = choose(tables, socket, peer)?;
+    Ok(backend)
+}
+
+/// `sendto()` and `sendmsg()` of an unconnected socket: the backend to send to instead of `peer`; the same for
+/// all datagrams to one frontend, as long as it is there.
+///
+/// # Errors
+///
+/// [`Reason::NotOurs`], or why there is no backend.
+#[inline(always)]
+pub fn sendmsg<F: Family, T: Tables<F>>(
+    tables: &T,
+    socket: Socket,
+    peer: Peer<F>,
+) -> Result<Peer<F>, Reason> {
+    let key = key(socket, peer, SocketSide::Forward);
+    if let Some(known) = tables.socket(&key)
+        && service::is_alive::<F, T>(tables, known.backend, known.generation)
+    {
+        return Ok(Peer { addr: F::from_mapped(&known.addr), port: known.port });
+    }
+    let (backend, known) = choose(tables, socket, peer)?;
+    tables.put_socket(&key, &known);
+    Ok(backend)
+}
+
+/// `recvmsg()` and `getpeername()`: the frontend that the process knows `peer` by.
+///
+/// # Errors
+///
+/// [`Reason::NotOurs`].
+#[inline(always)]
+pub fn name<F: Family, T: Tables<F>>(tables: &T, socket: Socket, peer: Peer<F>) -> Result<Peer<F>, Reason> {
+    let known = tables.socket(&key(socket, peer, SocketSide::Reply)).ok_or(Reason::NotOurs)?;
+    Ok(Peer { addr: F::from_mapped(&known.addr), port: known.port })
+}
+
+/// Chooses a backend and remembers which frontend it stands for.
+#[inline(always)]
+fn choose<F: Family, T: Tables<F>>(
+    tables: &T,
+    socket: Socket,
+    peer: Peer<F>,
+) -> Result<(Peer<F>, SocketPeer), Reason> {
+    let info = tables.address(&peer.addr).ok_or(Reason::NotOurs)?;
+    let frontend = ServiceKey { addr: peer.addr, port: peer.port, proto: socket.proto, pad: 0 };
+    let service = service::find::<F, T>(tables, &frontend, info)?;
+    let spread = hash::socket(socket.cookie, peer.port);
+    let choice = service::choose::<F, T>(tables, &service, Scope::Internal, spread)?;
+    let backend = Peer::<F> { addr: choice.backend.addr, port: choice.backend.port };
+    let mut known = SocketPeer {
+        addr: F::to_mapped(&peer.addr),
+        port: peer.port,
+        pad: 0,
+        backend: choice.id,
+        generation: choice.backend.generation,
+    };
+    tables.put_socket(&key(socket, backend, SocketSide::Reply), &known);
+    known.addr = F::to_mapped(&backend.addr);
+    known.port = backend.port;
+    Ok((backend, known))
+}
+
+#[inline(always)]
+fn key<F: Family>(socket: Socket, peer: Peer<F>, side: SocketSide) -> SocketKey {
+    SocketKey {
+        cookie: socket.cookie,
+        addr: F::to_mapped(&peer.addr),
+        port: peer.port,
+        side: side as u8,
+        proto: socket.proto,
+        pad: 0,
+    }
+}

@@ -1,0 +1,20 @@
+//! What the agent sets at load ([`lb_common::maps::globals`]): read-only afterwards, so that the verifier removes
+//! the code that is switched off.
+
+use aya_ebpf::Global;
+
+/// Cookie of the node's network namespace; 0: sockets of all namespaces are served.
+#[unsafe(no_mangle)]
+pub static NODE_NETNS: Global<u64> = Global::new(0);
+
+/// The kernel has `bpf_set_retval` for socket hooks.
+#[unsafe(no_mangle)]
+pub static HAVE_SET_RETVAL: Global<u8> = Global::new(1);
+
+/// The kernel has `bpf_ktime_get_coarse_ns`.
+#[unsafe(no_mangle)]
+pub static HAVE_COARSE_CLOCK: Global<u8> = Global::new(1);
+
+/// The kernel knows `BPF_F_IPV6`.
+#[unsafe(no_mangle)]
+pub static HAVE_CSUM_IPV6: Global<u8> = Global::new(1);

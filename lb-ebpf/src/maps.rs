@@ -1,0 +1,189 @@
+//! The maps, and the pipeline's view of them.
+
+use core::cell::Cell;
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
+use aya_ebpf::macros::btf_map;
+use lb_common::abi::{
+    AddressInfo, Backend, Counter, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey, SocketPeer,
+};
+use lb_common::maps::{
+    DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING, MAX_ADDRESSES,
+    MAX_EDGES, MAX_SOCKETS, NO_PREALLOC, SLOTS_PER_BACKEND,
+};
+use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
+use lb_common::tables::FlowTable;
+use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6};
+
+use crate::globals::HAVE_COARSE_CLOCK;
+
+const SERVICE_COUNT: usize = DEFAULT_MAX_SERVICES as usize;
+const BACKEND_COUNT: usize = DEFAULT_MAX_BACKENDS as usize;
+const SLOT_COUNT: usize = (DEFAULT_MAX_BACKENDS * SLOTS_PER_BACKEND) as usize;
+const ADDRESS_COUNT: usize = MAX_ADDRESSES as usize;
+const FLOW_COUNT: usize = DEFAULT_MAX_FLOWS as usize;
+const PENDING_COUNT: usize = (DEFAULT_MAX_FLOWS / FLOWS_PER_PENDING) as usize;
+const WRITTEN_BY_AGENT: usize = NO_PREALLOC as usize;
+
+#[btf_map]
+static SERVICES4: HashMap<ServiceKey<Addr4>, Service, SERVICE_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static SERVICES6: HashMap<ServiceKey<Addr6>, Service, SERVICE_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static BACKENDS4: Array<Backend<Addr4>, BACKEND_COUNT> = Array::new();
+#[btf_map]
+static BACKENDS6: Array<Backend<Addr6>, BACKEND_COUNT> = Array::new();
+#[btf_map]
+static SLOTS: Array<u32, SLOT_COUNT> = Array::new();
+#[btf_map]
+static ADDRESSES4: HashMap<Addr4, AddressInfo, ADDRESS_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static ADDRESSES6: HashMap<Addr6, AddressInfo, ADDRESS_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static EDGES: HashMap<u32, Edge, { MAX_EDGES as usize }, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static FLOWS4: LruHashMap<FlowKey<Addr4>, Flow<Addr4>, FLOW_COUNT> = LruHashMap::new();
+#[btf_map]
+static FLOWS6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, FLOW_COUNT> = LruHashMap::new();
+#[btf_map]
+static PENDING4: LruHashMap<FlowKey<Addr4>, Flow<Addr4>, PENDING_COUNT> = LruHashMap::new();
+#[btf_map]
+static PENDING6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, PENDING_COUNT> = LruHashMap::new();
+#[btf_map]
+static SOCKETS: LruHashMap<SocketKey, SocketPeer, { MAX_SOCKETS as usize }> = LruHashMap::new();
+#[btf_map]
+static COUNTERS: PerCpuArray<Counter, { COUNTER_COUNT as usize }> = PerCpuArray::new();
+
+/// Counts one packet, or one call of a socket hook.
+#[inline(always)]
+pub fn count(hook: Hook, reason: Reason, bytes: u32) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(counter_index(hook, reason)) {
+        // SAFETY: this CPU's own value; programs of one CPU that interrupt each other may lose a count, no more.
+        unsafe {
+            (*counter).packets = (*counter).packets.wrapping_add(1);
+            (*counter).bytes = (*counter).bytes.wrapping_add(u64::from(bytes));
+        }
+    }
+}
+
+/// The kernel's maps.
+pub struct Kernel;
+
+/// The flow in a cell, to be copied into a map at once.
+#[inline(always)]
+fn value<A: Copy>(flow: &Cell<Flow<A>>) -> &Flow<A> {
+    // SAFETY: the cell is on this program's stack, or a map value whose concurrent change the copy may or may not see.
+    unsafe { &*flow.as_ptr() }
+}
+
+/// The maps of one family differ in their names alone.
+macro_rules! tables {
+    ($family:ty, $addr:ty, $services:ident, $backends:ident, $addresses:ident, $flows:ident, $pending:ident) => {
+        impl Tables<$family> for Kernel {
+            type Entry = &'static Cell<Flow<$addr>>;
+
+            #[inline(always)]
+            fn flow(&self, table: FlowTable, key: &FlowKey<$addr>) -> Option<Self::Entry> {
+                let entry = match table {
+                    FlowTable::Established => $flows.get_ptr_mut(key),
+                    FlowTable::Pending => $pending.get_ptr_mut(key),
+                }?;
+                // SAFETY: a map value stays mapped while the program runs; a `Cell` asks for no more. Under LRU pressure
+                // the slot may be given to another flow meanwhile: what is read is checked nowhere to be of this flow
+                // for longer than one packet.
+                Some(unsafe { &*entry.cast::<Cell<Flow<$addr>>>() })
+            }
+
+            #[inline(always)]
+            fn put_flow(
+                &self,
+                table: FlowTable,
+                key: &FlowKey<$addr>,
+                flow: &Cell<Flow<$addr>>,
+            ) -> Result<(), Reason> {
+                match table {
+                    FlowTable::Established => $flows.insert(key, value(flow), u64::from(BPF_ANY)),
+                    FlowTable::Pending => $pending.insert(key, value(flow), u64::from(BPF_ANY)),
+                }
+                .map_err(|_| Reason::FlowTableFull)
+            }
+
+            #[inline(always)]
+            fn add_flow(&self, table: FlowTable, key: &FlowKey<$addr>, flow: &Cell<Flow<$addr>>) -> bool {
+                match table {
+                    FlowTable::Established => $flows.insert(key, value(flow), u64::from(BPF_NOEXIST)),
+                    FlowTable::Pending => $pending.insert(key, value(flow), u64::from(BPF_NOEXIST)),
+                }
+                .is_ok()
+            }
+
+            #[inline(always)]
+            fn remove_flow(&self, table: FlowTable, key: &FlowKey<$addr>) {
+                // That it is gone already is as good.
+                let _ = match table {
+                    FlowTable::Established => $flows.remove(key),
+                    FlowTable::Pending => $pending.remove(key),
+                };
+            }
+
+            #[inline(always)]
+            fn address(&self, addr: &$addr) -> Option<AddressInfo> {
+                // SAFETY: the value is copied at once.
+                unsafe { $addresses.get(addr) }.copied()
+            }
+
+            #[inline(always)]
+            fn service(&self, key: &ServiceKey<$addr>) -> Option<Service> {
+                // SAFETY: the value is copied at once; the agent replaces entries as a whole.
+                unsafe { $services.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn slot(&self, index: u32) -> Option<u32> {
+                SLOTS.get(index).copied()
+            }
+
+            #[inline(always)]
+            fn backend(&self, id: u32) -> Option<Backend<$addr>> {
+                $backends.get(id).copied()
+            }
+
+            #[inline(always)]
+            fn edge(&self, ifindex: u32) -> Option<Edge> {
+                // SAFETY: the value is copied at once.
+                unsafe { EDGES.get(ifindex) }.copied()
+            }
+
+            #[inline(always)]
+            fn socket(&self, key: &SocketKey) -> Option<SocketPeer> {
+                // SAFETY: the value is copied at once.
+                unsafe { SOCKETS.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
+                // If it fails, the process sees the backend's address: no connection is lost for that.
+                let _ = SOCKETS.insert(key, peer, u64::from(BPF_ANY));
+            }
+
+            #[inline(always)]
+            fn now(&self) -> u64 {
+                // SAFETY: helpers without arguments.
+                unsafe {
+                    if HAVE_COARSE_CLOCK.load() != 0 { bpf_ktime_get_coarse_ns() } else { bpf_ktime_get_ns() }
+                }
+            }
+
+            #[inline(always)]
+            fn random(&self) -> u32 {
+                // SAFETY: a helper without arguments.
+                unsafe { bpf_get_prandom_u32() }
+            }
+        }
+    };
+}
+
+tables!(V4, Addr4, SERVICES4, BACKENDS4, ADDRESSES4, FLOWS4, PENDING4);
+tables!(V6, Addr6, SERVICES6, BACKENDS6, ADDRESSES6, FLOWS6, PENDING6);

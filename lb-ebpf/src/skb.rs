@@ -1,0 +1,177 @@
+//! A packet in a socket buffer.
+
+use core::ptr::{addr_of, null_mut, read_volatile};
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::generated::{
+    bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail,
+    bpf_skb_pull_data,
+};
+use lb_common::checksum::Diff;
+use lb_common::packet::{ChecksumField, NETWORK, Route};
+use lb_common::wire::Wire;
+use lb_common::{Family, Packet, Reason};
+
+use crate::fib::{self, Hop};
+use crate::globals::HAVE_CSUM_IPV6;
+use crate::xdp::MAX_OFFSET;
+
+/// `TC_ACT_UNSPEC` / `TCX_NEXT`: whatever other programs stand behind this one have their say, then the stack.
+pub const NEXT: i32 = -1;
+/// `TC_ACT_SHOT`.
+pub const SHOT: i32 = 2;
+
+/// `BPF_F_IPV6` of `bpf_l4_csum_replace` (kernel commit ead7f9b8de65): an IPv6 address is part of what
+/// `CHECKSUM_COMPLETE` covers, so that its change and the checksum's cancel out.
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// Headers we look at without extension headers: Ethernet, IPv6, TCP.
+const HEADERS: u32 = NETWORK as u32 + 40 + 20;
+
+pub struct Skb {
+    skb: *mut __sk_buff,
+    hop: Hop,
+}
+
+impl Skb {
+    /// Takes a socket buffer, with its headers in the linear part.
+    #[inline(always)]
+    pub fn new(skb: *mut __sk_buff) -> Self {
+        let packet = Self { skb, hop: Hop::default() };
+        let (start, end) = packet.bounds();
+        let len = packet.len();
+        if end - start < HEADERS as usize && ((end - start) as u32) < len {
+            // SAFETY: the context is valid; pointers are read anew afterwards. A failure shows as a truncated packet.
+            unsafe { bpf_skb_pull_data(skb, if len < HEADERS { len } else { HEADERS }) };
+        }
+        packet
+    }
+
+    /// See `Xdp::bounds` for why this is `volatile`.
+    #[inline(always)]
+    fn bounds(&self) -> (usize, usize) {
+        // SAFETY: the context is valid while the program runs.
+        unsafe {
+            (
+                read_volatile(addr_of!((*self.skb).data)) as usize,
+                read_volatile(addr_of!((*self.skb).data_end)) as usize,
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn locate<T: Wire>(&self, at: usize) -> Result<*mut T, Reason> {
+        let (start, end) = self.bounds();
+        if at > MAX_OFFSET {
+            return Err(Reason::Truncated);
+        }
+        let header = start + at;
+        if header + size_of::<T>() > end {
+            return Err(Reason::Truncated);
+        }
+        Ok(header as *mut T)
+    }
+
+    /// Sends the packet to the device that [`Packet::route`] found; the kernel resolves the next hop.
+    #[inline(always)]
+    pub fn forward(&self) -> i32 {
+        // SAFETY: a helper that only takes numbers here.
+        unsafe { bpf_redirect_neigh(self.hop.ifindex, null_mut(), 0, 0) as i32 }
+    }
+
+    /// Sends the packet back out of the device it came in through.
+    #[inline(always)]
+    pub fn send_back(&self) -> i32 {
+        // SAFETY: a helper that only takes numbers.
+        unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
+    }
+}
+
+impl Packet for Skb {
+    const NEEDS_XDP_TRANSMIT: bool = false;
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.skb).len }
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
+        // SAFETY: inside of the packet as just checked; `Wire` types take any bytes.
+        self.locate::<T>(at).map(|header| unsafe { &*header })
+    }
+
+    #[inline(always)]
+    fn view_mut<T: Wire>(&mut self, at: usize) -> Result<&mut T, Reason> {
+        // SAFETY: as in `view`; the verifier has the kernel unshare the headers of programs that write.
+        self.locate::<T>(at).map(|header| unsafe { &mut *header })
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, len: u16) -> Result<(), Reason> {
+        // SAFETY: the context is valid; all pointers into the packet are read anew afterwards.
+        match unsafe { bpf_skb_change_tail(self.skb, u32::from(len), 0) } {
+            0 => Ok(()),
+            _ => Err(Reason::RewriteFailed),
+        }
+    }
+
+    #[inline(always)]
+    fn route<F: Family>(&mut self, from: &F::Addr, to: &F::Addr, _ip_len: u32) -> Result<Route, Reason> {
+        let ifindex = self.ifindex();
+        fib::route::<F>(self.skb.cast(), ifindex, from, to, 0, &mut self.hop)
+    }
+
+    #[inline(always)]
+    fn out_ifindex(&self) -> u32 {
+        self.hop.ifindex
+    }
+
+    #[inline(always)]
+    fn mtu(&self) -> u32 {
+        self.hop.mtu
+    }
+
+    /// The kernel's helper knows whether the field holds a checksum or, with `CHECKSUM_PARTIAL`, the sum of the
+    /// pseudo-header, and keeps `CHECKSUM_COMPLETE` right.
+    #[inline(always)]
+    fn update_checksum<F: Family>(
+        &mut self,
+        field: ChecksumField,
+        pseudo: Diff,
+        body: Diff,
+    ) -> Result<(), Reason> {
+        let at = field.at() as u32;
+        let zero = match field {
+            ChecksumField::Tcp { .. } => 0,
+            ChecksumField::Udp { .. } => u64::from(BPF_F_MARK_MANGLED_0),
+        };
+        let is_v6 = F::HEADER_LEN == 40;
+        let know_v6 = HAVE_CSUM_IPV6.load() != 0;
+        let mut flags = zero | u64::from(BPF_F_PSEUDO_HDR);
+        if is_v6 && know_v6 {
+            flags |= BPF_F_IPV6;
+        }
+        // SAFETY: the context is valid; all pointers into the packet are read anew afterwards.
+        unsafe {
+            if bpf_l4_csum_replace(self.skb, at, 0, u64::from(pseudo.sum()), flags) != 0 {
+                return Err(Reason::RewriteFailed);
+            }
+            if is_v6 && !know_v6 {
+                // Takes back what the older helper does to CHECKSUM_COMPLETE; without it, this does nothing.
+                bpf_csum_update(self.skb, pseudo.sum());
+            }
+            if bpf_l4_csum_replace(self.skb, at, 0, u64::from(body.sum()), zero) != 0 {
+                return Err(Reason::RewriteFailed);
+            }
+        }
+        Ok(())
+    }
+}

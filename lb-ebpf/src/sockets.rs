@@ -1,0 +1,195 @@
+//! Socket programs: the context of `connect`, `sendmsg`, `recvmsg` and `getpeername` in a cgroup.
+
+use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
+
+use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie};
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use lb_common::reason::Action;
+use lb_common::socket::{self, Peer, Socket};
+use lb_common::wire::IpProto;
+use lb_common::{Addr4, Addr6, Family, Hook, Reason, V4, V6};
+
+use crate::globals::{HAVE_SET_RETVAL, NODE_NETNS};
+use crate::maps::{Kernel, count};
+
+/// The system call goes on.
+const PROCEED: i32 = 1;
+/// The system call fails: with the value of `bpf_set_retval`, else `EPERM`.
+const FAIL: i32 = 0;
+
+const ECONNREFUSED: i32 = 111;
+const EHOSTUNREACH: i32 = 113;
+
+/// Sockets of Multipath TCP connect through TCP.
+const IPPROTO_MPTCP: u32 = 262;
+
+/// What the hook asks of the socket.
+#[derive(Clone, Copy)]
+enum Call {
+    Connect,
+    Sendmsg,
+    /// `recvmsg` and `getpeername`.
+    Name,
+}
+
+macro_rules! hooks {
+    ($($name:ident, $attach:ident, $call:ident, $hook:ident, $family:ident;)*) => {
+        $(
+            #[cgroup_sock_addr($attach)]
+            pub fn $name(ctx: SockAddrContext) -> i32 {
+                $family(ctx.sock_addr, Call::$call, Hook::$hook)
+            }
+        )*
+    };
+}
+
+hooks! {
+    sock_connect4, connect4, Connect, Connect, inet4;
+    sock_connect6, connect6, Connect, Connect, inet6;
+    sock_sendmsg4, sendmsg4, Sendmsg, Sendmsg, inet4;
+    sock_sendmsg6, sendmsg6, Sendmsg, Sendmsg, inet6;
+    sock_recvmsg4, recvmsg4, Name, Recvmsg, inet4;
+    sock_recvmsg6, recvmsg6, Name, Recvmsg, inet6;
+    sock_getpeer4, getpeername4, Name, Getpeername, inet4;
+    sock_getpeer6, getpeername6, Name, Getpeername, inet6;
+}
+
+/// A hook of an IPv4 address.
+#[inline(always)]
+fn inet4(ctx: *mut bpf_sock_addr, call: Call, hook: Hook) -> i32 {
+    // SAFETY: the context is valid while the program runs; the verifier wants each field read by itself.
+    let addr = unsafe { read_volatile(addr_of!((*ctx).user_ip4)) };
+    let addr = Addr4 { octets: addr.to_ne_bytes() };
+    match run::<V4>(ctx, call, hook, addr) {
+        Ok(peer) => {
+            // SAFETY: as above.
+            unsafe { write_volatile(addr_of_mut!((*ctx).user_ip4), u32::from_ne_bytes(peer.addr.octets)) };
+            PROCEED
+        }
+        Err(code) => code,
+    }
+}
+
+/// A hook of an IPv6 address, which may be an IPv4 address in disguise.
+#[inline(always)]
+fn inet6(ctx: *mut bpf_sock_addr, call: Call, hook: Hook) -> i32 {
+    // SAFETY: the context is valid while the program runs; the verifier wants each field read by itself.
+    let [a, b, c, d] = unsafe {
+        [
+            read_volatile(addr_of!((*ctx).user_ip6[0])).to_ne_bytes(),
+            read_volatile(addr_of!((*ctx).user_ip6[1])).to_ne_bytes(),
+            read_volatile(addr_of!((*ctx).user_ip6[2])).to_ne_bytes(),
+            read_volatile(addr_of!((*ctx).user_ip6[3])).to_ne_bytes(),
+        ]
+    };
+    if a == [0; 4] && b == [0; 4] && c == [0, 0, 0xff, 0xff] {
+        return match run::<V4>(ctx, call, hook, Addr4 { octets: d }) {
+            Ok(peer) => {
+                // SAFETY: as above.
+                unsafe {
+                    write_volatile(addr_of_mut!((*ctx).user_ip6[3]), u32::from_ne_bytes(peer.addr.octets));
+                }
+                PROCEED
+            }
+            Err(code) => code,
+        };
+    }
+    let octets =
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]];
+    match run::<V6>(ctx, call, hook, Addr6 { octets }) {
+        Ok(peer) => {
+            let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = peer.addr.octets;
+            // SAFETY: as above.
+            unsafe {
+                write_volatile(addr_of_mut!((*ctx).user_ip6[0]), u32::from_ne_bytes([a, b, c, d]));
+                write_volatile(addr_of_mut!((*ctx).user_ip6[1]), u32::from_ne_bytes([e, f, g, h]));
+                write_volatile(addr_of_mut!((*ctx).user_ip6[2]), u32::from_ne_bytes([i, j, k, l]));
+                write_volatile(addr_of_mut!((*ctx).user_ip6[3]), u32::from_ne_bytes([m, n, o, p]));
+            }
+            PROCEED
+        }
+        Err(code) => code,
+    }
+}
+
+/// Runs the socket's part of the pipeline, counts, and writes the port. `Err`: nothing to write, and what to return.
+#[inline(always)]
+fn run<F: Family>(ctx: *mut bpf_sock_addr, call: Call, hook: Hook, addr: F::Addr) -> Result<Peer<F>, i32>
+where
+    Kernel: lb_common::Tables<F>,
+{
+    let result = translate::<F>(ctx, call, addr);
+    let reason = match result {
+        Ok(_) => Reason::Translated,
+        Err(reason) => reason,
+    };
+    count(hook, reason, 0);
+    match result {
+        Ok(peer) => {
+            // SAFETY: the context is valid while the program runs.
+            unsafe { write_volatile(addr_of_mut!((*ctx).user_port), u32::from(peer.port.to_be())) };
+            Ok(peer)
+        }
+        Err(reason) => Err(match (call, reason.action()) {
+            (Call::Connect | Call::Sendmsg, Action::Reject) => fail(ECONNREFUSED),
+            (Call::Connect | Call::Sendmsg, Action::Drop) => fail(EHOSTUNREACH),
+            _ => PROCEED,
+        }),
+    }
+}
+
+#[inline(always)]
+fn translate<F: Family>(ctx: *mut bpf_sock_addr, call: Call, addr: F::Addr) -> Result<Peer<F>, Reason>
+where
+    Kernel: lb_common::Tables<F>,
+{
+    let netns = NODE_NETNS.load();
+    // SAFETY: helpers on, and a field of, a context that is valid while the program runs.
+    let (ours, cookie, protocol, port) = unsafe {
+        (
+            netns == 0 || bpf_get_netns_cookie(ctx.cast()) == netns,
+            bpf_get_socket_cookie(ctx.cast()),
+            read_volatile(addr_of!((*ctx).protocol)),
+            read_volatile(addr_of!((*ctx).user_port)),
+        )
+    };
+    if !ours {
+        return Err(Reason::OtherNamespace);
+    }
+    const TCP: u32 = IpProto::Tcp as u32;
+    const UDP: u32 = IpProto::Udp as u32;
+    let proto = match protocol {
+        TCP | IPPROTO_MPTCP => IpProto::Tcp as u8,
+        UDP => IpProto::Udp as u8,
+        _ => return Err(Reason::UnknownProtocol),
+    };
+    let socket = Socket { cookie, proto };
+    let peer = Peer::<F> { addr, port: u16::from_be(port as u16) };
+    match call {
+        Call::Connect => socket::connect(&Kernel, socket, peer),
+        Call::Sendmsg => socket::sendmsg(&Kernel, socket, peer),
+        Call::Name => socket::name(&Kernel, socket, peer),
+    }
+}
+
+/// Fails the system call with an errno.
+#[inline(always)]
+fn fail(errno: i32) -> i32 {
+    if HAVE_SET_RETVAL.load() != 0 {
+        set_retval(-errno);
+    }
+    FAIL
+}
+
+/// `bpf_set_retval` (kernel commit b44123b4a3dc, 5.18), which the bindings lack.
+#[inline(always)]
+fn set_retval(value: i32) {
+    const NUMBER: usize = 187;
+    // SAFETY: the kernel calls helpers by number; this one takes one number and returns one.
+    unsafe {
+        let helper: unsafe extern "C" fn(i32) -> i32 = core::mem::transmute(NUMBER);
+        helper(value);
+    }
+}

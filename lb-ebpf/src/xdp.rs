@@ -1,0 +1,132 @@
+//! A packet in a driver's buffer.
+
+use core::ptr::{addr_of, read_volatile};
+
+use aya_ebpf::bindings::{xdp_action, xdp_md};
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
+use lb_common::packet::Route;
+use lb_common::wire::{EthHdr, Wire};
+use lb_common::{Family, Packet, Reason};
+
+use crate::fib::{self, Hop};
+
+/// Offsets beyond this are not looked at: the verifier wants a bound, and no header of ours is so far out.
+pub const MAX_OFFSET: usize = 1023;
+
+pub struct Xdp {
+    ctx: *mut xdp_md,
+    hop: Hop,
+}
+
+impl Xdp {
+    #[inline(always)]
+    pub fn new(ctx: *mut xdp_md) -> Self {
+        Self { ctx, hop: Hop::default() }
+    }
+
+    /// Start and end of the packet.
+    ///
+    /// Read anew each time and `volatile`: as plain loads LLVM hoists arithmetic on them in front of the check, and
+    /// the verifier, which follows registers, no longer sees that they were compared.
+    #[inline(always)]
+    fn bounds(&self) -> (usize, usize) {
+        // SAFETY: the context is valid while the program runs.
+        unsafe {
+            (
+                read_volatile(addr_of!((*self.ctx).data)) as usize,
+                read_volatile(addr_of!((*self.ctx).data_end)) as usize,
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn locate<T: Wire>(&self, at: usize) -> Result<*mut T, Reason> {
+        let (start, end) = self.bounds();
+        if at > MAX_OFFSET {
+            return Err(Reason::Truncated);
+        }
+        let header = start + at;
+        if header + size_of::<T>() > end {
+            return Err(Reason::Truncated);
+        }
+        Ok(header as *mut T)
+    }
+
+    /// Sends the packet to the next hop that [`Packet::route`] found.
+    #[inline(always)]
+    pub fn transmit(&mut self) -> u32 {
+        let hop = self.hop;
+        let Ok(eth) = self.view_mut::<EthHdr>(0) else { return xdp_action::XDP_DROP };
+        eth.src = hop.src;
+        eth.dst = hop.dst;
+        if hop.ifindex == self.ifindex() {
+            return xdp_action::XDP_TX;
+        }
+        // SAFETY: a helper that only takes numbers.
+        unsafe { bpf_redirect(hop.ifindex, 0) as u32 }
+    }
+}
+
+impl Packet for Xdp {
+    const NEEDS_XDP_TRANSMIT: bool = true;
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        let (start, end) = self.bounds();
+        (end - start) as u32
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.ctx).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
+        // SAFETY: inside of the packet as just checked; `Wire` types take any bytes.
+        self.locate::<T>(at).map(|header| unsafe { &*header })
+    }
+
+    #[inline(always)]
+    fn view_mut<T: Wire>(&mut self, at: usize) -> Result<&mut T, Reason> {
+        // SAFETY: as in `view`, and the packet is this program's alone.
+        self.locate::<T>(at).map(|header| unsafe { &mut *header })
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, len: u16) -> Result<(), Reason> {
+        let change = i32::from(len) - self.len() as i32;
+        // To grow at the head always finds room (XDP_PACKET_HEADROOM); at the tail only with some drivers.
+        // SAFETY: the context is valid; all pointers into the packet are read anew afterwards.
+        let result = unsafe {
+            if change > 0 {
+                bpf_xdp_adjust_head(self.ctx, -change)
+            } else {
+                bpf_xdp_adjust_tail(self.ctx, change)
+            }
+        };
+        if result == 0 { Ok(()) } else { Err(Reason::RewriteFailed) }
+    }
+
+    #[inline(always)]
+    fn route<F: Family>(&mut self, from: &F::Addr, to: &F::Addr, ip_len: u32) -> Result<Route, Reason> {
+        let ifindex = self.ifindex();
+        let route = fib::route::<F>(self.ctx.cast(), ifindex, from, to, ip_len as u16, &mut self.hop)?;
+        if route as u32 == Route::Out as u32 && !self.hop.resolved {
+            // tc comes next, and has the kernel resolve it.
+            return Err(Reason::NoNextHop);
+        }
+        Ok(route)
+    }
+
+    #[inline(always)]
+    fn out_ifindex(&self) -> u32 {
+        self.hop.ifindex
+    }
+
+    #[inline(always)]
+    fn mtu(&self) -> u32 {
+        self.hop.mtu
+    }
+}
