@@ -1,0 +1,49 @@
+//! The command line.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::{build_ebpf, host, snapshot, test};
+
+/// Builds, tests and shows Fairlead.
+///
+/// On a bare machine each command first sets up what it needs and says what it installs.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    BuildEbpf(build_ebpf::Args),
+    Test(test::Args),
+    #[command(hide = true)]
+    Snapshot(snapshot::Args),
+}
+
+impl Command {
+    fn run(self) -> Result<()> {
+        match self {
+            Self::BuildEbpf(args) => build_ebpf::command(&args),
+            Self::Test(args) => test::command(&args),
+            Self::Snapshot(args) => snapshot::command(&args),
+        }
+    }
+}
+
+/// Parses the arguments and runs the command; a failure is one line on stderr.
+pub fn main() -> ExitCode {
+    let outcome = Cli::parse().command.run();
+    host::give_back();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

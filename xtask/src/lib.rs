@@ -1,0 +1,12 @@
+//! Builds, tests and shows Fairlead. Everything here runs on the developer's machine; nothing of it is
+//! part of the agent, and it depends on none of the packages it builds.
+#![forbid(unsafe_code)]
+
+pub mod build_ebpf;
+pub mod cli;
+pub mod host;
+pub mod process;
+pub mod setup;
+pub mod snapshot;
+pub mod test;
+pub mod toolchain;
