@@ -1,3 +1,4 @@
 //! Fairlead's node agent: sources, model, compile, reconcile, datapath.
 
+pub mod datapath;
 pub mod entries;
