@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 
 use lb_common::abi;
 
@@ -35,7 +36,7 @@ impl Protocol {
 
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.pad(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
         })
@@ -77,6 +78,43 @@ pub enum FrontendKind {
     HostPort,
 }
 
+impl FrontendKind {
+    /// The number in the maps ([`abi::frontend_kind`]).
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::ClusterIP => abi::frontend_kind::CLUSTER_IP,
+            Self::NodePort => abi::frontend_kind::NODE_PORT,
+            Self::LoadBalancer => abi::frontend_kind::LOAD_BALANCER,
+            Self::ExternalIP => abi::frontend_kind::EXTERNAL_IP,
+            Self::HostPort => abi::frontend_kind::HOST_PORT,
+        }
+    }
+
+    /// The kind with this number in the maps.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            abi::frontend_kind::CLUSTER_IP => Some(Self::ClusterIP),
+            abi::frontend_kind::NODE_PORT => Some(Self::NodePort),
+            abi::frontend_kind::LOAD_BALANCER => Some(Self::LoadBalancer),
+            abi::frontend_kind::EXTERNAL_IP => Some(Self::ExternalIP),
+            abi::frontend_kind::HOST_PORT => Some(Self::HostPort),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for FrontendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::ClusterIP => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalIP => "ExternalIP",
+            Self::HostPort => "HostPort",
+        })
+    }
+}
+
 /// What a client addresses. The unspecified address stands for every address that NodePorts answer on.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FrontendKey {
@@ -85,11 +123,15 @@ pub struct FrontendKey {
     pub protocol: Protocol,
 }
 
-/// Whether a backend takes new connections or only keeps those it has.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum BackendState {
-    Active,
-    Terminating,
+impl fmt::Display for FrontendKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.addr.is_unspecified() {
+            let family = if self.addr.is_ipv4() { "IPv4" } else { "IPv6" };
+            write!(f, "any {family} node address:{}/{}", self.port, self.protocol)
+        } else {
+            write!(f, "{}/{}", SocketAddr::new(self.addr, self.port), self.protocol)
+        }
+    }
 }
 
 /// An endpoint as the datapath knows it.
@@ -99,7 +141,15 @@ pub struct Backend {
     pub protocol: Protocol,
     /// It runs on this node.
     pub local: bool,
-    pub state: BackendState,
+}
+
+/// What becomes of the flows of a backend that no frontend chooses (any more).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Keep {
+    /// It does not serve: TCP connections may end on their own, UDP moves to another backend.
+    Connections,
+    /// It serves: every flow it has goes on.
+    Flows,
 }
 
 /// What happens to a client when there is nothing to choose from.
@@ -114,8 +164,8 @@ pub enum WhenEmpty {
 /// The backends one scope of a frontend may choose from.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Target {
-    /// Sorted, without duplicates.
-    pub backends: Vec<Backend>,
+    /// Sorted, without duplicates; targets of one Service often share it.
+    pub backends: Arc<[Backend]>,
     pub when_empty: WhenEmpty,
 }
 
@@ -154,6 +204,9 @@ impl fmt::Display for ServiceName {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Compiled {
     pub frontends: BTreeMap<FrontendKey, Frontend>,
+    /// Endpoints that no frontend chooses now: not ready, terminating, elsewhere. Flows they have from
+    /// earlier outlive the choice.
+    pub kept: BTreeMap<Backend, Keep>,
 }
 
 /// One write to the maps. `reconcile` orders them so that no packet meets a dangling reference.
@@ -177,7 +230,9 @@ pub enum Op {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct BackendEntry {
     pub addr: SocketAddr,
-    /// [`abi::backend_state`].
+    /// [`abi::backend_state`]. Every backend of a window is `ACTIVE`; so is one that no window names but
+    /// whose flows all go on. `TERMINATING`: TCP connections go on, UDP flows move to another backend with
+    /// their next packet.
     pub state: u8,
     /// [`abi::backend_flags`].
     pub flags: u8,

@@ -1,3 +1,6 @@
 //! Fairlead's node agent: sources, model, compile, reconcile, datapath.
 
+pub mod datapath;
+pub mod edges;
 pub mod entries;
+pub mod sys;

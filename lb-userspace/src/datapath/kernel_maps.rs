@@ -1,0 +1,399 @@
+//! The service maps in the kernel.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use aya::Pod;
+use aya::maps::{Array, HashMap, IterableMap, Map, MapData, MapError as AyaError};
+use lb_common::abi::{self, Addr4, Addr6, AddressInfo, ServiceKey};
+use lb_common::maps::{MAPS, MapSpec};
+
+use super::error::OpenError;
+use super::{ApplyError, MapError, Maps};
+use crate::entries::{BackendEntry, Family, FrontendKey, Limits, Op, Protocol, Snapshot};
+use crate::sys::bpf::{self, Cursor};
+
+/// Entries read or written with one system call.
+const BATCH: usize = 4096;
+
+/// The service maps in the kernel.
+pub struct KernelMaps {
+    services4: HashMap<MapData, ServiceKey<Addr4>, abi::Service>,
+    services6: HashMap<MapData, ServiceKey<Addr6>, abi::Service>,
+    backends4: Array<MapData, abi::Backend<Addr4>>,
+    backends6: Array<MapData, abi::Backend<Addr6>>,
+    slots: Array<MapData, u32>,
+    addresses4: HashMap<MapData, Addr4, AddressInfo>,
+    addresses6: HashMap<MapData, Addr6, AddressInfo>,
+    limits: Limits,
+}
+
+impl KernelMaps {
+    /// Takes each map from `open`.
+    pub(super) fn new(
+        open: impl Fn(&'static MapSpec) -> Result<MapData, OpenError>,
+    ) -> Result<Self, OpenError> {
+        let services4 = typed("SERVICES4", &open)?;
+        let backends4 = typed("BACKENDS4", &open)?;
+        let slots = typed("SLOTS", &open)?;
+        let addresses4 = typed("ADDRESSES4", &open)?;
+        let limits = Limits {
+            services: entries("SERVICES4", &services4)?,
+            backends: entries("BACKENDS4", &backends4)?,
+            slots: entries("SLOTS", &slots)?,
+            addresses: entries("ADDRESSES4", &addresses4)?,
+        };
+        Ok(Self {
+            services4,
+            services6: typed("SERVICES6", &open)?,
+            backends4,
+            backends6: typed("BACKENDS6", &open)?,
+            slots,
+            addresses4,
+            addresses6: typed("ADDRESSES6", &open)?,
+            limits,
+        })
+    }
+
+    /// Carries out the longest run at the start of `ops` that one system call can do; how many it did.
+    fn apply_run(&mut self, ops: &[Op]) -> Result<usize, ApplyError> {
+        let Some(first) = ops.first() else { return Ok(0) };
+        match first {
+            Op::SetBackend { family: Family::V4, .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetBackend { family: Family::V4, id, entry } => {
+                        Some((*id, backend(entry, octets4(entry.addr.ip())?)))
+                    }
+                    _ => None,
+                });
+                write(&mut self.backends4, "BACKENDS4", run, ops)
+            }
+            Op::SetBackend { family: Family::V6, .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetBackend { family: Family::V6, id, entry } => {
+                        Some((*id, backend(entry, octets6(entry.addr.ip())?)))
+                    }
+                    _ => None,
+                });
+                write(&mut self.backends6, "BACKENDS6", run, ops)
+            }
+            Op::SetFrontend { key, .. } if key.addr.is_ipv4() => {
+                let run = run(ops, |op| match op {
+                    Op::SetFrontend { key, entry } => Some((service_key(*key, octets4(key.addr)?), *entry)),
+                    _ => None,
+                });
+                write(&mut self.services4, "SERVICES4", run, ops)
+            }
+            Op::SetFrontend { .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetFrontend { key, entry } => Some((service_key(*key, octets6(key.addr)?), *entry)),
+                    _ => None,
+                });
+                write(&mut self.services6, "SERVICES6", run, ops)
+            }
+            Op::SetAddress { addr, .. } if addr.is_ipv4() => {
+                let run = run(ops, |op| match op {
+                    Op::SetAddress { addr, flags } => Some((octets4(*addr)?, AddressInfo { flags: *flags })),
+                    _ => None,
+                });
+                write(&mut self.addresses4, "ADDRESSES4", run, ops)
+            }
+            Op::SetAddress { .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetAddress { addr, flags } => Some((octets6(*addr)?, AddressInfo { flags: *flags })),
+                    _ => None,
+                });
+                write(&mut self.addresses6, "ADDRESSES6", run, ops)
+            }
+            Op::WriteSlots { .. } => self.write_slots(ops),
+            Op::RemoveFrontend { key } => match (octets4(key.addr), octets6(key.addr)) {
+                (Some(addr), _) => remove(&mut self.services4, "SERVICES4", &service_key(*key, addr), first),
+                (_, Some(addr)) => remove(&mut self.services6, "SERVICES6", &service_key(*key, addr), first),
+                (None, None) => Ok(1),
+            },
+            Op::RemoveAddress { addr } => match (octets4(*addr), octets6(*addr)) {
+                (Some(addr), _) => remove(&mut self.addresses4, "ADDRESSES4", &addr, first),
+                (_, Some(addr)) => remove(&mut self.addresses6, "ADDRESSES6", &addr, first),
+                (None, None) => Ok(1),
+            },
+        }
+    }
+
+    /// Several small windows go in one system call; a large one takes several.
+    fn write_slots(&mut self, ops: &[Op]) -> Result<usize, ApplyError> {
+        let mut keys = Vec::new();
+        let mut values = Vec::new();
+        let mut done = 0;
+        for op in ops {
+            let Op::WriteSlots { base, slots } = op else { break };
+            keys.extend((*base..).take(slots.len()));
+            values.extend_from_slice(slots);
+            done += 1;
+            if keys.len() >= BATCH {
+                break;
+            }
+        }
+        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
+            update(fd(&self.slots), keys, values).map_err(|error| ApplyError {
+                // How many operations are done cannot be told from the slots: none, to be safe.
+                done: 0,
+                source: refused("SLOTS", &ops[0], self.limits.slots, &error.source),
+            })?;
+        }
+        Ok(done)
+    }
+
+    fn read_services(&self) -> Result<BTreeMap<FrontendKey, abi::Service>, MapError> {
+        let mut frontends = BTreeMap::new();
+        walk("SERVICES4", fd(&self.services4), |key: ServiceKey<Addr4>, service| {
+            if let Some(key) = frontend_key(key, IpAddr::V4(Ipv4Addr::from(key.addr.octets))) {
+                frontends.insert(key, service);
+            }
+        })?;
+        walk("SERVICES6", fd(&self.services6), |key: ServiceKey<Addr6>, service| {
+            if let Some(key) = frontend_key(key, IpAddr::V6(Ipv6Addr::from(key.addr.octets))) {
+                frontends.insert(key, service);
+            }
+        })?;
+        Ok(frontends)
+    }
+
+    fn read_backends(&self) -> Result<BTreeMap<(Family, u32), BackendEntry>, MapError> {
+        let mut backends = BTreeMap::new();
+        walk("BACKENDS4", fd(&self.backends4), |id: u32, backend: abi::Backend<Addr4>| {
+            if backend.generation != 0 {
+                let addr = IpAddr::V4(Ipv4Addr::from(backend.addr.octets));
+                backends.insert((Family::V4, id), backend_entry(&backend, addr));
+            }
+        })?;
+        walk("BACKENDS6", fd(&self.backends6), |id: u32, backend: abi::Backend<Addr6>| {
+            if backend.generation != 0 {
+                let addr = IpAddr::V6(Ipv6Addr::from(backend.addr.octets));
+                backends.insert((Family::V6, id), backend_entry(&backend, addr));
+            }
+        })?;
+        Ok(backends)
+    }
+
+    fn read_slots<'a>(
+        &self,
+        services: impl Iterator<Item = &'a abi::Service>,
+    ) -> Result<BTreeMap<u32, Vec<u32>>, MapError> {
+        let mut windows: BTreeMap<u32, u32> = BTreeMap::new();
+        for window in services.flat_map(|service| [service.internal, service.external]) {
+            if window.len > 0 {
+                let len = windows.entry(window.base).or_default();
+                *len = window.len.max(*len);
+            }
+        }
+        windows.into_iter().map(|(base, len)| Ok((base, self.read_window(base, len)?))).collect()
+    }
+
+    /// The slots of a window; fewer if it reaches beyond the map.
+    fn read_window(&self, base: u32, len: u32) -> Result<Vec<u32>, MapError> {
+        let mut slots = Vec::new();
+        let mut cursor = base.checked_sub(1).map(Cursor::after);
+        while slots.len() < len as usize {
+            let room = BATCH.min(len as usize - slots.len());
+            let (entries, next) = bpf::map_lookup_batch::<u32, u32>(fd(&self.slots), cursor, room)
+                .map_err(read_error("SLOTS"))?;
+            slots.extend(entries.into_iter().map(|(_, slot)| slot));
+            let Some(next) = next else { break };
+            cursor = Some(next);
+        }
+        Ok(slots)
+    }
+}
+
+impl Maps for KernelMaps {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn read(&mut self) -> Result<Snapshot, MapError> {
+        let frontends = self.read_services()?;
+        let mut addresses = BTreeMap::new();
+        walk("ADDRESSES4", fd(&self.addresses4), |addr: Addr4, info: AddressInfo| {
+            addresses.insert(IpAddr::from(addr.octets), info.flags);
+        })?;
+        walk("ADDRESSES6", fd(&self.addresses6), |addr: Addr6, info: AddressInfo| {
+            addresses.insert(IpAddr::from(addr.octets), info.flags);
+        })?;
+        Ok(Snapshot {
+            slots: self.read_slots(frontends.values())?,
+            backends: self.read_backends()?,
+            frontends,
+            addresses,
+        })
+    }
+
+    fn apply(&mut self, ops: &[Op]) -> Result<(), ApplyError> {
+        let mut done = 0;
+        while let Some(rest) = ops.get(done..).filter(|rest| !rest.is_empty()) {
+            match self.apply_run(rest) {
+                Ok(count) => done += count,
+                Err(error) => return Err(ApplyError { done: done + error.done, ..error }),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The entries that the operations at the start of `ops` write, as far as `entry` takes them.
+fn run<K, V>(ops: &[Op], entry: impl Fn(&Op) -> Option<(K, V)>) -> (Vec<K>, Vec<V>) {
+    ops.iter().take(BATCH).map_while(entry).unzip()
+}
+
+fn write<K: Pod, V: Pod>(
+    map: &mut impl IterableMap<K, V>,
+    name: &'static str,
+    (keys, values): (Vec<K>, Vec<V>),
+    ops: &[Op],
+) -> Result<usize, ApplyError> {
+    if keys.is_empty() {
+        let reason = format!("{}: address and family do not agree", subject(&ops[0]));
+        return Err(ApplyError { done: 0, source: MapError::Failed { map: name.into(), reason } });
+    }
+    update(fd(map), &keys, &values).map_err(|error| {
+        let capacity = map.map().info().map_or(0, |info| info.max_entries());
+        ApplyError { done: error.done, source: refused(name, &ops[error.done], capacity, &error.source) }
+    })?;
+    Ok(keys.len())
+}
+
+/// Writes a batch, one by one where the kernel has no batches for this kind of map.
+fn update<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> Result<(), bpf::BatchError> {
+    /// The kernel's `ENOTSUPP`, which is not the `EOPNOTSUPP` of user space.
+    const ENOTSUPP: i32 = 524;
+    match bpf::map_update_batch(map, keys, values) {
+        Err(error) if error.source.raw_os_error() == Some(ENOTSUPP) => {
+            for (done, (key, value)) in keys.iter().zip(values).enumerate() {
+                bpf::map_update(map, key, value).map_err(|source| bpf::BatchError { done, source })?;
+            }
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn remove<K: Pod, V: Pod>(
+    map: &mut HashMap<MapData, K, V>,
+    name: &'static str,
+    key: &K,
+    op: &Op,
+) -> Result<usize, ApplyError> {
+    match map.remove(key) {
+        Ok(()) | Err(AyaError::KeyNotFound) => Ok(1),
+        Err(AyaError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(1),
+        Err(error) => {
+            let reason = format!("{}: {error}", subject(op));
+            Err(ApplyError { done: 0, source: MapError::Failed { map: name.into(), reason } })
+        }
+    }
+}
+
+fn refused(map: &str, op: &Op, capacity: u32, error: &io::Error) -> MapError {
+    if error.raw_os_error() == Some(libc::E2BIG) {
+        return MapError::Full { map: map.into(), capacity };
+    }
+    let advice = match error.raw_os_error() {
+        Some(libc::ENOMEM) => " (the kernel is out of memory for map entries)",
+        _ => "",
+    };
+    MapError::Failed { map: map.into(), reason: format!("{}: {error}{advice}", subject(op)) }
+}
+
+/// What an operation is about, for people.
+fn subject(op: &Op) -> String {
+    match op {
+        Op::SetBackend { id, entry, .. } => format!("backend {id} ({})", entry.addr),
+        Op::WriteSlots { base, slots } => format!("window of {} slots at {base}", slots.len()),
+        Op::SetFrontend { key, .. } | Op::RemoveFrontend { key } => format!("frontend {key}"),
+        Op::SetAddress { addr, .. } | Op::RemoveAddress { addr } => format!("address {addr}"),
+    }
+}
+
+/// Shows `visit` every entry of a map. Entries that come or go meanwhile may be missed or seen twice.
+pub(crate) fn walk<K: Pod, V: Pod>(
+    name: &'static str,
+    map: BorrowedFd<'_>,
+    mut visit: impl FnMut(K, V),
+) -> Result<(), MapError> {
+    let mut cursor = None;
+    loop {
+        let (entries, next) = bpf::map_lookup_batch::<K, V>(map, cursor, BATCH).map_err(read_error(name))?;
+        for (key, value) in entries {
+            visit(key, value);
+        }
+        let Some(next) = next else { return Ok(()) };
+        cursor = Some(next);
+    }
+}
+
+fn read_error(map: &'static str) -> impl Fn(io::Error) -> MapError {
+    move |error| MapError::Failed { map: map.into(), reason: format!("read: {error}") }
+}
+
+fn typed<T: TryFrom<Map, Error = AyaError>>(
+    name: &'static str,
+    open: impl Fn(&'static MapSpec) -> Result<MapData, OpenError>,
+) -> Result<T, OpenError> {
+    let spec = MAPS.iter().find(|spec| spec.name == name).ok_or(OpenError::Missing { kind: "map", name })?;
+    Map::from_map_data(open(spec)?)
+        .and_then(T::try_from)
+        .map_err(|error| OpenError::Map { name, source: Box::new(error) })
+}
+
+fn entries<K: Pod, V>(name: &'static str, map: &impl IterableMap<K, V>) -> Result<u32, OpenError> {
+    let info = map.map().info().map_err(|error| OpenError::Map { name, source: Box::new(error) })?;
+    Ok(info.max_entries())
+}
+
+fn fd<K: Pod, V>(map: &impl IterableMap<K, V>) -> BorrowedFd<'_> {
+    map.map().fd().as_fd()
+}
+
+fn service_key<A>(key: FrontendKey, addr: A) -> ServiceKey<A> {
+    ServiceKey { addr, port: key.port, proto: key.protocol.number(), pad: 0 }
+}
+
+fn frontend_key<A>(key: ServiceKey<A>, addr: IpAddr) -> Option<FrontendKey> {
+    let protocol = Protocol::from_number(key.proto)?;
+    Some(FrontendKey { addr, port: key.port, protocol })
+}
+
+fn backend<A>(entry: &BackendEntry, addr: A) -> abi::Backend<A> {
+    abi::Backend {
+        addr,
+        port: entry.addr.port(),
+        state: entry.state,
+        flags: entry.flags,
+        generation: entry.generation,
+    }
+}
+
+fn backend_entry<A: Copy + Debug>(backend: &abi::Backend<A>, addr: IpAddr) -> BackendEntry {
+    BackendEntry {
+        addr: SocketAddr::new(addr, backend.port),
+        state: backend.state,
+        flags: backend.flags,
+        generation: backend.generation,
+    }
+}
+
+fn octets4(addr: IpAddr) -> Option<Addr4> {
+    match addr {
+        IpAddr::V4(addr) => Some(Addr4 { octets: addr.octets() }),
+        IpAddr::V6(_) => None,
+    }
+}
+
+fn octets6(addr: IpAddr) -> Option<Addr6> {
+    match addr {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(addr) => Some(Addr6 { octets: addr.octets() }),
+    }
+}

@@ -1,0 +1,417 @@
+//! From the embedded object to loaded programs and pinned maps.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use aya::maps::MapData;
+use aya::programs::{Program, ProgramError};
+use aya::{Btf, Ebpf, EbpfLoader};
+use aya_log::EbpfLogger;
+use lb_common::maps::{MAPS, MapSpec, globals, programs};
+
+use super::error::OpenError;
+use super::features::Features;
+use super::hooks::Hooks;
+use super::kernel_maps::KernelMaps;
+use super::layout::{self, Verdict};
+use super::options::{Options, SocketLb, TcMode};
+use super::pins::{self, Lock, Pins};
+use crate::sys::poll::Readable;
+use crate::sys::{bpf, netns};
+
+/// The kernel's own types.
+pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// The programs, built by `cargo xtask build-ebpf`.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FAIRLEAD_BPF_OBJECT"));
+
+/// The loaded programs and their maps. Dropping it takes nothing off its hook.
+pub struct Datapath {
+    programs: Arc<Programs>,
+    maps: BTreeMap<&'static str, OwnedFd>,
+    features: Features,
+    logger: Option<EbpfLogger<&'static dyn log::Log>>,
+    options: Options,
+    pinned: Option<Pinned>,
+}
+
+#[derive(Debug)]
+struct Pinned {
+    pins: Pins,
+    /// Holds other agents off until it is closed.
+    _lock: Lock,
+}
+
+/// Loaded programs by name.
+#[derive(Debug)]
+pub struct Programs(BTreeMap<&'static str, OwnedFd>);
+
+impl Programs {
+    /// `name` is one of [`programs`].
+    pub fn get(&self, name: &str) -> Option<BorrowedFd<'_>> {
+        self.0.get(name).map(AsFd::as_fd)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, BorrowedFd<'_>)> {
+        self.0.iter().map(|(name, fd)| (*name, fd.as_fd()))
+    }
+}
+
+impl Datapath {
+    /// Loads the programs over the pinned maps of `--bpffs`, which are made where they are missing. No hook
+    /// is touched yet: see [`Self::hooks`].
+    pub fn open(options: &Options) -> Result<Self, OpenError> {
+        check_privileges()?;
+        check_kernel()?;
+        pins::ensure_bpffs(&options.bpffs)?;
+        let pins = Pins::new(&options.bpffs);
+        let sizes = adopt(&pins, options)?;
+        pins.create()?;
+        let lock = pins
+            .lock()
+            .map_err(|source| OpenError::Pin { action: "lock", path: pins.root().to_owned(), source })?
+            .ok_or_else(|| OpenError::Busy { path: options.bpffs.clone() })?;
+        let mut datapath = Self::load(options, &sizes, Some(&pins))?;
+        for (name, program) in datapath.programs.iter() {
+            replace_pin(program, &pins.programs(), name)?;
+        }
+        datapath.pinned = Some(Pinned { pins, _lock: lock });
+        Ok(datapath)
+    }
+
+    /// Loads the programs over maps of their own: nothing is pinned, nothing can be attached, and all is
+    /// gone when this is dropped. For tests and experiments.
+    pub fn isolated(options: &Options) -> Result<Self, OpenError> {
+        check_privileges()?;
+        check_kernel()?;
+        let sizes =
+            MAPS.iter().map(|spec| (spec.name, options.sizes.wanted(spec.capacity).entries)).collect();
+        Self::load(options, &sizes, None)
+    }
+
+    /// The service maps.
+    pub fn maps(&self) -> Result<KernelMaps, OpenError> {
+        KernelMaps::new(|spec| self.map_data(spec))
+    }
+
+    /// A handle of its own on a map.
+    pub fn map_data(&self, spec: &'static MapSpec) -> Result<MapData, OpenError> {
+        let missing = || OpenError::Missing { kind: "map", name: spec.name };
+        let fd = self.maps.get(spec.name).ok_or_else(missing)?;
+        let fd = fd.try_clone().map_err(|error| map_error(spec.name, error.into()))?;
+        MapData::from_fd(fd).map_err(|error| map_error(spec.name, error))
+    }
+
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// Where the programs are put to work; `None` for an isolated datapath.
+    pub fn hooks(&self) -> Option<Hooks> {
+        let pinned = self.pinned.as_ref()?;
+        let tcx = self.features.tcx && self.options.tc == TcMode::Auto;
+        Some(Hooks::new(pinned.pins.clone(), Arc::clone(&self.programs), tcx))
+    }
+
+    pub fn features(&self) -> &Features {
+        &self.features
+    }
+
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The kernel programs' log, once; `None` when its level is 0.
+    pub fn take_logger(&mut self) -> Option<EbpfLogger<&'static dyn log::Log>> {
+        self.logger.take()
+    }
+
+    fn load(
+        options: &Options,
+        sizes: &BTreeMap<&'static str, u32>,
+        pins: Option<&Pins>,
+    ) -> Result<Self, OpenError> {
+        let features = Features::probe();
+        let features_text: Vec<String> =
+            features.named().iter().map(|(name, has)| format!("{name}={has}")).collect();
+        tracing::info!(features = features_text.join(" "), "kernel probed");
+        let globals = Globals::new(options, &features)?;
+
+        let btf = Btf::from_sys_fs().ok();
+        let mut loader = EbpfLoader::new();
+        loader.btf(btf.as_ref());
+        globals.set(&mut loader);
+        for spec in &MAPS {
+            if let Some(entries) = sizes.get(spec.name) {
+                loader.map_max_entries(spec.name, *entries);
+            }
+            if let Some(pins) = pins {
+                loader.map_pin_path(spec.name, pins.map(spec.name));
+            }
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(|error| OpenError::Object(Box::new(error)))?;
+
+        let mut loaded = BTreeMap::new();
+        for name in program_names() {
+            loaded.insert(name, load_program(&mut ebpf, name)?);
+        }
+        let mut maps = BTreeMap::new();
+        for spec in &MAPS {
+            maps.insert(spec.name, take_map(&mut ebpf, spec.name)?);
+        }
+        let logger = (options.log_level > 0).then(|| EbpfLogger::init(&mut ebpf)).and_then(|logger| {
+            logger.inspect_err(|error| tracing::warn!(%error, "the kernel programs' log cannot be read")).ok()
+        });
+        Ok(Self {
+            programs: Arc::new(Programs(loaded)),
+            maps,
+            features,
+            logger,
+            options: options.clone(),
+            pinned: None,
+        })
+    }
+}
+
+/// Passes what the kernel programs log on to the `log` crate, until an error.
+pub async fn forward_log(mut logger: EbpfLogger<&'static dyn log::Log>) -> io::Result<()> {
+    let buffer = Readable::new(logger.as_fd())?;
+    loop {
+        buffer.ready().await?;
+        logger.flush();
+    }
+}
+
+/// Every program of the object.
+pub fn program_names() -> impl Iterator<Item = &'static str> {
+    [programs::XDP_NIC, programs::TC_NIC_IN, programs::TC_NIC_OUT, programs::TC_POD_IN, programs::TC_POD_OUT]
+        .into_iter()
+        .chain(programs::SOCKETS)
+}
+
+/// Values of the load-time globals.
+struct Globals {
+    node_netns: u64,
+    set_retval: u8,
+    coarse_clock: u8,
+    csum_ipv6: u8,
+    log_level: u8,
+}
+
+impl Globals {
+    fn new(options: &Options, features: &Features) -> Result<Self, OpenError> {
+        let node_netns = match options.socket_lb {
+            SocketLb::All | SocketLb::Off => 0,
+            SocketLb::Host => netns::cookie().map_err(OpenError::NetnsCookie)?.unwrap_or_else(|| {
+                tracing::warn!(
+                    "this kernel does not tell the cookie of a network namespace (5.14); sockets of pods \
+                     are translated too, as with --socket-lb=all"
+                );
+                0
+            }),
+        };
+        Ok(Self {
+            node_netns,
+            set_retval: features.set_retval.into(),
+            coarse_clock: features.coarse_clock.into(),
+            csum_ipv6: features.csum_ipv6.into(),
+            log_level: options.log_level,
+        })
+    }
+
+    fn set<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        loader.override_global(globals::NODE_NETNS, &self.node_netns, true);
+        loader.override_global(globals::HAVE_SET_RETVAL, &self.set_retval, true);
+        loader.override_global(globals::HAVE_COARSE_CLOCK, &self.coarse_clock, true);
+        loader.override_global(globals::HAVE_CSUM_IPV6, &self.csum_ipv6, true);
+        // Not in the object when no program logs.
+        loader.override_global(globals::LOG_LEVEL, &self.log_level, false);
+    }
+}
+
+/// Compares what is pinned with what is needed, and decides the size of every map.
+fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, OpenError> {
+    let mut sizes = BTreeMap::new();
+    for spec in &MAPS {
+        let wanted = options.sizes.wanted(spec.capacity);
+        let entries = match pinned_map(&pins.map(spec.name))? {
+            None => wanted.entries,
+            Some(info) => match layout::judge(spec, wanted, &info) {
+                Verdict::Use => wanted.entries,
+                Verdict::Keep { entries } => {
+                    tracing::warn!(
+                        map = spec.name,
+                        entries,
+                        default = wanted.entries,
+                        "the pinned map keeps its size; {} was not given",
+                        wanted.flag.unwrap_or_default()
+                    );
+                    entries
+                }
+                Verdict::Resize { flag, entries } => {
+                    return Err(OpenError::Size {
+                        map: spec.name,
+                        flag,
+                        wanted: wanted.entries,
+                        pinned: entries,
+                        kept: entries,
+                    });
+                }
+                Verdict::Refuse { difference } => {
+                    return Err(OpenError::Layout { path: pins.map(spec.name), difference });
+                }
+            },
+        };
+        sizes.insert(spec.name, entries);
+    }
+    Ok(sizes)
+}
+
+fn pinned_map(path: &Path) -> Result<Option<bpf::MapInfo>, OpenError> {
+    let fail = |source| OpenError::Pin { action: "open pinned map", path: path.to_owned(), source };
+    let fd = match bpf::obj_get(path) {
+        Ok(fd) => fd,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(fail(error)),
+    };
+    if bpf::object_kind(fd.as_fd()).map_err(fail)? != bpf::ObjectKind::Map {
+        return Err(OpenError::Layout { path: path.to_owned(), difference: "it is not a map".into() });
+    }
+    bpf::map_info(fd.as_fd()).map(Some).map_err(fail)
+}
+
+/// Pins a program in place of its predecessor, without a moment in which there is none.
+fn replace_pin(program: BorrowedFd<'_>, dir: &Path, name: &str) -> Result<(), OpenError> {
+    let path = dir.join(name);
+    let new = dir.join(format!("{name}-new"));
+    let pin = || {
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        bpf::obj_pin(program, &new)?;
+        fs::rename(&new, &path)
+    };
+    pin().map_err(|source| OpenError::Pin { action: "pin program", path: path.clone(), source })
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, OpenError> {
+    let program = ebpf.program_mut(name).ok_or(OpenError::Missing { kind: "program", name })?;
+    let loaded = match program {
+        Program::Xdp(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        _ => return Err(OpenError::Missing { kind: "packet or socket program", name }),
+    };
+    match loaded {
+        Ok(()) => {}
+        Err(ProgramError::LoadError { io_error, verifier_log }) => {
+            let log = verifier_log.to_string();
+            tracing::debug!(program = name, %log, "verifier");
+            return Err(OpenError::Program { name, verdict: verdict(&log), source: io_error });
+        }
+        Err(error) => return Err(OpenError::Aya { name, source: Box::new(error) }),
+    }
+    let aya = |error| OpenError::Aya { name, source: Box::new(error) };
+    let fd = program.fd().map_err(aya)?;
+    fd.as_fd().try_clone_to_owned().map_err(|error| aya(error.into()))
+}
+
+/// The line of a verifier's log that says why.
+fn verdict(log: &str) -> String {
+    log.lines()
+        .map(str::trim)
+        .rfind(|line| {
+            !line.is_empty()
+                && !line.starts_with("processed ")
+                && !line.starts_with("verification time")
+                && !line.starts_with("stack depth")
+        })
+        .unwrap_or("no reason given")
+        .to_owned()
+}
+
+fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, OpenError> {
+    use aya::maps::Map;
+    let map = ebpf.take_map(name).ok_or(OpenError::Missing { kind: "map", name })?;
+    let data = match map {
+        Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) => data,
+        _ => return Err(OpenError::Missing { kind: "map of the right type named", name }),
+    };
+    data.fd().as_fd().try_clone_to_owned().map_err(|error| map_error(name, error.into()))
+}
+
+fn map_error(name: &'static str, error: aya::maps::MapError) -> OpenError {
+    OpenError::Map { name, source: Box::new(error) }
+}
+
+fn check_kernel() -> Result<(), OpenError> {
+    if !Path::new(KERNEL_BTF).exists() {
+        return Err(OpenError::NoKernelBtf);
+    }
+    // Before 5.11 maps count against this limit; later it does not matter.
+    let unlimited = nix::sys::resource::RLIM_INFINITY;
+    if let Err(error) =
+        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, unlimited, unlimited)
+    {
+        tracing::debug!(%error, "the limit of locked memory stays as it is");
+    }
+    Ok(())
+}
+
+fn check_privileges() -> Result<(), OpenError> {
+    // Where it cannot be read, the first bpf(2) says it.
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    match missing_capabilities(&status) {
+        Some(missing) => Err(OpenError::Privileges { missing }),
+        None => Ok(()),
+    }
+}
+
+fn missing_capabilities(status: &str) -> Option<String> {
+    const NET_ADMIN: u64 = 1 << 12;
+    const SYS_ADMIN: u64 = 1 << 21;
+    const PERFMON: u64 = 1 << 38;
+    const BPF: u64 = 1 << 39;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    let effective = u64::from_str_radix(line.trim(), 16).ok()?;
+    let admin = effective & SYS_ADMIN != 0;
+    let missing: Vec<&str> = [
+        ("CAP_NET_ADMIN", effective & NET_ADMIN != 0),
+        ("CAP_BPF", admin || effective & BPF != 0),
+        ("CAP_PERFMON", admin || effective & PERFMON != 0),
+    ]
+    .into_iter()
+    .filter_map(|(name, held)| (!held).then_some(name))
+    .collect();
+    (!missing.is_empty()).then(|| missing.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_named() {
+        let status = |caps: u64| format!("Name:\tx\nCapInh:\t0000000000000000\nCapEff:\t{caps:016x}\n");
+        assert_eq!(missing_capabilities(&status(u64::MAX)), None);
+        assert_eq!(missing_capabilities(&status(1 << 12 | 1 << 21)), None);
+        assert_eq!(missing_capabilities(&status(1 << 12 | 1 << 38 | 1 << 39)), None);
+        let missing = missing_capabilities(&status(0)).unwrap();
+        assert_eq!(missing, "CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON");
+        assert_eq!(missing_capabilities(&status(1 << 21)).unwrap(), "CAP_NET_ADMIN");
+        assert_eq!(missing_capabilities("no such line"), None);
+    }
+
+    #[test]
+    fn a_verdict_is_the_last_line_that_says_something() {
+        let log = "0: R1=ctx()\n; x\n12: (71) r0 = *(u8 *)(r1 +0)\ninvalid access to packet\n\
+                   verification time 12 usec\nprocessed 9 insns (limit 1000000)\n\n";
+        assert_eq!(verdict(log), "invalid access to packet");
+        assert_eq!(verdict(""), "no reason given");
+    }
+}

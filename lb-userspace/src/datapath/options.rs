@@ -1,0 +1,105 @@
+//! What `Datapath::open` is told.
+
+use std::path::PathBuf;
+
+use lb_common::maps::{
+    Capacity, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING,
+    SLOTS_PER_BACKEND,
+};
+
+/// Default of `--bpffs`.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/fairlead";
+
+/// How the datapath is opened.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// `--bpffs`: the pin directory; each agent on a machine has its own.
+    pub bpffs: PathBuf,
+    pub sizes: Sizes,
+    pub socket_lb: SocketLb,
+    pub tc: TcMode,
+    /// Level of the kernel programs' log: 0 off (the verifier removes every line), 1 error to 5 trace.
+    pub log_level: u8,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bpffs: DEFAULT_BPFFS.into(),
+            sizes: Sizes::default(),
+            socket_lb: SocketLb::default(),
+            tc: TcMode::default(),
+            log_level: 0,
+        }
+    }
+}
+
+/// `--max-flows`, `--max-services`, `--max-backends`; `None`: not given, so what is pinned is kept, else
+/// the default.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Sizes {
+    pub flows: Option<u32>,
+    pub services: Option<u32>,
+    pub backends: Option<u32>,
+}
+
+/// How many entries a map shall have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    pub entries: u32,
+    /// The flag that decides it; `None`: it is fixed.
+    pub flag: Option<&'static str>,
+    /// The flag was given.
+    pub explicit: bool,
+}
+
+impl Sizes {
+    pub fn wanted(&self, capacity: Capacity) -> Wanted {
+        let flows = self.flows.unwrap_or(DEFAULT_MAX_FLOWS);
+        let services = self.services.unwrap_or(DEFAULT_MAX_SERVICES);
+        let backends = self.backends.unwrap_or(DEFAULT_MAX_BACKENDS);
+        let (entries, flag, explicit) = match capacity {
+            Capacity::Fixed(entries) => return Wanted { entries, flag: None, explicit: false },
+            Capacity::Flows => (flows, "--max-flows", self.flows.is_some()),
+            Capacity::PendingFlows => (flows / FLOWS_PER_PENDING, "--max-flows", self.flows.is_some()),
+            Capacity::Services => (services, "--max-services", self.services.is_some()),
+            Capacity::Backends => (backends, "--max-backends", self.backends.is_some()),
+            Capacity::Slots => {
+                (backends.saturating_mul(SLOTS_PER_BACKEND), "--max-backends", self.backends.is_some())
+            }
+        };
+        Wanted { entries: entries.max(1), flag: Some(flag), explicit }
+    }
+}
+
+/// `--socket-lb`: whose sockets are translated when they connect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum SocketLb {
+    /// Processes in the node's network namespace.
+    #[default]
+    Host,
+    /// Pods too.
+    All,
+    Off,
+}
+
+/// How programs get on the tc hooks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum TcMode {
+    /// tcx where the kernel has it (6.6), else clsact.
+    #[default]
+    Auto,
+    /// clsact, whatever the kernel has.
+    Clsact,
+}
+
+impl TcMode {
+    /// What the environment variable `FAIRLEAD_TC` asks for: `clsact`, for tests of old kernels' way on
+    /// new ones.
+    pub fn from_env() -> Self {
+        match std::env::var("FAIRLEAD_TC") {
+            Ok(value) if value == "clsact" => Self::Clsact,
+            _ => Self::Auto,
+        }
+    }
+}

@@ -1,0 +1,529 @@
+//! Follows the devices and addresses of the node, keeps programs on the edges among them, and the map
+//! `EDGES` true.
+//!
+//! Netlink messages only say that something changed. What is done about it is always the same: read all
+//! devices, classify them, and repair the difference. So a lost message (`ENOBUFS`) needs nothing special,
+//! and a restarted agent does what it always does. A burst of messages is answered once: reading takes at
+//! most a tenth of a core, however many come.
+
+mod classify;
+mod dump;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use aya::maps::{HashMap, MapData};
+use futures::StreamExt;
+use lb_common::abi::{self, Addr4, Addr6, edge_flags};
+use rtnetlink::MulticastGroup;
+use serde::Serialize;
+use tokio::sync::{oneshot, watch};
+
+pub use classify::{Address, DEFAULT_POD_DEVICES, Device, Role, Rules, Why, classify};
+
+use crate::datapath::node::StateFile;
+use crate::datapath::{AttachError, Hooks, Place, XdpKind};
+
+/// How often everything is looked at without a reason, for what netlink does not tell: a filter that
+/// somebody removed, a failure that went away by itself.
+const PERIOD: Duration = Duration::from_secs(60);
+
+/// `--xdp`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum XdpMode {
+    /// Native where the driver has it, except on veth; else tc.
+    #[default]
+    Auto,
+    Native,
+    Generic,
+    Off,
+}
+
+/// What the follower needs.
+pub struct Config {
+    pub hooks: Hooks,
+    /// The map `EDGES`.
+    pub map: HashMap<MapData, u32, abi::Edge>,
+    pub rules: Rules,
+    pub xdp: XdpMode,
+    pub state: StateFile,
+}
+
+/// The node's devices as the datapath sees them.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct View {
+    /// Every address of this node.
+    pub addresses: Vec<LocalAddress>,
+    /// Every device that is an edge.
+    pub edges: Vec<EdgeView>,
+}
+
+/// An address of this node.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+pub struct LocalAddress {
+    pub addr: IpAddr,
+    pub device: String,
+    /// On the loopback device and of loopback scope: only this node's processes can ask for it.
+    pub loopback: bool,
+    /// Reachable from other nodes as far as its scope says.
+    pub global: bool,
+}
+
+/// An edge and how it is served.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct EdgeView {
+    pub ifindex: u32,
+    pub device: String,
+    /// `external` or `pod`.
+    pub role: &'static str,
+    /// `tcx` or `clsact`.
+    pub tc: &'static str,
+    /// How XDP runs here, if it does.
+    pub xdp: Option<XdpKind>,
+    /// Why XDP does not run here, or what failed.
+    pub note: Option<String>,
+}
+
+/// The running follower; it stops when this is dropped, and leaves every program on its hook.
+#[derive(Debug)]
+pub struct Edges {
+    view: watch::Receiver<Option<Arc<View>>>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Edges {
+    /// Starts a thread in the caller's network namespace: attaching XDP may take a driver a second, which
+    /// nobody else shall wait for.
+    pub fn spawn(config: Config) -> io::Result<Self> {
+        let (view_sender, view) = watch::channel(None);
+        let (stop, stopped) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let thread = std::thread::Builder::new().name("edges".into()).spawn(move || {
+            if let Err(error) = runtime.block_on(follow(config, &view_sender, stopped)) {
+                tracing::error!(%error, "devices cannot be followed; new pods are not served");
+            }
+        })?;
+        Ok(Self { view, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// `None` until every device was looked at once. Closed when the follower has failed.
+    pub fn view(&self) -> watch::Receiver<Option<Arc<View>>> {
+        self.view.clone()
+    }
+}
+
+impl Drop for Edges {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic there was reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn follow(
+    config: Config,
+    view: &watch::Sender<Option<Arc<View>>>,
+    mut stop: oneshot::Receiver<()>,
+) -> io::Result<()> {
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let (events, _, mut changes) = rtnetlink::new_multicast_connection(&groups)?;
+    // Requests have a socket of their own, whose answers no burst of messages can push out.
+    let (requests, netlink, _) = rtnetlink::new_connection()?;
+    tokio::spawn(events);
+    tokio::spawn(requests);
+    let mut follower = Follower {
+        hooks: config.hooks,
+        map: config.map,
+        rules: config.rules,
+        xdp: config.xdp,
+        state: config.state,
+        netlink,
+        attached: BTreeMap::new(),
+        failures: BTreeMap::new(),
+        written: None,
+        swept: false,
+        told: BTreeMap::new(),
+    };
+    let mut refresh = Instant::now();
+    loop {
+        // What was said so far is answered by what is read now.
+        while changes.try_recv().is_ok() {}
+        let started = Instant::now();
+        if started >= refresh {
+            follower.forget_filters();
+            refresh = started + PERIOD;
+        }
+        match dump::devices(&follower.netlink).await {
+            Ok(devices) => {
+                let now = Arc::new(follower.settle(&devices).await);
+                view.send_if_modified(|shown| {
+                    let changed = shown.as_ref() != Some(&now);
+                    *shown = Some(now);
+                    changed
+                });
+            }
+            Err(error) => tracing::warn!(%error, "cannot read the devices of this node"),
+        }
+        let pause = (started.elapsed() * 9).clamp(Duration::from_millis(2), Duration::from_secs(1));
+        tokio::select! {
+            _ = &mut stop => return Ok(()),
+            () = tokio::time::sleep(pause) => {}
+        }
+        tokio::select! {
+            _ = &mut stop => return Ok(()),
+            change = changes.next() => if change.is_none() {
+                return Err(io::Error::other("the netlink socket was closed"));
+            },
+            () = tokio::time::sleep(PERIOD) => {}
+        }
+    }
+}
+
+struct Follower {
+    hooks: Hooks,
+    map: HashMap<MapData, u32, abi::Edge>,
+    rules: Rules,
+    xdp: XdpMode,
+    state: StateFile,
+    netlink: rtnetlink::Handle,
+    /// What this process put on a hook.
+    attached: BTreeMap<(u32, Place), Attached>,
+    /// What could not be put on a hook, and when it is worth trying again.
+    failures: BTreeMap<(u32, Place), Failure>,
+    /// What stands in the map; `None`: not read yet.
+    written: Option<BTreeMap<u32, abi::Edge>>,
+    /// What predecessors left behind is gone.
+    swept: bool,
+    /// What was logged about a device.
+    told: BTreeMap<u32, String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Attached {
+    Xdp(XdpKind),
+    Tc,
+}
+
+#[derive(Clone, Debug)]
+struct Failure {
+    message: String,
+    device: Device,
+    since: Instant,
+}
+
+impl Follower {
+    /// Brings hooks and map in line with `devices`.
+    async fn settle(&mut self, devices: &[Device]) -> View {
+        let roles = classify(devices, &self.rules);
+        let mut wanted = BTreeSet::new();
+        let mut entries = BTreeMap::new();
+        let mut edges = Vec::new();
+        for device in devices {
+            let role = roles.get(&device.ifindex).copied().unwrap_or(Role::None(Why::NotListed));
+            self.tell(device, role);
+            match role {
+                Role::None(Why::Down) => {
+                    // Down is most often on the way up again; what is attached stays.
+                    wanted.extend(self.attached.keys().filter(|(ifindex, _)| *ifindex == device.ifindex));
+                    let entry = self.written.as_ref().and_then(|written| written.get(&device.ifindex));
+                    entries.extend(entry.map(|entry| (device.ifindex, *entry)));
+                }
+                Role::None(_) => {}
+                Role::Pod => {
+                    let note = self.attach_tc(device, [Place::PodIn, Place::PodOut], &mut wanted).await;
+                    edges.push(self.edge_view(device, "pod", None, note));
+                }
+                Role::External { addr4, addr6 } => {
+                    let tc_note = self.attach_tc(device, [Place::NicIn, Place::NicOut], &mut wanted).await;
+                    let (xdp, xdp_note) = self.attach_xdp(device, &mut wanted);
+                    entries.insert(device.ifindex, edge_entry(device, addr4, addr6, xdp));
+                    edges.push(self.edge_view(device, "external", xdp, tc_note.or(xdp_note)));
+                }
+            }
+        }
+        self.write_map(&entries);
+        self.detach_all_but(&wanted).await;
+        self.failures.retain(|(ifindex, _), _| roles.contains_key(ifindex));
+        self.told.retain(|ifindex, _| roles.contains_key(ifindex));
+        View { addresses: local_addresses(devices), edges }
+    }
+
+    /// clsact filters can be removed by anybody without a word: put them there again.
+    fn forget_filters(&mut self) {
+        if !self.hooks.tcx() {
+            self.attached.retain(|_, attached| *attached != Attached::Tc);
+        }
+    }
+
+    async fn attach_tc(
+        &mut self,
+        device: &Device,
+        places: [Place; 2],
+        wanted: &mut BTreeSet<(u32, Place)>,
+    ) -> Option<String> {
+        let mut note = None;
+        for place in places {
+            let key = (device.ifindex, place);
+            wanted.insert(key);
+            if self.attached.contains_key(&key) {
+                continue;
+            }
+            if let Some(failure) = self.failed_lately(key, device) {
+                note = Some(failure);
+                continue;
+            }
+            let result = if self.hooks.tcx() {
+                self.hooks.attach_tcx(device.ifindex, place).map(drop)
+            } else {
+                self.attach_clsact(device, place).await
+            };
+            match result {
+                Ok(()) => {
+                    self.attached.insert(key, Attached::Tc);
+                    self.failures.remove(&key);
+                    tracing::debug!(device = device.name, program = place.program(), "attached");
+                }
+                Err(error) => note = Some(self.fail(key, device, &error)),
+            }
+        }
+        note
+    }
+
+    async fn attach_clsact(&mut self, device: &Device, place: Place) -> Result<(), AttachError> {
+        let made = self.hooks.attach_clsact(&self.netlink, device.ifindex, place).await?;
+        if made && let Err(error) = self.state.update(|state| state.clsact.extend([device.ifindex])) {
+            tracing::warn!(device = device.name, %error, "cleanup will leave the clsact qdisc of this device");
+        }
+        Ok(())
+    }
+
+    /// How XDP runs on a device; if it does not, why.
+    fn attach_xdp(
+        &mut self,
+        device: &Device,
+        wanted: &mut BTreeSet<(u32, Place)>,
+    ) -> (Option<XdpKind>, Option<String>) {
+        let kind = match xdp_kind(self.xdp, device) {
+            Ok(kind) => kind,
+            Err(why) => return (None, Some(why.into())),
+        };
+        let key = (device.ifindex, Place::Xdp);
+        match self.attached.get(&key) {
+            Some(Attached::Xdp(attached)) if *attached == kind => {
+                wanted.insert(key);
+                return (Some(kind), None);
+            }
+            _ => {}
+        }
+        if let Some(failure) = self.failed_lately(key, device) {
+            return (None, Some(failure));
+        }
+        match self.hooks.attach_xdp(device.ifindex, kind, device.xdp) {
+            Ok(_) => {
+                wanted.insert(key);
+                self.attached.insert(key, Attached::Xdp(kind));
+                self.failures.remove(&key);
+                tracing::info!(device = device.name, kind = ?kind, "XDP attached");
+                (Some(kind), None)
+            }
+            Err(error) => (None, Some(self.fail(key, device, &error))),
+        }
+    }
+
+    fn failed_lately(&self, key: (u32, Place), device: &Device) -> Option<String> {
+        let failure = self.failures.get(&key)?;
+        let same = failure.device == *device && failure.since.elapsed() < PERIOD;
+        same.then(|| failure.message.clone())
+    }
+
+    /// One warning for each failure, however often it comes back.
+    fn fail(&mut self, key: (u32, Place), device: &Device, error: &AttachError) -> String {
+        let message = error.to_string();
+        let known = self.failures.get(&key).is_some_and(|failure| failure.message == message);
+        if key.1 == Place::Xdp && self.xdp == XdpMode::Auto {
+            if !known {
+                tracing::info!(device = device.name, reason = message, "no XDP here; tc does it");
+            }
+        } else if !known {
+            tracing::warn!(device = device.name, error = message, "an edge is not served");
+        }
+        let failure = Failure { message: message.clone(), device: device.clone(), since: Instant::now() };
+        self.failures.insert(key, failure);
+        message
+    }
+
+    /// Detaches what is no edge any more, and at first what predecessors left behind.
+    async fn detach_all_but(&mut self, wanted: &BTreeSet<(u32, Place)>) {
+        let tcx = self.hooks.tcx();
+        let mut links: BTreeSet<(u32, Place)> = BTreeSet::new();
+        let mut filters: BTreeSet<(u32, Place)> = BTreeSet::new();
+        for (key, attached) in &self.attached {
+            let of_kind = if *attached == Attached::Tc && !tcx { &mut filters } else { &mut links };
+            of_kind.insert(*key);
+        }
+        links.retain(|key| !wanted.contains(key));
+        filters.retain(|key| !wanted.contains(key));
+        if !self.swept {
+            let linked = |key: &(u32, Place)| wanted.contains(key) && (tcx || key.1 == Place::Xdp);
+            let filtered = |key: &(u32, Place)| wanted.contains(key) && !tcx;
+            match (self.hooks.pinned(), self.hooks.filters(&self.netlink).await) {
+                (Ok(pinned), Ok(found)) => {
+                    links.extend(pinned.iter().map(|(place, i)| (*i, *place)).filter(|key| !linked(key)));
+                    filters.extend(found.iter().map(|(place, i)| (*i, *place)).filter(|key| !filtered(key)));
+                    self.swept = true;
+                }
+                (Err(error), _) | (_, Err(error)) => {
+                    tracing::warn!(%error, "cannot see what an earlier agent left behind");
+                }
+            }
+        }
+        for key in links {
+            match self.hooks.detach(key.0, key.1) {
+                Ok(_) => {
+                    self.attached.remove(&key);
+                    tracing::debug!(ifindex = key.0, program = key.1.program(), "detached");
+                }
+                Err(error) => tracing::warn!(%error, "cannot detach"),
+            }
+        }
+        for key in filters {
+            match self.hooks.detach_clsact(&self.netlink, key.0, key.1).await {
+                Ok(()) => {
+                    if !tcx {
+                        self.attached.remove(&key);
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "cannot remove a tc filter"),
+            }
+        }
+    }
+
+    fn write_map(&mut self, entries: &BTreeMap<u32, abi::Edge>) {
+        let mut written = match self.written.take() {
+            Some(written) => written,
+            None => self.map.iter().filter_map(Result::ok).collect(),
+        };
+        for (ifindex, entry) in entries {
+            if written.get(ifindex) == Some(entry) {
+                continue;
+            }
+            match self.map.insert(ifindex, entry, 0) {
+                Ok(()) => drop(written.insert(*ifindex, *entry)),
+                Err(error) => tracing::warn!(ifindex, %error, "map EDGES"),
+            }
+        }
+        let stale: Vec<u32> =
+            written.keys().filter(|ifindex| !entries.contains_key(ifindex)).copied().collect();
+        for ifindex in stale {
+            match self.map.remove(&ifindex) {
+                Ok(()) | Err(aya::maps::MapError::KeyNotFound) => drop(written.remove(&ifindex)),
+                Err(error) => tracing::warn!(ifindex, %error, "map EDGES"),
+            }
+        }
+        self.written = Some(written);
+    }
+
+    fn edge_view(
+        &self,
+        device: &Device,
+        role: &'static str,
+        xdp: Option<XdpKind>,
+        note: Option<String>,
+    ) -> EdgeView {
+        EdgeView {
+            ifindex: device.ifindex,
+            device: device.name.clone(),
+            role,
+            tc: if self.hooks.tcx() { "tcx" } else { "clsact" },
+            xdp,
+            note,
+        }
+    }
+
+    /// Each decision about a device is logged once.
+    fn tell(&mut self, device: &Device, role: Role) {
+        let text = match role {
+            Role::External { addr4, addr6 } => format!("external edge, sources {addr4} {addr6}"),
+            Role::Pod => "pod edge".to_owned(),
+            Role::None(why) => format!("no edge: {why}"),
+        };
+        let line = format!("{}: {text}", device.name);
+        if self.told.get(&device.ifindex) != Some(&line) {
+            match role {
+                Role::External { .. } => tracing::info!(device = device.name, "{text}"),
+                Role::Pod | Role::None(_) => tracing::debug!(device = device.name, "{text}"),
+            }
+            self.told.insert(device.ifindex, line);
+        }
+    }
+}
+
+/// How XDP shall run on a device, or why it shall not.
+fn xdp_kind(mode: XdpMode, device: &Device) -> Result<XdpKind, &'static str> {
+    match mode {
+        XdpMode::Off => Err("--xdp=off"),
+        XdpMode::Native => Ok(XdpKind::Native),
+        XdpMode::Generic => Ok(XdpKind::Generic),
+        // Whether the peer runs NAPI cannot be seen from this namespace.
+        XdpMode::Auto if device.kind == "veth" => {
+            Err("a veth silently drops what XDP sends unless its peer runs NAPI; --xdp=native if it does")
+        }
+        XdpMode::Auto => Ok(XdpKind::Native),
+    }
+}
+
+fn edge_entry(device: &Device, addr4: Ipv4Addr, addr6: Ipv6Addr, xdp: Option<XdpKind>) -> abi::Edge {
+    let transmit = xdp == Some(XdpKind::Native) && device.kind != "veth";
+    abi::Edge {
+        addr6: Addr6 { octets: addr6.octets() },
+        addr4: Addr4 { octets: addr4.octets() },
+        flags: if transmit { edge_flags::XDP_TRANSMIT } else { 0 },
+    }
+}
+
+/// Sorted, without duplicates.
+fn local_addresses(devices: &[Device]) -> Vec<LocalAddress> {
+    let mut addresses: Vec<LocalAddress> = devices
+        .iter()
+        .flat_map(|device| {
+            device.addresses.iter().map(|address| LocalAddress {
+                addr: address.addr,
+                device: device.name.clone(),
+                loopback: address.addr.is_loopback(),
+                global: address.global,
+            })
+        })
+        .collect();
+    addresses.sort();
+    addresses.dedup();
+    addresses
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn xdp_is_native_where_it_can_send() {
+        let nic = Device { name: "eth0".into(), ..Device::default() };
+        let veth = Device { name: "eth0".into(), kind: "veth".into(), ..Device::default() };
+        assert_eq!(xdp_kind(XdpMode::Auto, &nic), Ok(XdpKind::Native));
+        assert!(xdp_kind(XdpMode::Auto, &veth).is_err());
+        assert_eq!(xdp_kind(XdpMode::Native, &veth), Ok(XdpKind::Native));
+        assert_eq!(xdp_kind(XdpMode::Generic, &veth), Ok(XdpKind::Generic));
+        assert!(xdp_kind(XdpMode::Off, &nic).is_err());
+
+        let flags = |device, xdp| edge_entry(device, Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, xdp).flags;
+        assert_eq!(flags(&nic, Some(XdpKind::Native)), edge_flags::XDP_TRANSMIT);
+        assert_eq!(flags(&nic, Some(XdpKind::Generic)), 0);
+        assert_eq!(flags(&nic, None), 0);
+        assert_eq!(flags(&veth, Some(XdpKind::Native)), 0);
+    }
+}

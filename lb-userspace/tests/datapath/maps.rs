@@ -1,0 +1,163 @@
+//! The service maps: what is written is what is read, what does not fit is refused by name.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use fairlead::datapath::{Datapath, MapError, Maps, Options, Sizes};
+use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, Snapshot};
+use lb_common::abi::{Service, Window, address_flags, backend_state, frontend_kind};
+
+use crate::support::{TempBpffs, in_new_netns, small};
+
+fn backend(family: Family, id: u32, addr: &str) -> Op {
+    let entry =
+        BackendEntry { addr: addr.parse().unwrap(), state: backend_state::ACTIVE, flags: 0, generation: 1 };
+    Op::SetBackend { family, id, entry }
+}
+
+fn key(addr: &str, protocol: Protocol) -> FrontendKey {
+    let addr: SocketAddr = addr.parse().unwrap();
+    FrontendKey { addr: addr.ip(), port: addr.port(), protocol }
+}
+
+fn service(id: u32, base: u32, len: u32) -> Service {
+    Service {
+        id,
+        kind: frontend_kind::CLUSTER_IP,
+        internal: Window { base, len },
+        external: Window { base, len },
+        ..Service::default()
+    }
+}
+
+/// What the maps hold after `ops`, as far as windows are referred to.
+fn after(ops: &[Op]) -> Snapshot {
+    let mut snapshot = Snapshot::default();
+    let mut slots = BTreeMap::new();
+    for op in ops {
+        match op.clone() {
+            Op::SetBackend { family, id, entry } => drop(snapshot.backends.insert((family, id), entry)),
+            Op::WriteSlots { base, slots: ids } => drop(slots.insert(base, ids)),
+            Op::SetFrontend { key, entry } => drop(snapshot.frontends.insert(key, entry)),
+            Op::RemoveFrontend { key } => drop(snapshot.frontends.remove(&key)),
+            Op::SetAddress { addr, flags } => drop(snapshot.addresses.insert(addr, flags)),
+            Op::RemoveAddress { addr } => drop(snapshot.addresses.remove(&addr)),
+        }
+    }
+    for service in snapshot.frontends.values() {
+        for window in [service.internal, service.external] {
+            if let Some(ids) = slots.get(&window.base) {
+                snapshot.slots.insert(window.base, ids.clone());
+            }
+        }
+    }
+    snapshot
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    in_new_netns(|| {
+        let datapath = Datapath::isolated(&Options { sizes: small(), ..Options::default() }).unwrap();
+        let mut maps = datapath.maps().unwrap();
+        assert_eq!(maps.read().unwrap(), Snapshot::default());
+        let limits = maps.limits();
+        assert_eq!((limits.services, limits.backends, limits.slots), (256, 256, 4096));
+
+        let ops = [
+            backend(Family::V4, 1, "10.1.0.1:8080"),
+            backend(Family::V4, 255, "10.1.0.2:8080"),
+            backend(Family::V6, 1, "[2001:db8::1]:8080"),
+            backend(Family::V4, 2, "10.1.0.3:9"),
+            Op::WriteSlots { base: 1, slots: vec![1, 255, 1] },
+            Op::WriteSlots { base: 4, slots: vec![1] },
+            Op::WriteSlots { base: 4090, slots: vec![2; 6] },
+            Op::SetFrontend { key: key("10.96.0.1:80", Protocol::Tcp), entry: service(1, 1, 3) },
+            Op::SetFrontend { key: key("[fd00::1]:80", Protocol::Tcp), entry: service(1, 4, 1) },
+            Op::SetFrontend { key: key("0.0.0.0:30000", Protocol::Udp), entry: service(2, 4090, 6) },
+            Op::SetFrontend { key: key("10.96.0.1:80", Protocol::Udp), entry: service(3, 0, 0) },
+            Op::SetAddress { addr: "192.0.2.1".parse().unwrap(), flags: address_flags::NODE },
+            Op::SetAddress { addr: "2001:db8::7".parse().unwrap(), flags: address_flags::SERVICE },
+            Op::RemoveFrontend { key: key("10.96.0.1:80", Protocol::Udp) },
+            Op::RemoveFrontend { key: key("10.96.0.99:80", Protocol::Udp) },
+            Op::RemoveAddress { addr: "192.0.2.1".parse().unwrap() },
+            Op::RemoveAddress { addr: "192.0.2.2".parse().unwrap() },
+        ];
+        maps.apply(&ops).unwrap();
+        assert_eq!(maps.read().unwrap(), after(&ops));
+        // Another handle sees the same kernel maps.
+        assert_eq!(datapath.maps().unwrap().read().unwrap(), after(&ops));
+    });
+}
+
+#[test]
+fn large_loads_survive_the_batches() {
+    in_new_netns(|| {
+        let sizes = Sizes { flows: Some(64), services: Some(20_000), backends: Some(20_000) };
+        let datapath = Datapath::isolated(&Options { sizes, ..Options::default() }).unwrap();
+        let mut maps = datapath.maps().unwrap();
+        let mut ops = Vec::new();
+        for id in 1..20_000_u32 {
+            let [_, _, high, low] = id.to_be_bytes();
+            ops.push(backend(Family::V4, id, &format!("10.2.{high}.{low}:80")));
+        }
+        ops.push(Op::WriteSlots { base: 1, slots: (1..20_000).collect() });
+        for id in 1..20_000_u32 {
+            let [_, _, high, low] = id.to_be_bytes();
+            ops.push(Op::SetFrontend {
+                key: key(&format!("10.3.{high}.{low}:80"), Protocol::Tcp),
+                entry: service(id, 1, 19_999),
+            });
+        }
+        maps.apply(&ops).unwrap();
+        let read = maps.read().unwrap();
+        assert_eq!(read, after(&ops));
+        assert_eq!(read.slots[&1].len(), 19_999);
+    });
+}
+
+#[test]
+fn a_full_map_says_which_flag_to_raise_and_how_far_it_came() {
+    in_new_netns(|| {
+        let datapath = Datapath::isolated(&Options { sizes: small(), ..Options::default() }).unwrap();
+        let mut maps = datapath.maps().unwrap();
+        let ops: Vec<Op> = (0..300_u32)
+            .map(|i| {
+                let [.., high, low] = i.to_be_bytes();
+                Op::SetFrontend {
+                    key: key(&format!("10.96.{high}.{low}:80"), Protocol::Tcp),
+                    entry: service(i + 1, 0, 0),
+                }
+            })
+            .collect();
+        let error = maps.apply(&ops).unwrap_err();
+        assert_eq!(error.source, MapError::Full { map: "SERVICES4".into(), capacity: 256 });
+        assert!(error.to_string().contains("raise --max-services"), "{error}");
+        assert_eq!(maps.read().unwrap().frontends.len(), error.done);
+        assert_eq!(error.done, 256);
+
+        let beyond = [backend(Family::V4, 1, "10.1.0.1:80"), backend(Family::V4, 256, "10.1.0.2:80")];
+        let error = maps.apply(&beyond).unwrap_err();
+        assert_eq!(error.source, MapError::Full { map: "BACKENDS4".into(), capacity: 256 });
+        assert_eq!(error.done, 1);
+
+        let mixed = [backend(Family::V6, 1, "10.1.0.1:80")];
+        assert!(matches!(maps.apply(&mixed).unwrap_err().source, MapError::Failed { .. }));
+    });
+}
+
+#[test]
+fn pinned_maps_keep_their_entries() {
+    in_new_netns(|| {
+        let bpffs = TempBpffs::new();
+        let ops = [
+            backend(Family::V4, 7, "10.1.0.1:8080"),
+            Op::WriteSlots { base: 1, slots: vec![7] },
+            Op::SetFrontend { key: key("10.96.0.1:80", Protocol::Tcp), entry: service(1, 1, 1) },
+        ];
+        let first = Datapath::open(&bpffs.options()).unwrap();
+        first.maps().unwrap().apply(&ops).unwrap();
+        drop(first);
+        let second = Datapath::open(&bpffs.options()).unwrap();
+        assert_eq!(second.maps().unwrap().read().unwrap(), after(&ops));
+    });
+}

@@ -1,0 +1,139 @@
+//! A machine for one test: namespace, BPF file system, cgroup; all gone when it is dropped.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fairlead::datapath::{Options, Sizes};
+use fairlead::sys::{mount, netns};
+
+/// How long a test waits for what must happen; machines are shared and slow.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Runs `test` in a thread with a network namespace of its own, in which loopback is up.
+pub(crate) fn in_new_netns(test: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        netns::enter_new().expect("these tests need root: run `sudo -E cargo test`, or `cargo xtask test`");
+        ip("link set lo up");
+        test();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Runs `ip` in the namespace of the calling thread.
+pub(crate) fn ip(arguments: &str) -> String {
+    run("ip", arguments)
+}
+
+/// Runs a command in the namespace of the calling thread; its output.
+pub(crate) fn run(program: &str, arguments: &str) -> String {
+    let output = Command::new(program)
+        .args(arguments.split_whitespace())
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{program} {arguments}: {}{text}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    text
+}
+
+/// Waits until `condition` holds.
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A BPF file system of its own.
+pub(crate) struct TempBpffs {
+    path: PathBuf,
+}
+
+impl TempBpffs {
+    pub(crate) fn new() -> Self {
+        let path = temp_name("bpffs");
+        fs::create_dir(&path).unwrap();
+        mount::mount_bpffs(&path).expect("mounting a BPF file system needs root");
+        Self { path }
+    }
+
+    /// Where the agent of the test pins.
+    pub(crate) fn pins(&self) -> PathBuf {
+        self.path.join("agent")
+    }
+
+    pub(crate) fn options(&self) -> Options {
+        Options { bpffs: self.pins(), sizes: small(), ..Options::default() }
+    }
+
+    /// Every pin of the agent. (The kernel puts files of its own into the root of a BPF file system.)
+    pub(crate) fn files(&self) -> Vec<String> {
+        let mut files = Vec::new();
+        if self.pins().exists() {
+            list(&self.path, &self.pins(), &mut files);
+        }
+        files.sort();
+        files
+    }
+}
+
+impl Drop for TempBpffs {
+    fn drop(&mut self) {
+        mount::unmount(&self.path).unwrap();
+        fs::remove_dir(&self.path).unwrap();
+    }
+}
+
+/// Sizes that take next to no memory.
+pub(crate) fn small() -> Sizes {
+    Sizes { flows: Some(1024), services: Some(256), backends: Some(256) }
+}
+
+/// A cgroup of its own.
+pub(crate) struct TempCgroup {
+    pub(crate) path: PathBuf,
+}
+
+impl TempCgroup {
+    pub(crate) fn new() -> Self {
+        let root = mount::cgroup2_root().unwrap().expect("these tests need a cgroup2 file system");
+        let name = temp_name("cgroup");
+        let path = root.join(name.file_name().unwrap());
+        fs::create_dir(&path).unwrap();
+        Self { path }
+    }
+}
+
+impl Drop for TempCgroup {
+    fn drop(&mut self) {
+        // A test may have removed it.
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+fn temp_name(kind: &str) -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("fairlead-test-{kind}-{}-{number}", std::process::id()))
+}
+
+fn list(root: &Path, dir: &Path, files: &mut Vec<String>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            list(root, &path, files);
+        } else {
+            files.push(path.strip_prefix(root).unwrap().to_string_lossy().into_owned());
+        }
+    }
+}
