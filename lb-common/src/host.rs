@@ -6,7 +6,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use crate::abi::{AddressInfo, Backend, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey, SocketPeer};
+use crate::abi::{
+    Addr6, AddressInfo, Backend, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey, SocketPeer,
+};
 use crate::family::Family;
 use crate::packet::{Packet, Route};
 use crate::reason::Reason;
@@ -35,6 +37,8 @@ pub struct HostPacket {
     ifindex: u32,
     /// The only route, if any.
     route: HostRoute,
+    /// Destinations that are the node itself, whatever the route says; IPv4-mapped if IPv4.
+    local: Vec<Addr6>,
     out_ifindex: u32,
     mtu: u32,
 }
@@ -42,8 +46,15 @@ pub struct HostPacket {
 impl HostPacket {
     /// A packet with an Ethernet header that came in through a device.
     pub fn new(bytes: &[u8], ifindex: u32) -> Self {
-        let mut packet =
-            Self { words: Vec::new(), len: 0, ifindex, route: HostRoute::None, out_ifindex: 0, mtu: 0 };
+        let mut packet = Self {
+            words: Vec::new(),
+            len: 0,
+            ifindex,
+            route: HostRoute::None,
+            local: Vec::new(),
+            out_ifindex: 0,
+            mtu: 0,
+        };
         packet.set(bytes);
         packet
     }
@@ -52,6 +63,13 @@ impl HostPacket {
     #[must_use]
     pub fn with_route(mut self, route: HostRoute) -> Self {
         self.route = route;
+        self
+    }
+
+    /// The same on a node with this address.
+    #[must_use]
+    pub fn with_local<F: Family>(mut self, addr: &F::Addr) -> Self {
+        self.local.push(F::to_mapped(addr));
         self
     }
 
@@ -105,7 +123,10 @@ impl Packet for HostPacket {
         Ok(())
     }
 
-    fn route<F: Family>(&mut self, _from: &F::Addr, _to: &F::Addr, ip_len: u32) -> Result<Route, Reason> {
+    fn route<F: Family>(&mut self, _from: &F::Addr, to: &F::Addr, ip_len: u32) -> Result<Route, Reason> {
+        if self.local.contains(&F::to_mapped(to)) {
+            return Ok(Route::Local);
+        }
         match self.route {
             HostRoute::Out { ifindex, mtu } => {
                 self.out_ifindex = ifindex;

@@ -116,6 +116,10 @@ pub mod ports {
     pub const FAR_DNS: u16 = 54;
     /// Its `NodePort`.
     pub const FAR_DNS_NODE: u16 = 30054;
+    /// A TCP Service with several backends: `VIP:84`.
+    pub const MANY: u16 = 84;
+    /// Its `NodePort`.
+    pub const MANY_NODE: u16 = 30084;
     /// What the TCP backends listen on.
     pub const TARGET: u16 = 8080;
     /// What the UDP backends listen on.
@@ -146,6 +150,11 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
     backend(3, F::POD, ports::TARGET_UDP, backend_flags::LOCAL);
     backend(4, F::FAR_POD, ports::TARGET_UDP, 0);
 
+    // A window of a few backends, as a Maglev table would be.
+    for (slot, id) in (100..).zip([1, 2, 1, 1, 2, 1, 2]) {
+        tables.slots.insert(slot, id);
+    }
+
     let one = |id: u32| Window { base: id, len: 1 };
     let none = Window { base: 0, len: 0 };
     let mut service = |id, proto, port, node_port, internal, external, flags| {
@@ -168,6 +177,8 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
     service(4, TCP, ports::LOCAL, ports::LOCAL_NODE, one(2), none, service_flags::EXTERNAL_DROP);
     service(5, UDP, ports::DNS, ports::DNS_NODE, one(3), one(3), 0);
     service(6, UDP, ports::FAR_DNS, ports::FAR_DNS_NODE, one(4), one(4), 0);
+    let many = Window { base: 100, len: 7 };
+    service(7, TCP, ports::MANY, ports::MANY_NODE, many, many, 0);
     tables
 }
 
