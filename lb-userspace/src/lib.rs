@@ -3,4 +3,5 @@
 pub mod datapath;
 pub mod edges;
 pub mod entries;
+pub mod inspect;
 pub mod sys;

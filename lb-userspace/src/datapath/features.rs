@@ -7,6 +7,7 @@ use crate::sys::bpf::{self, AttachType, Insn, ProgType, Target, TestRunInput};
 
 /// What this kernel can do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts about the kernel")]
 pub struct Features {
     /// `bpf_set_retval` for socket hooks (5.18): `connect()` fails with `ECONNREFUSED`, not `EPERM`.
     pub set_retval: bool,

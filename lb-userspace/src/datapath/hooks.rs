@@ -345,7 +345,7 @@ fn pin_error(path: &Path, source: io::Error) -> AttachError {
 }
 
 /// The name of a device, or its number.
-pub(super) fn device_name(ifindex: u32) -> String {
+pub(crate) fn device_name(ifindex: u32) -> String {
     nix::net::if_::if_indextoname(ifindex)
         .ok()
         .and_then(|name| name.into_string().ok())

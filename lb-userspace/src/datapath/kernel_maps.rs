@@ -1,7 +1,6 @@
 //! The service maps in the kernel.
 
 use std::collections::BTreeMap;
-use std::fmt::Debug;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -33,7 +32,7 @@ pub struct KernelMaps {
 
 impl KernelMaps {
     /// Takes each map from `open`.
-    pub(super) fn new(
+    pub(crate) fn new(
         open: impl Fn(&'static MapSpec) -> Result<MapData, OpenError>,
     ) -> Result<Self, OpenError> {
         let services4 = typed("SERVICES4", &open)?;
@@ -149,12 +148,12 @@ impl KernelMaps {
     fn read_services(&self) -> Result<BTreeMap<FrontendKey, abi::Service>, MapError> {
         let mut frontends = BTreeMap::new();
         walk("SERVICES4", fd(&self.services4), |key: ServiceKey<Addr4>, service| {
-            if let Some(key) = frontend_key(key, IpAddr::V4(Ipv4Addr::from(key.addr.octets))) {
+            if let Some(key) = frontend_key(&key, IpAddr::V4(Ipv4Addr::from(key.addr.octets))) {
                 frontends.insert(key, service);
             }
         })?;
         walk("SERVICES6", fd(&self.services6), |key: ServiceKey<Addr6>, service| {
-            if let Some(key) = frontend_key(key, IpAddr::V6(Ipv6Addr::from(key.addr.octets))) {
+            if let Some(key) = frontend_key(&key, IpAddr::V6(Ipv6Addr::from(key.addr.octets))) {
                 frontends.insert(key, service);
             }
         })?;
@@ -360,7 +359,7 @@ fn service_key<A>(key: FrontendKey, addr: A) -> ServiceKey<A> {
     ServiceKey { addr, port: key.port, proto: key.protocol.number(), pad: 0 }
 }
 
-fn frontend_key<A>(key: ServiceKey<A>, addr: IpAddr) -> Option<FrontendKey> {
+fn frontend_key<A>(key: &ServiceKey<A>, addr: IpAddr) -> Option<FrontendKey> {
     let protocol = Protocol::from_number(key.proto)?;
     Some(FrontendKey { addr, port: key.port, protocol })
 }
@@ -375,7 +374,7 @@ fn backend<A>(entry: &BackendEntry, addr: A) -> abi::Backend<A> {
     }
 }
 
-fn backend_entry<A: Copy + Debug>(backend: &abi::Backend<A>, addr: IpAddr) -> BackendEntry {
+fn backend_entry<A>(backend: &abi::Backend<A>, addr: IpAddr) -> BackendEntry {
     BackendEntry {
         addr: SocketAddr::new(addr, backend.port),
         state: backend.state,

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 
 use aya::maps::MapData;
 use aya::programs::{Program, ProgramError};
@@ -139,7 +140,7 @@ impl Datapath {
         let features_text: Vec<String> =
             features.named().iter().map(|(name, has)| format!("{name}={has}")).collect();
         tracing::info!(features = features_text.join(" "), "kernel probed");
-        let globals = Globals::new(options, &features)?;
+        let globals = Globals::new(options, features)?;
 
         let btf = Btf::from_sys_fs().ok();
         let mut loader = EbpfLoader::new();
@@ -155,10 +156,7 @@ impl Datapath {
         }
         let mut ebpf = loader.load(OBJECT).map_err(|error| OpenError::Object(Box::new(error)))?;
 
-        let mut loaded = BTreeMap::new();
-        for name in program_names() {
-            loaded.insert(name, load_program(&mut ebpf, name)?);
-        }
+        let programs = load_programs(&mut ebpf)?;
         let mut maps = BTreeMap::new();
         for spec in &MAPS {
             maps.insert(spec.name, take_map(&mut ebpf, spec.name)?);
@@ -167,7 +165,7 @@ impl Datapath {
             logger.inspect_err(|error| tracing::warn!(%error, "the kernel programs' log cannot be read")).ok()
         });
         Ok(Self {
-            programs: Arc::new(Programs(loaded)),
+            programs: Arc::new(programs),
             maps,
             features,
             logger,
@@ -203,7 +201,7 @@ struct Globals {
 }
 
 impl Globals {
-    fn new(options: &Options, features: &Features) -> Result<Self, OpenError> {
+    fn new(options: &Options, features: Features) -> Result<Self, OpenError> {
         let node_netns = match options.socket_lb {
             SocketLb::All | SocketLb::Off => 0,
             SocketLb::Host => netns::cookie().map_err(OpenError::NetnsCookie)?.unwrap_or_else(|| {
@@ -299,8 +297,29 @@ fn replace_pin(program: BorrowedFd<'_>, dir: &Path, name: &str) -> Result<(), Op
     pin().map_err(|source| OpenError::Pin { action: "pin program", path: path.clone(), source })
 }
 
-fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, OpenError> {
-    let program = ebpf.program_mut(name).ok_or(OpenError::Missing { kind: "program", name })?;
+/// Loads every program, each in a thread of its own: the verifier takes most of a cold start.
+fn load_programs(ebpf: &mut Ebpf) -> Result<Programs, OpenError> {
+    let mut objects: BTreeMap<String, &mut Program> =
+        ebpf.programs_mut().map(|(name, program)| (name.to_owned(), program)).collect();
+    let mut found = Vec::new();
+    for name in program_names() {
+        found.push((name, objects.remove(name).ok_or(OpenError::Missing { kind: "program", name })?));
+    }
+    thread::scope(|scope| {
+        let loading: Vec<_> = found
+            .into_iter()
+            .map(|(name, program)| (name, scope.spawn(move || load_program(name, program))))
+            .collect();
+        let mut loaded = BTreeMap::new();
+        for (name, thread) in loading {
+            let result = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            loaded.insert(name, result?);
+        }
+        Ok(Programs(loaded))
+    })
+}
+
+fn load_program(name: &'static str, program: &mut Program) -> Result<OwnedFd, OpenError> {
     let loaded = match program {
         Program::Xdp(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
@@ -338,9 +357,8 @@ fn verdict(log: &str) -> String {
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, OpenError> {
     use aya::maps::Map;
     let map = ebpf.take_map(name).ok_or(OpenError::Missing { kind: "map", name })?;
-    let data = match map {
-        Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) => data,
-        _ => return Err(OpenError::Missing { kind: "map of the right type named", name }),
+    let (Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data)) = map else {
+        return Err(OpenError::Missing { kind: "map of the right type named", name });
     };
     data.fd().as_fd().try_clone_to_owned().map_err(|error| map_error(name, error.into()))
 }

@@ -277,10 +277,10 @@ mod tests {
 
     /// Roles as text, in the order of the devices.
     fn roles(devices: &[Device], rules: &Rules) -> Vec<String> {
-        let roles = classify(devices, rules);
+        let by_index = classify(devices, rules);
         devices
             .iter()
-            .map(|device| match roles[&device.ifindex] {
+            .map(|device| match by_index[&device.ifindex] {
                 Role::External { addr4, addr6 } => format!("{}: external {addr4} {addr6}", device.name),
                 Role::Pod => format!("{}: pod", device.name),
                 Role::None(why) => format!("{}: {why}", device.name),

@@ -30,7 +30,7 @@ use crate::datapath::{AttachError, Hooks, Place, XdpKind};
 
 /// How often everything is looked at without a reason, for what netlink does not tell: a filter that
 /// somebody removed, a failure that went away by itself.
-const PERIOD: Duration = Duration::from_secs(60);
+const PERIOD: Duration = Duration::from_mins(1);
 
 /// `--xdp`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -164,9 +164,9 @@ async fn follow(
             Ok(devices) => {
                 let now = Arc::new(follower.settle(&devices).await);
                 view.send_if_modified(|shown| {
-                    let changed = shown.as_ref() != Some(&now);
+                    let differs = shown.as_ref() != Some(&now);
                     *shown = Some(now);
-                    changed
+                    differs
                 });
             }
             Err(error) => tracing::warn!(%error, "cannot read the devices of this node"),
@@ -469,13 +469,12 @@ impl Follower {
 fn xdp_kind(mode: XdpMode, device: &Device) -> Result<XdpKind, &'static str> {
     match mode {
         XdpMode::Off => Err("--xdp=off"),
-        XdpMode::Native => Ok(XdpKind::Native),
         XdpMode::Generic => Ok(XdpKind::Generic),
         // Whether the peer runs NAPI cannot be seen from this namespace.
         XdpMode::Auto if device.kind == "veth" => {
             Err("a veth silently drops what XDP sends unless its peer runs NAPI; --xdp=native if it does")
         }
-        XdpMode::Auto => Ok(XdpKind::Native),
+        XdpMode::Native | XdpMode::Auto => Ok(XdpKind::Native),
     }
 }
 

@@ -69,10 +69,10 @@ pub enum Target<'a> {
 }
 
 impl Target<'_> {
-    fn number(&self) -> u32 {
+    fn number(self) -> u32 {
         match self {
-            Self::Device(ifindex) => *ifindex,
-            Self::Cgroup(fd) => fd_number(*fd),
+            Self::Device(ifindex) => ifindex,
+            Self::Cgroup(fd) => fd_number(fd),
         }
     }
 }

@@ -52,11 +52,13 @@ impl Ports {
         self.0.is_empty()
     }
 
+    #[must_use]
     pub fn union(&self, other: &Self) -> Self {
         Self(&self.0 | &other.0)
     }
 
     /// What is here and not in `other`.
+    #[must_use]
     pub fn without(&self, other: &Self) -> Self {
         Self(&self.0 - &other.0)
     }

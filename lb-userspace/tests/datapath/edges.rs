@@ -1,6 +1,7 @@
 //! Devices come, change and go; programs and the map `EDGES` follow.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::path::Path;
 
 use aya::maps::{HashMap, Map, MapData};
@@ -272,7 +273,7 @@ fn a_burst_of_devices_is_followed() {
         agent.settle_on(&["eth0 external"]);
         let mut batch = String::new();
         for i in 0..60 {
-            batch.push_str(&format!("link add veth{i} type veth peer name p{i}\nlink set veth{i} up\n"));
+            writeln!(batch, "link add veth{i} type veth peer name p{i}\nlink set veth{i} up").unwrap();
         }
         let path = std::env::temp_dir().join(format!("fairlead-test-batch-{}", std::process::id()));
         std::fs::write(&path, batch).unwrap();

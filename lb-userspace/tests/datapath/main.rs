@@ -1,8 +1,10 @@
 //! The datapath against the kernel: loading, pinning, attaching, following devices, cleaning up.
 //!
 //! Needs root. Every test has a network namespace and a BPF file system of its own.
+#![expect(clippy::unwrap_used, reason = "in tests, helpers included, a panic is the report")]
 
 mod edges;
+mod inspect;
 mod maps;
 mod support;
 mod takeover;

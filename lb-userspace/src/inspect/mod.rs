@@ -1,0 +1,576 @@
+//! Typed read-outs of the pinned maps: what `fairlead status`, `services`, `backends` and `flows` print,
+//! with and without an agent, and what the agent's metrics count.
+//!
+//! The names of all fields are part of the public interface (`-o json`).
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use aya::Pod;
+use aya::maps::{Map, MapData, MapError as AyaError, PerCpuArray};
+use lb_common::abi::{
+    self, Addr4, Addr6, Carry, Edge, Flow, FlowKey, Side, SocketKey, SocketPeer, SocketSide, Window,
+    backend_flags, backend_state, edge_flags, flow_flags, service_flags,
+};
+use lb_common::maps::{LAYOUT_VERSION, MAPS, MapSpec};
+use lb_common::reason::{Action, Hook, Reason, counter_index};
+use serde::Serialize;
+
+use crate::datapath::pins::{self, Pins};
+use crate::datapath::{Datapath, KernelMaps, MapError, Maps, OpenError, device_name, links, walk};
+use crate::entries::{BackendEntry, Family, FrontendKey, FrontendKind, Snapshot};
+use crate::sys::bpf::{self, LinkTarget};
+
+/// The maps cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    #[error(
+        "no datapath under {path}; is the agent started, and with the same --bpffs?",
+        path = path.display()
+    )]
+    NoDatapath { path: PathBuf },
+    #[error("{path}: {source}; run as root", path = path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Map(#[from] MapError),
+    #[error(transparent)]
+    Datapath(#[from] OpenError),
+}
+
+/// A datapath to look at.
+pub struct Inspector {
+    maps: BTreeMap<&'static str, MapData>,
+    pins: Option<Pins>,
+}
+
+/// What became of packets at one hook for one reason; only what was seen.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct CounterView {
+    pub hook: &'static str,
+    pub reason: &'static str,
+    /// `pass`, `carry`, `drop`, `reject`, `expire` or `shrink`.
+    pub action: &'static str,
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+/// A frontend and where it leads.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct ServiceView {
+    /// The address; `null`: every address of the node that NodePorts answer on.
+    pub address: Option<IpAddr>,
+    /// `IPv4` or `IPv6`.
+    pub family: &'static str,
+    pub port: u16,
+    pub protocol: String,
+    /// `ClusterIP`, `NodePort`, `LoadBalancer`, `ExternalIP` or `HostPort`.
+    pub kind: String,
+    /// Number of the Service; its frontends share it.
+    pub service: u32,
+    /// `maglev` or `random`.
+    pub algorithm: &'static str,
+    pub internal: ScopeView,
+    pub external: ScopeView,
+}
+
+/// The backends that clients of one scope may get.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct ScopeView {
+    /// What happens when there is none: `reject` or `drop`.
+    pub when_empty: &'static str,
+    pub backends: Vec<ShareView>,
+}
+
+/// A backend in a window.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct ShareView {
+    pub id: u32,
+    /// `null`: the slot names a backend that is not there.
+    pub address: Option<IpAddr>,
+    pub port: u16,
+    /// Slots of the window that name it: its share of new connections.
+    pub slots: u32,
+}
+
+/// A backend.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct BackendView {
+    pub id: u32,
+    /// `IPv4` or `IPv6`.
+    pub family: &'static str,
+    pub address: IpAddr,
+    pub port: u16,
+    /// `unused`, `active` or `terminating`.
+    pub state: &'static str,
+    /// It runs on this node.
+    pub local: bool,
+    pub generation: u32,
+}
+
+/// One direction of a flow: the packet as it is seen, and as it goes on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct FlowView {
+    /// `nic_in`, `nic_out`, `pod_in` or `pod_out`.
+    pub side: &'static str,
+    /// IP protocol number.
+    pub protocol: u8,
+    pub source: IpAddr,
+    pub source_port: u16,
+    pub destination: IpAddr,
+    pub destination_port: u16,
+    pub new_source: IpAddr,
+    pub new_source_port: u16,
+    pub new_destination: IpAddr,
+    pub new_destination_port: u16,
+    /// From the backend to the client.
+    pub reply: bool,
+    /// `pending` until the first reply, `established`, `closing` after a FIN, `closed` after a RST.
+    pub state: &'static str,
+    /// How a rewritten packet goes on: `stack`, `forward` or `bounce`.
+    pub carry: &'static str,
+    pub service: u32,
+    pub backend: u32,
+    /// Since the last packet, to the second.
+    pub idle_seconds: u64,
+}
+
+/// What a socket was told about one address.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct SocketView {
+    pub cookie: u64,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// `forward` (frontend to backend) or `reply` (backend to frontend).
+    pub side: &'static str,
+    pub address: IpAddr,
+    pub port: u16,
+    pub new_address: IpAddr,
+    pub new_port: u16,
+    pub backend: u32,
+}
+
+/// An external edge.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct EdgeView {
+    pub ifindex: u32,
+    pub device: String,
+    /// Source of IPv4 packets sent on through it; `0.0.0.0`: none.
+    pub source4: IpAddr,
+    /// Source of IPv6 packets sent on through it; `::`: none.
+    pub source6: IpAddr,
+    /// XDP may redirect packets to it.
+    pub xdp_transmit: bool,
+}
+
+/// A program on a hook.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct LinkView {
+    pub program: String,
+    /// `xdp`, `tcx` or `cgroup`.
+    pub kind: &'static str,
+    /// The device; `null` for socket programs.
+    pub device: Option<String>,
+    pub ifindex: Option<u32>,
+    /// `false`: the device or cgroup is gone.
+    pub alive: bool,
+    pub program_id: u32,
+}
+
+/// A loaded program.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct ProgramView {
+    pub program: String,
+    pub id: u32,
+    /// Instructions the verifier walked; 0: the kernel does not say.
+    pub verified_instructions: u32,
+    /// Bytes of native code; 0: the JIT is off.
+    pub jited_bytes: u32,
+}
+
+/// How full a map is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct MapView {
+    pub map: &'static str,
+    pub entries: u32,
+    pub max_entries: u32,
+}
+
+impl Inspector {
+    /// Looks at the pins of an agent, which need not run.
+    pub fn open(bpffs: &Path) -> Result<Self, InspectError> {
+        let pins = Pins::new(bpffs);
+        let mut maps = BTreeMap::new();
+        for spec in &MAPS {
+            let path = pins.map(spec.name);
+            let data = MapData::from_pin(&path).map_err(|error| pin_error(bpffs, path, error))?;
+            maps.insert(spec.name, data);
+        }
+        Ok(Self { maps, pins: Some(pins) })
+    }
+
+    /// Looks at a datapath of this process.
+    pub fn of(datapath: &Datapath) -> Result<Self, InspectError> {
+        let mut maps = BTreeMap::new();
+        for spec in &MAPS {
+            maps.insert(spec.name, datapath.map_data(spec)?);
+        }
+        let pins = datapath.hooks().map(|_| Pins::new(&datapath.options().bpffs));
+        Ok(Self { maps, pins })
+    }
+
+    /// Version of the pinned layout.
+    pub fn layout_version(&self) -> u32 {
+        LAYOUT_VERSION
+    }
+
+    /// Counters that are not zero, summed over all CPUs.
+    pub fn counters(&self) -> Result<Vec<CounterView>, InspectError> {
+        let map = Map::PerCpuArray(duplicate(self.data("COUNTERS")?).map_err(fail("COUNTERS"))?);
+        let counters: PerCpuArray<MapData, abi::Counter> = map.try_into().map_err(fail("COUNTERS"))?;
+        let mut views = Vec::new();
+        for hook in Hook::ALL {
+            for reason in Reason::ALL {
+                let values = counters.get(&counter_index(hook, reason), 0).map_err(fail("COUNTERS"))?;
+                let packets = values.iter().map(|counter| counter.packets).sum();
+                let bytes = values.iter().map(|counter| counter.bytes).sum();
+                if packets > 0 {
+                    let action = action_name(reason.action());
+                    views.push(CounterView {
+                        hook: hook.name(),
+                        reason: reason.name(),
+                        action,
+                        packets,
+                        bytes,
+                    });
+                }
+            }
+        }
+        Ok(views)
+    }
+
+    /// Every frontend with its backends, in the order of addresses.
+    pub fn services(&self) -> Result<Vec<ServiceView>, InspectError> {
+        let snapshot = self.snapshot()?;
+        Ok(snapshot.frontends.iter().map(|(key, service)| service_view(&snapshot, *key, service)).collect())
+    }
+
+    /// Every backend that is or was in use.
+    pub fn backends(&self) -> Result<Vec<BackendView>, InspectError> {
+        let snapshot = self.snapshot()?;
+        Ok(snapshot.backends.iter().map(|((family, id), entry)| backend_view(*family, *id, entry)).collect())
+    }
+
+    /// Shows `visit` every direction of every flow; of half a million, so not as a list.
+    pub fn flows(&self, mut visit: impl FnMut(FlowView)) -> Result<(), InspectError> {
+        let now = monotonic_nanoseconds();
+        for (map, pending) in [("FLOWS4", false), ("PENDING4", true)] {
+            self.walk(map, |key: FlowKey<Addr4>, flow: Flow<Addr4>| {
+                visit(flow_view(&key, &flow, pending, now));
+            })?;
+        }
+        for (map, pending) in [("FLOWS6", false), ("PENDING6", true)] {
+            self.walk(map, |key: FlowKey<Addr6>, flow: Flow<Addr6>| {
+                visit(flow_view(&key, &flow, pending, now));
+            })?;
+        }
+        Ok(())
+    }
+
+    /// What sockets were told.
+    pub fn sockets(&self) -> Result<Vec<SocketView>, InspectError> {
+        let mut views = Vec::new();
+        self.walk("SOCKETS", |key: SocketKey, peer: SocketPeer| views.push(socket_view(&key, &peer)))?;
+        views.sort_by_key(|view| (view.cookie, view.address, view.port));
+        Ok(views)
+    }
+
+    /// The external edges. Device names are those of the caller's network namespace.
+    pub fn edges(&self) -> Result<Vec<EdgeView>, InspectError> {
+        let mut views = Vec::new();
+        self.walk("EDGES", |ifindex: u32, edge: Edge| {
+            views.push(EdgeView {
+                ifindex,
+                device: device_name(ifindex),
+                source4: edge.addr4.octets.into(),
+                source6: edge.addr6.octets.into(),
+                xdp_transmit: edge.flags & edge_flags::XDP_TRANSMIT != 0,
+            });
+        })?;
+        views.sort_by_key(|view| view.ifindex);
+        Ok(views)
+    }
+
+    /// Programs that are attached through links. (Without tcx, tc programs are filters of their devices.)
+    pub fn links(&self) -> Result<Vec<LinkView>, InspectError> {
+        let Some(pins) = &self.pins else { return Ok(Vec::new()) };
+        let found = links(pins).map_err(|source| InspectError::Open { path: pins.links(), source })?;
+        Ok(found.iter().map(|(name, info)| link_view(name, info)).collect())
+    }
+
+    /// The programs as last loaded.
+    pub fn programs(&self) -> Result<Vec<ProgramView>, InspectError> {
+        let Some(pins) = &self.pins else { return Ok(Vec::new()) };
+        let dir = pins.programs();
+        let open = |path: &Path| {
+            let path = path.to_owned();
+            move |source| InspectError::Open { path, source }
+        };
+        let mut views = Vec::new();
+        for program in pins::names(&dir).map_err(open(&dir))? {
+            let path = dir.join(&program);
+            let fd = bpf::obj_get(&path).map_err(open(&path))?;
+            let info = bpf::prog_info(fd.as_fd()).map_err(open(&path))?;
+            views.push(ProgramView {
+                program,
+                id: info.id,
+                verified_instructions: info.verified_insns,
+                jited_bytes: info.jited_len,
+            });
+        }
+        Ok(views)
+    }
+
+    /// How full the hash maps are. Counts entries one by one: about 50 ns each.
+    pub fn fill(&self) -> Result<Vec<MapView>, InspectError> {
+        let mut views = Vec::new();
+        for spec in &MAPS {
+            let data = self.data(spec.name)?;
+            let max_entries = data.info().map_err(fail(spec.name))?.max_entries();
+            let entries = match spec.name {
+                "SERVICES4" => self.count::<abi::ServiceKey<Addr4>, abi::Service>(spec)?,
+                "SERVICES6" => self.count::<abi::ServiceKey<Addr6>, abi::Service>(spec)?,
+                "ADDRESSES4" => self.count::<Addr4, abi::AddressInfo>(spec)?,
+                "ADDRESSES6" => self.count::<Addr6, abi::AddressInfo>(spec)?,
+                "EDGES" => self.count::<u32, Edge>(spec)?,
+                "FLOWS4" | "PENDING4" => self.count::<FlowKey<Addr4>, Flow<Addr4>>(spec)?,
+                "FLOWS6" | "PENDING6" => self.count::<FlowKey<Addr6>, Flow<Addr6>>(spec)?,
+                "SOCKETS" => self.count::<SocketKey, SocketPeer>(spec)?,
+                _ => continue,
+            };
+            views.push(MapView { map: spec.name, entries, max_entries });
+        }
+        Ok(views)
+    }
+
+    /// What the service maps hold, as the agent reads them back.
+    pub fn snapshot(&self) -> Result<Snapshot, InspectError> {
+        let open = |spec: &'static MapSpec| {
+            let missing = || OpenError::Missing { kind: "map", name: spec.name };
+            let data = self.maps.get(spec.name).ok_or_else(missing)?;
+            duplicate(data).map_err(|error| OpenError::Map { name: spec.name, source: Box::new(error) })
+        };
+        Ok(KernelMaps::new(open)?.read()?)
+    }
+
+    fn count<K: Pod, V: Pod>(&self, spec: &MapSpec) -> Result<u32, InspectError> {
+        let mut count = 0_u32;
+        self.walk(spec.name, |_: K, _: V| count += 1)?;
+        Ok(count)
+    }
+
+    fn walk<K: Pod, V: Pod>(&self, name: &'static str, visit: impl FnMut(K, V)) -> Result<(), InspectError> {
+        Ok(walk(name, self.data(name)?.fd().as_fd(), visit)?)
+    }
+
+    fn data(&self, name: &'static str) -> Result<&MapData, InspectError> {
+        Ok(self.maps.get(name).ok_or(OpenError::Missing { kind: "map", name })?)
+    }
+}
+
+fn duplicate(data: &MapData) -> Result<MapData, AyaError> {
+    MapData::from_fd(data.fd().as_fd().try_clone_to_owned()?)
+}
+
+fn pin_error(bpffs: &Path, path: PathBuf, error: AyaError) -> InspectError {
+    match error {
+        AyaError::SyscallError(error) if error.io_error.kind() == io::ErrorKind::NotFound => {
+            InspectError::NoDatapath { path: bpffs.to_owned() }
+        }
+        AyaError::SyscallError(error) => InspectError::Open { path, source: error.io_error },
+        error => InspectError::Open { path, source: io::Error::other(error) },
+    }
+}
+
+fn fail(map: &'static str) -> impl Fn(AyaError) -> InspectError {
+    move |error| MapError::Failed { map: map.into(), reason: error.to_string() }.into()
+}
+
+fn service_view(snapshot: &Snapshot, key: FrontendKey, service: &abi::Service) -> ServiceView {
+    let family = Family::of(key.addr);
+    let scope = |window: Window, drop: u16| ScopeView {
+        when_empty: if service.flags & drop == 0 { "reject" } else { "drop" },
+        backends: shares(snapshot, family, window),
+    };
+    ServiceView {
+        address: (!key.addr.is_unspecified()).then_some(key.addr),
+        family: family_name(family),
+        port: key.port,
+        protocol: key.protocol.to_string(),
+        kind: FrontendKind::from_number(service.kind)
+            .map_or_else(|| format!("unknown ({})", service.kind), |kind| kind.to_string()),
+        service: service.id,
+        algorithm: if service.flags & service_flags::MAGLEV == 0 { "random" } else { "maglev" },
+        internal: scope(service.internal, service_flags::INTERNAL_DROP),
+        external: scope(service.external, service_flags::EXTERNAL_DROP),
+    }
+}
+
+/// The backends of a window with their shares, in the order of ids.
+fn shares(snapshot: &Snapshot, family: Family, window: Window) -> Vec<ShareView> {
+    let mut slots: BTreeMap<u32, u32> = BTreeMap::new();
+    for id in snapshot.slots.get(&window.base).into_iter().flatten().take(window.len as usize) {
+        *slots.entry(*id).or_default() += 1;
+    }
+    slots
+        .into_iter()
+        .map(|(id, slots)| {
+            let backend =
+                snapshot.backends.get(&(family, id)).filter(|backend| backend.state != backend_state::UNUSED);
+            ShareView {
+                id,
+                address: backend.map(|backend| backend.addr.ip()),
+                port: backend.map_or(0, |backend| backend.addr.port()),
+                slots,
+            }
+        })
+        .collect()
+}
+
+fn backend_view(family: Family, id: u32, entry: &BackendEntry) -> BackendView {
+    BackendView {
+        id,
+        family: family_name(family),
+        address: entry.addr.ip(),
+        port: entry.addr.port(),
+        state: match entry.state {
+            backend_state::UNUSED => "unused",
+            backend_state::ACTIVE => "active",
+            backend_state::TERMINATING => "terminating",
+            _ => "unknown",
+        },
+        local: entry.flags & backend_flags::LOCAL != 0,
+        generation: entry.generation,
+    }
+}
+
+/// An address of either family.
+trait Address: Copy {
+    fn ip(self) -> IpAddr;
+}
+
+impl Address for Addr4 {
+    fn ip(self) -> IpAddr {
+        self.octets.into()
+    }
+}
+
+impl Address for Addr6 {
+    fn ip(self) -> IpAddr {
+        self.octets.into()
+    }
+}
+
+fn flow_view<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, pending: bool, now: u64) -> FlowView {
+    FlowView {
+        side: side_name(key.side),
+        protocol: key.proto,
+        source: key.src.ip(),
+        source_port: key.src_port,
+        destination: key.dst.ip(),
+        destination_port: key.dst_port,
+        new_source: flow.src.ip(),
+        new_source_port: flow.src_port,
+        new_destination: flow.dst.ip(),
+        new_destination_port: flow.dst_port,
+        reply: flow.flags & flow_flags::REPLY != 0,
+        state: if flow.flags & flow_flags::RST != 0 {
+            "closed"
+        } else if flow.flags & (flow_flags::FIN | flow_flags::PEER_FIN) != 0 {
+            "closing"
+        } else if pending {
+            "pending"
+        } else {
+            "established"
+        },
+        carry: match flow.carry {
+            carry if carry == Carry::Stack as u8 => "stack",
+            carry if carry == Carry::Forward as u8 => "forward",
+            carry if carry == Carry::Bounce as u8 => "bounce",
+            _ => "unknown",
+        },
+        service: flow.service,
+        backend: flow.backend,
+        idle_seconds: now.saturating_sub(flow.last_seen) / 1_000_000_000,
+    }
+}
+
+fn socket_view(key: &SocketKey, peer: &SocketPeer) -> SocketView {
+    SocketView {
+        cookie: key.cookie,
+        protocol: key.proto,
+        side: match key.side {
+            side if side == SocketSide::Forward as u8 => "forward",
+            side if side == SocketSide::Reply as u8 => "reply",
+            _ => "unknown",
+        },
+        address: Ipv6Addr::from(key.addr.octets).to_canonical(),
+        port: key.port,
+        new_address: Ipv6Addr::from(peer.addr.octets).to_canonical(),
+        new_port: peer.port,
+        backend: peer.backend,
+    }
+}
+
+fn link_view(name: &str, info: &bpf::LinkInfo) -> LinkView {
+    let (kind, ifindex, alive) = match info.target {
+        LinkTarget::Xdp { ifindex } => ("xdp", Some(ifindex), ifindex != 0),
+        LinkTarget::Tcx { ifindex, .. } => ("tcx", Some(ifindex), ifindex != 0),
+        LinkTarget::Cgroup { id, .. } => ("cgroup", None, id != 0),
+        LinkTarget::Other { .. } => ("unknown", None, true),
+    };
+    LinkView {
+        program: pins::parse_device_link(name).map_or(name, |(program, _)| program).to_owned(),
+        kind,
+        device: ifindex.filter(|ifindex| *ifindex != 0).map(device_name),
+        ifindex,
+        alive,
+        program_id: info.prog_id,
+    }
+}
+
+fn side_name(side: u8) -> &'static str {
+    [(Side::NicIn, "nic_in"), (Side::NicOut, "nic_out"), (Side::PodIn, "pod_in"), (Side::PodOut, "pod_out")]
+        .into_iter()
+        .find_map(|(known, name)| (known as u8 == side).then_some(name))
+        .unwrap_or("unknown")
+}
+
+fn action_name(action: Action) -> &'static str {
+    match action {
+        Action::Pass => "pass",
+        Action::Carry => "carry",
+        Action::Drop => "drop",
+        Action::Reject => "reject",
+        Action::Expire => "expire",
+        Action::Shrink => "shrink",
+    }
+}
+
+fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    }
+}
+
+/// The clock of the kernel programs.
+fn monotonic_nanoseconds() -> u64 {
+    let clock = nix::time::ClockId::CLOCK_MONOTONIC;
+    nix::time::clock_gettime(clock).map_or(0, |time| {
+        let nanoseconds = i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec());
+        u64::try_from(nanoseconds).unwrap_or_default()
+    })
+}
