@@ -1,0 +1,54 @@
+//! Budgets of the kernel programs, and that they load in every configuration. Needs root.
+
+use fairlead::datapath::{Datapath, Options, Sizes, program_names};
+use lb_common::maps::{Capacity, MAPS, programs};
+
+fn options() -> Options {
+    let sizes = Sizes { flows: Some(1024), services: Some(1024), backends: Some(1024) };
+    Options { sizes, ..Options::default() }
+}
+
+/// What a program may cost: (verified instructions, bytes of machine code). The verifier stops at a million.
+fn budget(name: &str) -> (u32, u32) {
+    match name {
+        programs::XDP_NIC => (400_000, 40_000),
+        programs::TC_NIC_IN | programs::TC_POD_IN => (120_000, 40_000),
+        programs::TC_NIC_OUT | programs::TC_POD_OUT => (20_000, 24_000),
+        _ => (4_000, 6_000),
+    }
+}
+
+#[test]
+fn programs_keep_their_budgets() {
+    let datapath = Datapath::isolated(&options()).expect("the programs load");
+    for name in program_names() {
+        let program = datapath.programs().get(name).expect(name);
+        let info = fairlead::sys::bpf::prog_info(program).expect("what the kernel knows of it");
+        let (instructions, bytes) = budget(name);
+        println!("{name}: {} instructions verified, {} bytes", info.verified_insns, info.jited_len);
+        assert!(info.verified_insns <= instructions, "{name}: {info:?}");
+        assert!(info.jited_len > 0 && info.jited_len <= bytes, "{name}: {info:?}");
+    }
+}
+
+#[test]
+fn programs_load_with_their_log_on() {
+    let datapath = Datapath::isolated(&Options { log_level: 5, ..options() }).expect("the programs load");
+    assert_eq!(datapath.programs().iter().count(), program_names().count());
+}
+
+#[test]
+fn maps_at_default_sizes_stay_below_their_memory() {
+    let sizes = Sizes::default();
+    let bytes: u64 = MAPS
+        .iter()
+        .map(|spec| {
+            let entries = u64::from(sizes.wanted(spec.capacity).entries);
+            // What the kernel adds to each entry: a hash element's header (48 bytes, 56 with its LRU node).
+            let overhead = if matches!(spec.capacity, Capacity::Backends | Capacity::Slots) { 0 } else { 56 };
+            let element = u64::from(spec.key_size.next_multiple_of(8) + spec.value_size.next_multiple_of(8));
+            entries * (element + overhead)
+        })
+        .sum();
+    assert!(bytes < 320 << 20, "{} MiB", bytes >> 20);
+}
