@@ -1,5 +1,6 @@
 //! A lab with Kubernetes in it: manifests, and an agent on each node that follows them.
 
+use std::cell::{Ref, RefCell};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -9,7 +10,7 @@ use super::{Agent, AgentOptions, Lab, Manifests, Node};
 /// A lab, the manifests that describe it, and its agents.
 pub struct Cluster {
     pub manifests: Manifests,
-    agents: [Option<Agent>; 2],
+    agents: RefCell<[Option<Agent>; 2]>,
     program: PathBuf,
     options: AgentOptions,
     // After the agents, so that they end first.
@@ -23,12 +24,12 @@ impl Cluster {
         for node in lab.nodes() {
             manifests.apply_node(node)?;
         }
-        Ok(Self { manifests, agents: [None, None], program: program.to_owned(), options, lab })
+        Ok(Self { manifests, agents: RefCell::default(), program: program.to_owned(), options, lab })
     }
 
     /// Starts the agents that do not run, and waits until they are ready.
-    pub fn start(&mut self) -> Result<()> {
-        for (node, agent) in self.lab.nodes().into_iter().zip(&mut self.agents) {
+    pub fn start(&self) -> Result<()> {
+        for (node, agent) in self.lab.nodes().into_iter().zip(&mut *self.agents.borrow_mut()) {
             if agent.is_none() {
                 *agent = Some(Agent::start(&self.lab, node, &self.program, &self.manifests, &self.options)?);
             }
@@ -36,21 +37,17 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts agents otherwise from now on.
-    pub fn set_options(&mut self, options: AgentOptions) {
-        self.options = options;
-    }
-
     /// The agent of a node.
-    pub fn agent(&self, node: &Node) -> Result<&Agent> {
-        let [a, b] = &self.agents;
-        let agent = if node.name == self.lab.node_a.name { a } else { b };
-        agent.as_ref().with_context(|| format!("no agent runs on {}", node.name))
+    pub fn agent(&self, node: &Node) -> Result<Ref<'_, Agent>> {
+        let index = usize::from(node.name != self.lab.node_a.name);
+        Ref::filter_map(self.agents.borrow(), |agents| agents[index].as_ref())
+            .ok()
+            .with_context(|| format!("no agent runs on {}", node.name))
     }
 
     /// Takes the agents out, to stop or kill them.
-    pub fn take_agents(&mut self) -> Vec<Agent> {
-        self.agents.iter_mut().filter_map(Option::take).collect()
+    pub fn take_agents(&self) -> Vec<Agent> {
+        self.agents.borrow_mut().iter_mut().filter_map(Option::take).collect()
     }
 
     /// Runs `fairlead SUBCOMMAND … --bpffs PINS` on a node, whether its agent runs or not.
@@ -59,7 +56,7 @@ impl Cluster {
     }
 
     /// Everything stays when this process ends.
-    pub fn keep(mut self) -> Result<()> {
+    pub fn keep(self) -> Result<()> {
         self.take_agents().into_iter().for_each(Agent::leave);
         self.lab.keep()
     }

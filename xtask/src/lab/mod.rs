@@ -350,6 +350,12 @@ impl Node {
         SocketAddr::new(self.addrs.of(family), port)
     }
 
+    /// Every address that its processes may send from.
+    pub fn own_addrs(&self, family: Family) -> Vec<IpAddr> {
+        let bridge = (self.cni == Cni::Bridge).then(|| self.bridge_addrs().of(family));
+        bridge.into_iter().chain([self.addrs.of(family)]).collect()
+    }
+
     /// Its pods' networks.
     pub fn pod_cidrs(&self) -> [String; 2] {
         [format!("10.244.{}.0/24", self.number), format!("fd00:10:244:{}::/64", self.number)]
