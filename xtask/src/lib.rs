@@ -4,6 +4,7 @@
 
 pub mod build_ebpf;
 pub mod cli;
+pub mod demo;
 pub mod host;
 pub mod lab;
 pub mod process;

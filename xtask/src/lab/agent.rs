@@ -84,7 +84,7 @@ impl Agent {
         let child = {
             let _making = making();
             let child = node.ns.spawn(&mut command)?;
-            lab.agents.adopt(child.id())?;
+            lab.processes.adopt(child.id())?;
             child
         };
         let mut agent = Self {

@@ -9,6 +9,8 @@ use anyhow::{Context, Result, bail};
 use lb_common::reason::{Action, Hook, REASONS, Reason};
 use serde_json::Value;
 
+use crate::process;
+
 /// Packets (or socket calls) by hook and reason.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Counters(BTreeMap<(Hook, Reason), u64>);
@@ -76,18 +78,23 @@ impl fmt::Display for Edge {
     }
 }
 
-/// `bpftool -j map dump` of a map that is pinned below `pins`.
+/// `bpftool map dump` of a map that is pinned below `pins`.
 pub fn dump(pins: &Path, map: &str) -> Result<Value> {
-    let pin = find(pins, map)?;
-    let output = Command::new("bpftool")
-        .args(["-j", "map", "dump", "pinned"])
-        .arg(&pin)
-        .output()
-        .context("cannot run `bpftool`; install bpftool")?;
-    if !output.status.success() {
-        bail!("bpftool cannot dump {}: {}", pin.display(), String::from_utf8_lossy(&output.stdout).trim());
-    }
-    serde_json::from_slice(&output.stdout).with_context(|| format!("bpftool's dump of {map} is no JSON"))
+    bpftool("dump", pins, map, &[])
+}
+
+/// `bpftool map lookup` of an entry of an array; its `formatted` part.
+pub fn lookup(pins: &Path, map: &str, index: u32) -> Result<Value> {
+    let key = index.to_ne_bytes().map(|byte| byte.to_string());
+    let entry = bpftool("lookup", pins, map, &[&["key".to_owned()][..], &key].concat())?;
+    Ok(entry["formatted"].clone())
+}
+
+fn bpftool(what: &str, pins: &Path, map: &str, rest: &[String]) -> Result<Value> {
+    let mut command = Command::new("bpftool");
+    command.args(["-j", "map", what, "pinned"]).arg(find(pins, map)?).args(rest);
+    let text = process::output(&mut command)?;
+    serde_json::from_str(&text).with_context(|| format!("`{}` prints no JSON", process::show(&command)))
 }
 
 /// The pin of a map: in a directory below `pins` that is named after the layout's version.

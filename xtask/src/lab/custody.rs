@@ -30,6 +30,9 @@ static LIVE: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// Held for reading while something is made, for writing while a signal ends everything.
 static MAKING: RwLock<()> = RwLock::new(());
 
+/// What a signal does after everything else, before the process ends.
+static LAST: Mutex<Option<Box<dyn FnOnce() + Send>>> = Mutex::new(None);
+
 /// A lab's claim to everything that carries its prefix.
 #[derive(Debug)]
 pub struct Custody {
@@ -96,6 +99,12 @@ impl Drop for Custody {
             eprintln!("cannot clean up {}: {err:#}", self.prefix);
         }
     }
+}
+
+/// Has `undo` done when a signal ends the process, after its labs are taken down.
+pub fn undo_on_signals(undo: impl FnOnce() + Send + 'static) -> Result<()> {
+    *LAST.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(undo));
+    end_on_signals()
 }
 
 /// To be held while something is made that only its prefix tells from the rest of the machine.
@@ -170,6 +179,9 @@ fn end_on_signals() -> Result<()> {
                 if let Err(err) = tear_down(&prefix) {
                     eprintln!("cannot clean up {prefix}: {err:#}");
                 }
+            }
+            if let Some(last) = LAST.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                last();
             }
             std::process::exit(EXIT_ON_SIGNAL);
         })

@@ -33,7 +33,7 @@ pub mod wire;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -52,7 +52,7 @@ pub use self::wire::Protocol;
 use self::cgroup::Cgroup;
 use self::custody::{Custody, making};
 use self::netns::Netns;
-use self::server::Stop;
+use self::server::{Site, Stop};
 
 /// IP family.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -125,7 +125,8 @@ pub struct Lab {
     pub outside: Machine,
     /// A client behind a router.
     pub far: Machine,
-    agents: Cgroup,
+    /// Agents and servers: not below the nodes' cgroups.
+    processes: Cgroup,
     stop: Stop,
     // Last, so that threads and processes have ended when it takes everything down.
     custody: Custody,
@@ -226,7 +227,7 @@ impl Lab {
             node_b: node("node-b", 2, node_b, Cni::Bridge)?,
             outside: machine("outside", outside, OUTSIDE)?,
             far: machine("far", far, FAR)?,
-            agents: Cgroup::create(cgroups.join("agents"))?,
+            processes: Cgroup::create(cgroups.join("processes"))?,
             stop,
             custody,
         })
@@ -310,6 +311,24 @@ impl Lab {
         }
         let caller = Caller::in_thread(name, &ns, &self.stop)?;
         Ok(Pod { addrs, node: node.name.clone(), ns, device, caller })
+    }
+
+    /// Starts servers that go on when this process ends, for a lab that is kept.
+    pub fn serve_by_itself(&self, xtask: &Path, sites: &[Site]) -> Result<()> {
+        let mut command = Command::new(xtask);
+        command.arg("lab-sites").arg(serde_json::to_string(sites)?);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut servers = {
+            let _making = making();
+            let servers = self.outside.ns.spawn(&mut command)?;
+            self.processes.adopt(servers.id())?;
+            servers
+        };
+        let said = wire::read_line(servers.stdout.as_mut().context("no pipe from the servers")?);
+        if !said.as_ref().is_ok_and(|said| said == server::SERVING) {
+            bail!("the servers did not start: {said:?}, {:?}", servers.wait());
+        }
+        Ok(())
     }
 
     /// Removes a pod: its namespace and both ends of its veth.

@@ -8,12 +8,13 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
+use serde::{Deserialize, Serialize};
 
 /// Where `ip netns` keeps its handles.
 const HANDLES: &str = "/run/netns";
 
 /// A network namespace that exists; it is deleted with its lab, not with this handle.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Netns {
     name: String,
 }

@@ -11,8 +11,10 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, Type};
 
+use super::netns::Netns;
 use super::wire::{self, Frame, Introduction, Protocol, Sender};
 
 /// A peer that is silent for so long in the middle of a transfer is gone.
@@ -66,6 +68,38 @@ pub fn serve(name: &str, protocol: Protocol, addrs: &[SocketAddr], stop: &Stop) 
     }
     Ok(())
 }
+
+/// A server of a process that outlives the one that started it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Site {
+    pub ns: Netns,
+    pub name: String,
+    pub protocol: Protocol,
+    pub addrs: Vec<SocketAddr>,
+}
+
+/// Servers of a lab that is kept, until the process is killed.
+#[derive(clap::Args)]
+pub struct SitesArgs {
+    /// What to serve, as JSON
+    sites: String,
+}
+
+/// Runs servers in their namespaces, says so on standard output, and goes on until it is killed.
+pub fn run_sites(args: &SitesArgs) -> Result<()> {
+    let sites: Vec<Site> = serde_json::from_str(&args.sites).context("cannot read what to serve")?;
+    let stop = Stop::new()?;
+    for site in sites {
+        site.ns.run(|| serve(&site.name, site.protocol, &site.addrs, &stop))??;
+    }
+    println!("{SERVING}");
+    loop {
+        thread::park();
+    }
+}
+
+/// What [`run_sites`] says when every server listens.
+pub(super) const SERVING: &str = "serving";
 
 /// Like [`TcpListener::bind`], with room for a burst of connections.
 fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
