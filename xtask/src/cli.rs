@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::{build_ebpf, host, snapshot, test};
+use crate::{build_ebpf, demo, host, lab, snapshot, test};
 
 /// Builds, tests and shows Fairlead.
 ///
@@ -23,6 +23,11 @@ enum Command {
     Test(test::Args),
     #[command(hide = true)]
     Snapshot(snapshot::Args),
+    Demo(demo::Args),
+    #[command(hide = true)]
+    LabSites(lab::server::SitesArgs),
+    #[command(hide = true)]
+    LabDesk(lab::client::DeskArgs),
 }
 
 impl Command {
@@ -31,6 +36,9 @@ impl Command {
             Self::BuildEbpf(args) => build_ebpf::command(&args),
             Self::Test(args) => test::command(&args),
             Self::Snapshot(args) => snapshot::command(&args),
+            Self::Demo(args) => demo::command(&args),
+            Self::LabSites(args) => lab::server::run_sites(&args),
+            Self::LabDesk(args) => lab::client::run_desk(&args),
         }
     }
 }

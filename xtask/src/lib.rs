@@ -1,10 +1,12 @@
 //! Builds, tests and shows Fairlead. Everything here runs on the developer's machine; nothing of it is
-//! part of the agent, and it depends on none of the packages it builds.
+//! part of the agent; of the packages it builds it uses only the names in lb-common.
 #![forbid(unsafe_code)]
 
 pub mod build_ebpf;
 pub mod cli;
+pub mod demo;
 pub mod host;
+pub mod lab;
 pub mod process;
 pub mod setup;
 pub mod snapshot;

@@ -66,12 +66,24 @@ impl Bpffs {
     }
 }
 
+impl Bpffs {
+    /// Whether it was not mounted before.
+    pub fn is_ours(&self) -> bool {
+        self.ours
+    }
+
+    /// What dropping it does if it is ours.
+    pub fn unmount() {
+        if let Err(error) = host::as_root("umount").and_then(|mut umount| process::run(umount.arg(BPFFS))) {
+            say(format!("{BPFFS} stays mounted: {error:#}"));
+        }
+    }
+}
+
 impl Drop for Bpffs {
     fn drop(&mut self) {
-        if self.ours
-            && let Err(error) = host::as_root("umount").and_then(|mut umount| process::run(umount.arg(BPFFS)))
-        {
-            say(format!("{BPFFS} stays mounted: {error:#}"));
+        if self.ours {
+            Self::unmount();
         }
     }
 }

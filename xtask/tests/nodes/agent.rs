@@ -1,0 +1,216 @@
+//! The agent comes and goes; what it loaded stays, until it is told to clean up.
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use xtask::lab::client::OpenCall;
+use xtask::lab::{Agent, Call, Caller, Family, Outcome, counters, eventually};
+
+use crate::world::{PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service, until};
+
+/// Calls of every edge that stay open: outside here and there, pod, process.
+fn open_calls(world: &World) -> Result<Vec<(&'static str, OpenCall<'_>, Outcome)>> {
+    let lab = world.lab();
+    let calls: [(&str, &Caller, Call); 8] = [
+        ("outside, backend here", &lab.outside, Call::tcp(lab.node_a.at(Family::V4, node_port(1)))),
+        ("outside, backend there", &lab.outside, Call::tcp(lab.node_a.at(Family::V4, node_port(2)))),
+        ("far, backend there, IPv6", &lab.far, Call::tcp(lab.node_a.at(Family::V6, node_port(2)))),
+        ("routed pod", &world.a2, Call::tcp(at_vip(2, Family::V4, PORT))),
+        ("bridged pod, IPv6", &world.b2, Call::tcp(at_vip(2, Family::V6, PORT))),
+        ("process", &lab.node_a, Call::tcp(at_vip(2, Family::V4, PORT))),
+        ("process, UDP", &lab.node_a, Call::udp(at_vip(2, Family::V4, PORT)).unconnected()),
+        ("hairpin", &world.a1, Call::tcp(at_vip(1, Family::V4, PORT))),
+    ];
+    let mut open = Vec::new();
+    for (name, caller, call) in calls {
+        let (call, first) = caller.open(call)?;
+        ensure!(first.server().is_some(), "{name}: {first}");
+        open.push((name, call, first));
+    }
+    Ok(open)
+}
+
+/// Open calls go on as they were, and new ones are answered.
+fn traffic_goes_on(world: &World, open: &[(&str, OpenCall<'_>, Outcome)]) -> Result<()> {
+    for (name, call, first) in open {
+        ensure!(call.again()? == *first, "{name}: {}", call.again()?);
+    }
+    open_calls(world).map(drop).context("new calls")
+}
+
+fn two_services(world: &World) -> Vec<xtask::lab::Service> {
+    vec![service(1, [&world.a1]), service(2, [&world.b1])]
+}
+
+#[test]
+fn traffic_goes_on_after_sigterm() -> Result<()> {
+    traffic_goes_on_without_agents(|agent| {
+        let status = agent.stop()?;
+        ensure!(status.success(), "SIGTERM is a normal end, not {status}");
+        Ok(())
+    })
+}
+
+#[test]
+fn traffic_goes_on_after_sigkill() -> Result<()> {
+    traffic_goes_on_without_agents(|agent| agent.kill().map(drop))
+}
+
+fn traffic_goes_on_without_agents(end: impl Fn(Agent) -> Result<()>) -> Result<()> {
+    let world = World::with_services(options(), two_services)?;
+    for agent in world.cluster.take_agents() {
+        end(agent)?;
+    }
+    // Twice: what was opened while no agent ran is as good as the rest.
+    let open = open_calls(&world)?;
+    traffic_goes_on(&world, &open)
+}
+
+#[test]
+fn calls_outlive_the_agents_that_they_began_with() -> Result<()> {
+    let world = World::with_services(options(), two_services)?;
+    let agents = world.cluster.take_agents();
+    let open = open_calls(&world)?;
+    for (i, agent) in agents.into_iter().enumerate() {
+        if i == 0 {
+            agent.stop()?
+        } else {
+            agent.kill()?
+        };
+        traffic_goes_on(&world, &open)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_new_agent_takes_over_what_is_there() -> Result<()> {
+    let world = World::with_services(options(), two_services)?;
+    let before = Loaded::by(&*world.cluster.agent(world.node_a())?)?;
+    let (call, first) = world.a2.open(Call::tcp(at_vip(2, Family::V4, PORT)))?;
+    let mut agents = world.cluster.take_agents().into_iter();
+    agents.next().context("two agents")?.stop()?;
+    agents.next().context("two agents")?.kill()?;
+    // Changes while nobody looks are without effect until somebody does.
+    world.cluster.manifests.delete("service-1")?;
+    world.cluster.manifests.apply(&service(3, [&world.b2]))?;
+    let new = Call::tcp(at_vip(3, Family::V4, PORT));
+    let outcome = world.a2.ask(new.clone().patience(SILENCE))?;
+    assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome}");
+
+    world.cluster.start()?;
+    assert_eq!(Loaded::by(&*world.cluster.agent(world.node_a())?)?.maps, before.maps, "other maps");
+    assert_eq!(call.again()?, first, "the call from before both");
+    for family in Family::ALL {
+        for (caller, from) in [(&*world.a2, world.node_a()), (&**world.node_b(), world.node_b())] {
+            let answer = |n, server| {
+                until(caller, &Call::tcp(at_vip(n, family, PORT)), |outcome| outcome.server() == server)
+                    .with_context(|| format!("Service {n} from {}", from.name))
+            };
+            answer(3, Some("b2"))?;
+            answer(2, Some("b1"))?;
+            answer(1, None)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_restart_breaks_no_call() -> Result<()> {
+    let world = World::with_services(options(), two_services)?;
+    let open = open_calls(&world)?;
+    for agent in world.cluster.take_agents() {
+        agent.stop()?;
+    }
+    world.cluster.start()?;
+    traffic_goes_on(&world, &open)
+}
+
+#[test]
+fn cleanup_leaves_nothing() -> Result<()> {
+    let world = World::with_services(options(), two_services)?;
+    let mut loaded = Vec::new();
+    for node in world.lab().nodes() {
+        loaded.push(Loaded::by(&*world.cluster.agent(node)?)?);
+    }
+    for one in &loaded {
+        ensure!(!one.maps.is_empty() && !one.programs.is_empty(), "nothing was loaded: {one:?}");
+        one.still_there()?;
+    }
+    for agent in world.cluster.take_agents() {
+        agent.stop()?;
+    }
+    for node in world.lab().nodes() {
+        world.cluster.fairlead(node, &["cleanup", "--cgroup-root", &node.cgroup.path().to_string_lossy()])?;
+        let pins = world.lab().pins(node);
+        ensure!(!pins.exists(), "{} is still there", pins.display());
+    }
+    for one in &loaded {
+        eventually(SOON, || one.ensure_gone())?;
+    }
+    // Without Fairlead the nodes are plain nodes again.
+    let call = Call::tcp(at_vip(1, Family::V4, PORT)).patience(Duration::from_millis(500));
+    assert!(!matches!(world.a2.ask(call)?, Outcome::Answer(_)));
+    assert_eq!(world.a2.ask(Call::tcp(world.b1.at(Family::V4, TARGET_PORT)))?.server(), Some("b1"));
+    Ok(())
+}
+
+/// What an agent has in the kernel.
+#[derive(PartialEq, Eq, Debug)]
+struct Loaded {
+    maps: BTreeSet<u64>,
+    programs: BTreeSet<u64>,
+}
+
+impl Loaded {
+    fn by(agent: &Agent) -> Result<Self> {
+        let mut maps = BTreeSet::new();
+        for name in ["SERVICES4", "FLOWS4", "FLOWS6", "COUNTERS"] {
+            let pin = counters::find(agent.pins(), name)?;
+            maps.insert(id_of(&bpftool(&["map", "show", "pinned"], Some(&pin))?)?);
+        }
+        let mut programs = BTreeSet::new();
+        for program in list("prog")? {
+            let used = program["map_ids"].as_array().cloned().unwrap_or_default();
+            if used.iter().any(|id| id.as_u64().is_some_and(|id| maps.contains(&id))) {
+                programs.insert(id_of(&program)?);
+            }
+        }
+        Ok(Self { maps, programs })
+    }
+
+    fn now(&self) -> Result<Self> {
+        let ids = |kind| -> Result<BTreeSet<u64>> { list(kind)?.iter().map(id_of).collect() };
+        Ok(Self { maps: &ids("map")? & &self.maps, programs: &ids("prog")? & &self.programs })
+    }
+
+    fn still_there(&self) -> Result<()> {
+        ensure!(self.now()? == *self, "{:?} of {self:?}", self.now()?);
+        Ok(())
+    }
+
+    fn ensure_gone(&self) -> Result<()> {
+        let now = self.now()?;
+        ensure!(now.maps.is_empty() && now.programs.is_empty(), "still there: {now:?}");
+        Ok(())
+    }
+}
+
+fn id_of(object: &Value) -> Result<u64> {
+    object["id"].as_u64().with_context(|| format!("no id in {object}"))
+}
+
+fn list(kind: &str) -> Result<Vec<Value>> {
+    match bpftool(&[kind, "show"], None)? {
+        Value::Array(all) => Ok(all),
+        other => bail!("bpftool printed no list: {other}"),
+    }
+}
+
+fn bpftool(args: &[&str], pin: Option<&Path>) -> Result<Value> {
+    let output = Command::new("bpftool").arg("-j").args(args).args(pin).output()?;
+    ensure!(output.status.success(), "bpftool {args:?}: {}", String::from_utf8_lossy(&output.stdout));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}

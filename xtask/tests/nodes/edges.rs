@@ -1,0 +1,364 @@
+//! What each edge owes its clients beside the plain way: loopback, hairpin, refusal, distribution, and
+//! changes that are followed.
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Protocol, Xdp};
+
+use crate::world::{
+    AT_ONCE, Findings, PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service, until,
+};
+
+fn families_and_protocols() -> impl Iterator<Item = (Family, Protocol)> {
+    Family::ALL.into_iter().flat_map(|family| Protocol::ALL.map(|protocol| (family, protocol)))
+}
+
+fn loopback(family: Family, port: u16) -> SocketAddr {
+    match family {
+        Family::V4 => SocketAddr::from(([127, 0, 0, 1], port)),
+        Family::V6 => SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], port)),
+    }
+}
+
+#[test]
+fn node_processes_reach_node_ports_on_loopback_and_by_mapped_addresses() -> Result<()> {
+    let world =
+        World::with_services(options(), |world| vec![service(1, [&world.a1]), service(2, [&world.b1])])?;
+    let mut findings = Findings::default();
+    for (family, protocol) in families_and_protocols() {
+        for node in world.lab().nodes() {
+            for (number, server) in [(1, "a1"), (2, "b1")] {
+                let calls = [
+                    Call::new(protocol, loopback(family, node_port(number))),
+                    Call::new(protocol, loopback(family, node_port(number))).unconnected(),
+                    Call::new(protocol, loopback(family, node_port(number))).mapped(),
+                    Call::new(protocol, node.at(family, node_port(number))).mapped(),
+                    Call::new(protocol, at_vip(number, family, PORT)).mapped(),
+                    Call::new(protocol, at_vip(number, family, PORT)).mapped().unconnected(),
+                    Call::new(protocol, at_vip(number, family, PORT)).unconnected(),
+                ];
+                for call in calls {
+                    let what = format!("{} -> {call:?}", node.name);
+                    let Some(outcome) = findings.take(node.ask(call), || what.clone()) else { continue };
+                    findings.check(outcome.server() == Some(server), || format!("{what}: {outcome}"));
+                }
+            }
+        }
+        // Mapped addresses of pods are translated as packets, not as sockets.
+        let call = Call::new(protocol, at_vip(2, family, PORT)).mapped();
+        let outcome = world.a2.ask(call.clone())?;
+        findings.check(outcome.server() == Some("b1"), || format!("a2 -> {call:?}: {outcome}"));
+    }
+    findings.report();
+    Ok(())
+}
+
+#[test]
+fn a_pod_reaches_itself_through_its_service() -> Result<()> {
+    let world =
+        World::with_services(options(), |world| vec![service(1, [&world.a1]), service(2, [&world.b1])])?;
+    let mut findings = Findings::default();
+    for (family, protocol) in families_and_protocols() {
+        for (pod, node, number) in [(&world.a1, world.node_a(), 1), (&world.b1, world.node_b(), 2)] {
+            for target in [at_vip(number, family, PORT), node.at(family, node_port(number))] {
+                let call = Call::new(protocol, target);
+                let outcome = pod.ask(call.clone())?;
+                let what = || format!("{} -> itself by {call:?}: {outcome}", pod.name());
+                findings.check(outcome.server() == Some(pod.name()), what);
+                // With its own address as the source, the pod would answer itself and nobody would translate.
+                findings.check(outcome.seen_as().is_some_and(|saw| saw.ip() != pod.addrs.of(family)), what);
+                let transfer = pod.transfer(call.clone(), 1_000_000);
+                findings.check(transfer.is_ok(), || format!("{}: {transfer:?}", what()));
+            }
+        }
+    }
+    findings.report();
+    Ok(())
+}
+
+/// Everybody who can ask for a Service, each at another edge.
+fn clients(world: &World) -> [(&Caller, &str); 5] {
+    [
+        (&world.a2, "pod on a routed node"),
+        (&world.b2, "pod on a bridged node"),
+        (world.node_a(), "process on node-a"),
+        (world.node_b(), "process on node-b"),
+        (&world.lab().outside, "outside"),
+    ]
+}
+
+fn refused_at_once(findings: &mut Findings, client: (&Caller, &str), call: Call) {
+    let (caller, who) = client;
+    let what = format!("{who} -> {call:?}");
+    let begin = Instant::now();
+    let Some(outcome) = findings.take(caller.ask(call), || what.clone()) else { return };
+    let took = begin.elapsed();
+    findings.check(outcome == Outcome::Refused, || format!("{what}: {outcome}"));
+    findings.check(took < AT_ONCE, || format!("{what}: only after {took:?}"));
+}
+
+fn frontends_without_endpoints_are_refused(options: AgentOptions) -> Result<()> {
+    let world = World::with_services(options, |_| vec![service(1, [])])?;
+    world.route_services_through(world.node_a())?;
+    let mut findings = Findings::default();
+    for (family, protocol) in families_and_protocols() {
+        for client in clients(&world) {
+            refused_at_once(&mut findings, client, Call::new(protocol, at_vip(1, family, PORT)));
+            for node in world.lab().nodes() {
+                refused_at_once(&mut findings, client, Call::new(protocol, node.at(family, node_port(1))));
+            }
+        }
+        for node in world.lab().nodes() {
+            let call = Call::new(protocol, loopback(family, node_port(1)));
+            refused_at_once(&mut findings, (node, "process by loopback"), call);
+        }
+    }
+    findings.report();
+    Ok(())
+}
+
+#[test]
+fn frontends_without_endpoints_are_refused_at_once() -> Result<()> {
+    frontends_without_endpoints_are_refused(options())
+}
+
+#[test]
+fn frontends_without_endpoints_are_refused_at_once_by_tc() -> Result<()> {
+    frontends_without_endpoints_are_refused(AgentOptions { xdp: Xdp::Off, ..options() })
+}
+
+#[test]
+fn a_cluster_ip_answers_on_no_other_port() -> Result<()> {
+    let world = World::with_services(options(), |world| vec![service(1, [&world.a1, &world.b1])])?;
+    world.route_services_through(world.node_b())?;
+    let mut findings = Findings::default();
+    for (family, protocol) in families_and_protocols() {
+        for client in clients(&world) {
+            // The port exists, so that a refusal of the others is no accident.
+            let call = Call::new(protocol, at_vip(1, family, PORT));
+            let outcome = client.0.ask(call.clone())?;
+            findings.check(outcome.server().is_some(), || format!("{} -> {call:?}: {outcome}", client.1));
+            for port in [TARGET_PORT, node_port(1)] {
+                refused_at_once(&mut findings, client, Call::new(protocol, at_vip(1, family, port)));
+            }
+        }
+    }
+    findings.report();
+    Ok(())
+}
+
+#[test]
+fn connections_are_spread_over_all_backends() -> Result<()> {
+    const CALLS: u32 = 600;
+    let world = World::with_services(options(), |world| vec![service(1, world.pods())])?;
+    let mut findings = Findings::default();
+    for (family, protocol) in families_and_protocols() {
+        for (caller, who) in clients(&world) {
+            let target = if caller.name() == "outside" {
+                world.node_a().at(family, node_port(1))
+            } else {
+                at_vip(1, family, PORT)
+            };
+            let tally = caller.ask_many(Call::new(protocol, target), CALLS)?;
+            let what = || format!("{who}, {protocol}, {family:?}: {tally:?}");
+            findings.check(tally.failures.is_empty() && tally.answers.len() == 4, what);
+            // 25 % each; 5 standard deviations are 9 %.
+            let even =
+                tally.answers.values().all(|count| (CALLS * 16 / 100..=CALLS * 34 / 100).contains(count));
+            findings.check(even, what);
+        }
+    }
+    findings.report();
+    Ok(())
+}
+
+#[test]
+fn two_thousand_short_connections_all_succeed() -> Result<()> {
+    const CALLS: u32 = 2000;
+    let world =
+        World::with_services(options(), |world| vec![service(1, [&world.a1]), service(2, [&world.b1])])?;
+    let (node_a, lab) = (world.node_a(), world.lab());
+    let paths: [(&Caller, SocketAddr, &str); 6] = [
+        (&lab.outside, node_a.at(Family::V4, node_port(1)), "a1"),
+        (&lab.outside, node_a.at(Family::V4, node_port(2)), "b1"),
+        (&lab.far, node_a.at(Family::V6, node_port(2)), "b1"),
+        (&world.a2, at_vip(2, Family::V4, PORT), "b1"),
+        (&world.b2, at_vip(2, Family::V6, PORT), "b1"),
+        (node_a, at_vip(2, Family::V4, PORT), "b1"),
+    ];
+    let mut findings = Findings::default();
+    for (caller, target, server) in paths {
+        let begin = Instant::now();
+        let tally = caller.ask_many(Call::tcp(target), CALLS)?;
+        eprintln!("{} -> {target}: {CALLS} connections in {:?}", caller.name(), begin.elapsed());
+        findings.check(tally.answers == BTreeMap::from([(server.to_owned(), CALLS)]), || {
+            format!("{} -> {target}: {tally:?}", caller.name())
+        });
+    }
+    findings.report();
+    Ok(())
+}
+
+#[test]
+fn changes_of_endpoints_are_followed() -> Result<()> {
+    let world = World::with_services(options(), |world| vec![service(1, [&world.a1])])?;
+    let manifests = &world.cluster.manifests;
+    let calls = |family| {
+        [
+            (&*world.lab().outside, world.node_a().at(family, node_port(1))),
+            (&*world.b2, at_vip(1, family, PORT)),
+            (&**world.node_b(), at_vip(1, family, PORT)),
+        ]
+    };
+    for family in Family::ALL {
+        for (caller, target) in calls(family) {
+            assert_eq!(caller.ask(Call::tcp(target))?.server(), Some("a1"));
+        }
+    }
+    manifests.apply(&service(1, [&world.a1, &world.b1]))?;
+    for family in Family::ALL {
+        for (caller, target) in calls(family) {
+            until(caller, &Call::tcp(target), |outcome| outcome.server() == Some("b1"))?;
+        }
+    }
+    manifests.apply(&service(1, [&world.b1]))?;
+    for family in Family::ALL {
+        for (caller, target) in calls(family) {
+            xtask::lab::eventually(SOON, || {
+                let tally = caller.ask_many(Call::tcp(target), 20)?;
+                ensure!(tally.answers.get("b1") == Some(&20), "{} -> {target}: {tally:?}", caller.name());
+                Ok(())
+            })?;
+        }
+    }
+    manifests.apply(&service(1, []))?;
+    for (caller, target) in calls(Family::V4) {
+        until(caller, &Call::tcp(target), |outcome| *outcome == Outcome::Refused)?;
+    }
+    manifests.apply(&service(1, [&world.a1]))?;
+    for (caller, target) in calls(Family::V4) {
+        until(caller, &Call::tcp(target), |outcome| outcome.server() == Some("a1"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_deleted_service_is_gone_and_the_others_stay() -> Result<()> {
+    let world =
+        World::with_services(options(), |world| vec![service(1, [&world.a1]), service(2, [&world.a1])])?;
+    world.route_services_through(world.node_a())?;
+    let gone = |outcome: &Outcome| !matches!(outcome, Outcome::Answer(_));
+    world.cluster.manifests.delete("service-1")?;
+    for (family, protocol) in families_and_protocols() {
+        for (caller, who) in clients(&world) {
+            for target in [at_vip(1, family, PORT), world.node_a().at(family, node_port(1))] {
+                until(caller, &Call::new(protocol, target), gone)?;
+            }
+            let still = caller.ask(Call::new(protocol, at_vip(2, family, PORT)))?;
+            assert_eq!(still.server(), Some("a1"), "{who}: {still}");
+        }
+    }
+    // Nothing of the node listens there: its own stack refuses, as for any other port.
+    let call = Call::tcp(world.node_a().at(Family::V4, node_port(1)));
+    assert_eq!(world.lab().outside.ask(call)?, Outcome::Refused);
+    Ok(())
+}
+
+#[test]
+fn a_udp_client_that_keeps_its_port_moves_to_a_living_backend() -> Result<()> {
+    let world = World::with_services(options(), |world| vec![service(1, [&world.b1])])?;
+    let clients = [
+        (&*world.a2, at_vip(1, Family::V4, PORT)),
+        (&*world.lab().outside, world.node_a().at(Family::V6, node_port(1))),
+        (&**world.node_a(), at_vip(1, Family::V6, PORT)),
+    ];
+    let mut open = Vec::new();
+    for (caller, target) in clients {
+        let (call, first) = caller.open(Call::udp(target).unconnected().patience(SILENCE))?;
+        assert_eq!(first.server(), Some("b1"), "{}", caller.name());
+        open.push((caller, call));
+    }
+    world.cluster.manifests.apply(&service(1, [&world.a1]))?;
+    for (caller, call) in &open {
+        xtask::lab::eventually(SOON, || {
+            let outcome = call.again()?;
+            ensure!(outcome.server() == Some("a1"), "{}: {outcome}", caller.name());
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_that_come_while_the_agent_runs_are_served() -> Result<()> {
+    let world = World::with_services(options(), |world| vec![service(1, [&world.a1])])?;
+    for node in world.lab().nodes() {
+        let pod = world.lab().add_pod(node, &format!("late-{}", node.name))?;
+        for (family, protocol) in families_and_protocols() {
+            let call = Call::new(protocol, at_vip(1, family, PORT));
+            until(&pod, &call, |outcome| outcome.server() == Some("a1"))?;
+        }
+        pod.listen(Protocol::Tcp, TARGET_PORT)?;
+        world.cluster.manifests.apply(&service(2, [&pod]))?;
+        let call = Call::tcp(at_vip(2, Family::V4, PORT));
+        until(&pod, &call, |outcome| outcome.server() == Some(pod.name()))?;
+        until(&world.a2, &call, |outcome| outcome.server() == Some(pod.name()))?;
+        world.lab().remove_pod(node, pod)?;
+    }
+    // An agent that lost a device still follows its manifests.
+    world.cluster.manifests.apply(&service(2, [&world.b1]))?;
+    until(&world.a2, &Call::tcp(at_vip(2, Family::V4, PORT)), |outcome| outcome.server() == Some("b1"))?;
+    Ok(())
+}
+
+#[test]
+fn a_broken_manifest_is_named_and_stops_nothing() -> Result<()> {
+    let world = World::with_services(options(), |world| vec![service(1, [&world.a1])])?;
+    let manifests = &world.cluster.manifests;
+    manifests.write_text("broken", "kind: Service\n  metadata: [\n")?;
+    manifests.apply(&service(2, [&world.b1]))?;
+    until(&world.a2, &Call::tcp(at_vip(2, Family::V4, PORT)), |outcome| outcome.server() == Some("b1"))?;
+    assert_eq!(world.a2.ask(Call::tcp(at_vip(1, Family::V4, PORT)))?.server(), Some("a1"));
+    let log = world.cluster.agent(world.node_a())?.log();
+    assert!(log.contains("broken.yaml"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn endpoints_that_are_not_ready_get_nothing() -> Result<()> {
+    let world = World::with_services(options(), |world| {
+        let mut mixed = service(1, [&world.a1, &world.b1]);
+        mixed.endpoints[0].ready = false;
+        mixed.endpoints[0].serving = false;
+        vec![mixed]
+    })?;
+    let tally = world.a2.ask_many(Call::tcp(at_vip(1, Family::V4, PORT)), 50)?;
+    assert_eq!(tally.answers, BTreeMap::from([("b1".to_owned(), 50)]), "{tally:?}");
+    Ok(())
+}
+
+#[test]
+fn traffic_policy_local_keeps_outside_clients_on_the_node() -> Result<()> {
+    let world = World::with_services(options(), |world| {
+        let mut local = service(1, [&world.a1]);
+        local.spec = json!({ "externalTrafficPolicy": "Local" });
+        vec![local]
+    })?;
+    let outside = &world.lab().outside;
+    for family in Family::ALL {
+        let here = outside.ask(Call::tcp(world.node_a().at(family, node_port(1))))?;
+        assert_eq!(here.server(), Some("a1"), "{here}");
+        assert_eq!(here.seen_as().map(|saw| saw.ip()), Some(outside.addrs.of(family)));
+        let there = Call::tcp(world.node_b().at(family, node_port(1))).patience(SILENCE);
+        assert_eq!(outside.ask(there)?, Outcome::TimedOut);
+        // Pods and processes are not restricted by it.
+        for caller in [&*world.b2, &**world.node_b()] {
+            let outcome = caller.ask(Call::tcp(world.node_b().at(family, node_port(1))))?;
+            assert_eq!(outcome.server(), Some("a1"), "{}: {outcome}", caller.name());
+        }
+    }
+    Ok(())
+}
