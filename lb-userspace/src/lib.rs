@@ -1,4 +1,5 @@
 //! Fairlead's node agent: sources, model, compile, reconcile, datapath.
+#![deny(unsafe_code)]
 
 pub mod datapath;
 pub mod edges;

@@ -8,10 +8,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
-use aya::maps::MapData;
+use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
+use lb_common::abi::Edge;
 use lb_common::maps::{MAPS, MapSpec, globals, programs};
 
 use super::error::OpenError;
@@ -97,6 +98,14 @@ impl Datapath {
     /// The service maps.
     pub fn maps(&self) -> Result<KernelMaps, OpenError> {
         KernelMaps::new(|spec| self.map_data(spec))
+    }
+
+    /// The map of external edges, for [`crate::edges`].
+    pub fn edges_map(&self) -> Result<HashMap<MapData, u32, Edge>, OpenError> {
+        const NAME: &str = "EDGES";
+        let spec = MAPS.iter().find(|spec| spec.name == NAME);
+        let data = self.map_data(spec.ok_or(OpenError::Missing { kind: "map", name: NAME })?)?;
+        Map::from_map_data(data).and_then(HashMap::try_from).map_err(|error| map_error(NAME, error))
     }
 
     /// A handle of its own on a map.
@@ -355,7 +364,6 @@ fn verdict(log: &str) -> String {
 }
 
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, OpenError> {
-    use aya::maps::Map;
     let map = ebpf.take_map(name).ok_or(OpenError::Missing { kind: "map", name })?;
     let (Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data)) = map else {
         return Err(OpenError::Missing { kind: "map of the right type named", name });

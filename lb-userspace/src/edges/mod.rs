@@ -8,6 +8,7 @@
 
 mod classify;
 mod dump;
+mod xdp_features;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -25,6 +26,7 @@ use tokio::sync::{oneshot, watch};
 
 pub use classify::{Address, DEFAULT_POD_DEVICES, Device, Role, Rules, Why, classify};
 
+use self::xdp_features::{Netdev, XdpFeatures};
 use crate::datapath::node::StateFile;
 use crate::datapath::{AttachError, Hooks, Place, XdpKind};
 
@@ -35,7 +37,7 @@ const PERIOD: Duration = Duration::from_mins(1);
 /// `--xdp`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum XdpMode {
-    /// Native where the driver has it, except on veth; else tc.
+    /// Native where the driver has it and what it sends arrives; else tc.
     #[default]
     Auto,
     Native,
@@ -147,6 +149,9 @@ async fn follow(
         netlink,
         attached: BTreeMap::new(),
         failures: BTreeMap::new(),
+        netdev: Netdev::open()
+            .inspect_err(|error| tracing::debug!(%error, "the kernel does not tell XDP features (6.3)"))
+            .ok(),
         written: None,
         swept: false,
         told: BTreeMap::new(),
@@ -197,6 +202,8 @@ struct Follower {
     attached: BTreeMap<(u32, Place), Attached>,
     /// What could not be put on a hook, and when it is worth trying again.
     failures: BTreeMap<(u32, Place), Failure>,
+    /// Who knows the drivers' XDP features; `None`: the kernel does not tell.
+    netdev: Option<Netdev>,
     /// What stands in the map; `None`: not read yet.
     written: Option<BTreeMap<u32, abi::Edge>>,
     /// What predecessors left behind is gone.
@@ -242,8 +249,10 @@ impl Follower {
                 }
                 Role::External { addr4, addr6 } => {
                     let tc_note = self.attach_tc(device, [Place::NicIn, Place::NicOut], &mut wanted).await;
-                    let (xdp, xdp_note) = self.attach_xdp(device, &mut wanted);
-                    entries.insert(device.ifindex, edge_entry(device, addr4, addr6, xdp));
+                    let features = self.netdev.as_ref().and_then(|it| it.features(device.ifindex).ok());
+                    let (xdp, xdp_note) = self.attach_xdp(device, features, &mut wanted);
+                    let transmit = xdp_transmits(xdp, features);
+                    entries.insert(device.ifindex, edge_entry(addr4, addr6, transmit));
                     edges.push(self.edge_view(device, "external", xdp, tc_note.or(xdp_note)));
                 }
             }
@@ -308,9 +317,10 @@ impl Follower {
     fn attach_xdp(
         &mut self,
         device: &Device,
+        features: Option<XdpFeatures>,
         wanted: &mut BTreeSet<(u32, Place)>,
     ) -> (Option<XdpKind>, Option<String>) {
-        let kind = match xdp_kind(self.xdp, device) {
+        let kind = match xdp_kind(self.xdp, device, features) {
             Ok(kind) => kind,
             Err(why) => return (None, Some(why.into())),
         };
@@ -466,20 +476,28 @@ impl Follower {
 }
 
 /// How XDP shall run on a device, or why it shall not.
-fn xdp_kind(mode: XdpMode, device: &Device) -> Result<XdpKind, &'static str> {
-    match mode {
-        XdpMode::Off => Err("--xdp=off"),
-        XdpMode::Generic => Ok(XdpKind::Generic),
-        // Whether the peer runs NAPI cannot be seen from this namespace.
-        XdpMode::Auto if device.kind == "veth" => {
-            Err("a veth silently drops what XDP sends unless its peer runs NAPI; --xdp=native if it does")
+fn xdp_kind(mode: XdpMode, device: &Device, features: Option<XdpFeatures>) -> Result<XdpKind, &'static str> {
+    match (mode, features) {
+        (XdpMode::Off, _) => Err("--xdp=off"),
+        (XdpMode::Generic, _) => Ok(XdpKind::Generic),
+        (XdpMode::Auto, Some(features)) if !features.basic => Err("the driver has no XDP"),
+        // What XDP sends to a peer without NAPI is lost without a trace.
+        (XdpMode::Auto, Some(features)) if device.kind == "veth" && !features.transmit => {
+            Err("the veth's peer does not receive what XDP sends; give it GRO or an XDP program")
         }
-        XdpMode::Native | XdpMode::Auto => Ok(XdpKind::Native),
+        (XdpMode::Auto, None) if device.kind == "veth" => Err(
+            "this kernel does not tell whether a veth's peer receives what XDP sends; --xdp=native if it does",
+        ),
+        (XdpMode::Native | XdpMode::Auto, _) => Ok(XdpKind::Native),
     }
 }
 
-fn edge_entry(device: &Device, addr4: Ipv4Addr, addr6: Ipv6Addr, xdp: Option<XdpKind>) -> abi::Edge {
-    let transmit = xdp == Some(XdpKind::Native) && device.kind != "veth";
+/// Whether XDP programs of other devices may send through this one. Without knowledge tc does it.
+fn xdp_transmits(xdp: Option<XdpKind>, features: Option<XdpFeatures>) -> bool {
+    xdp == Some(XdpKind::Native) && features.is_some_and(|features| features.transmit)
+}
+
+fn edge_entry(addr4: Ipv4Addr, addr6: Ipv6Addr, transmit: bool) -> abi::Edge {
     abi::Edge {
         addr6: Addr6 { octets: addr6.octets() },
         addr4: Addr4 { octets: addr4.octets() },
@@ -510,19 +528,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn xdp_is_native_where_it_can_send() {
+    fn xdp_runs_where_it_can_send() {
         let nic = Device { name: "eth0".into(), ..Device::default() };
-        let veth = Device { name: "eth0".into(), kind: "veth".into(), ..Device::default() };
-        assert_eq!(xdp_kind(XdpMode::Auto, &nic), Ok(XdpKind::Native));
-        assert!(xdp_kind(XdpMode::Auto, &veth).is_err());
-        assert_eq!(xdp_kind(XdpMode::Native, &veth), Ok(XdpKind::Native));
-        assert_eq!(xdp_kind(XdpMode::Generic, &veth), Ok(XdpKind::Generic));
-        assert!(xdp_kind(XdpMode::Off, &nic).is_err());
-
-        let flags = |device, xdp| edge_entry(device, Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, xdp).flags;
-        assert_eq!(flags(&nic, Some(XdpKind::Native)), edge_flags::XDP_TRANSMIT);
-        assert_eq!(flags(&nic, Some(XdpKind::Generic)), 0);
-        assert_eq!(flags(&nic, None), 0);
-        assert_eq!(flags(&veth, Some(XdpKind::Native)), 0);
+        let veth = Device { kind: "veth".into(), ..nic.clone() };
+        let all = Some(XdpFeatures { basic: true, transmit: true });
+        let basic = Some(XdpFeatures { basic: true, transmit: false });
+        let none = Some(XdpFeatures { basic: false, transmit: false });
+        let native = Ok(XdpKind::Native);
+        for (device, features, expected) in [
+            (&nic, all, true),
+            (&nic, basic, true),
+            (&nic, none, false),
+            (&nic, None, true),
+            (&veth, all, true),
+            (&veth, basic, false),
+            (&veth, None, false),
+        ] {
+            let chosen = xdp_kind(XdpMode::Auto, device, features);
+            assert_eq!(chosen.is_ok(), expected, "{} {features:?}", device.kind);
+            assert_eq!(xdp_kind(XdpMode::Native, device, features), native);
+            assert_eq!(xdp_kind(XdpMode::Generic, device, features), Ok(XdpKind::Generic));
+            assert!(xdp_kind(XdpMode::Off, device, features).is_err());
+        }
+        assert!(xdp_transmits(Some(XdpKind::Native), all));
+        assert!(!xdp_transmits(Some(XdpKind::Native), basic));
+        assert!(!xdp_transmits(Some(XdpKind::Native), None));
+        assert!(!xdp_transmits(Some(XdpKind::Generic), all));
+        assert!(!xdp_transmits(None, all));
     }
 }

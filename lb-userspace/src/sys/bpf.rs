@@ -6,6 +6,7 @@
 //!
 //! Each command has its own `repr(C)` structure with exactly the fields it uses: the kernel takes any
 //! size of `union bpf_attr` and reads what is missing as zero.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use std::ffi::CString;
 use std::io;

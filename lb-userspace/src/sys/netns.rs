@@ -1,4 +1,5 @@
 //! The network namespace of the calling thread.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use std::fs;
 use std::io;

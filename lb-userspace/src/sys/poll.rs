@@ -1,4 +1,5 @@
 //! Waiting for file descriptors that tokio does not know.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};

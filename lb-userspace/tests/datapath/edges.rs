@@ -2,16 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::os::fd::AsFd;
 use std::path::Path;
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, MapData};
 use fairlead::datapath::node::StateFile;
 use fairlead::datapath::{Datapath, Options, TcMode, XdpKind, cleanup};
 use fairlead::edges::{Config, Edges, Rules, View, XdpMode};
-use lb_common::abi::{Addr4, Edge};
-use lb_common::maps::MAPS;
+use fairlead::sys::bpf::{self, LinkTarget};
+use lb_common::abi::{Addr4, Edge, edge_flags};
 
-use crate::support::{TempBpffs, eventually, in_new_netns, ip, run};
+use crate::support::{OtherNetns, TempBpffs, eventually, in_new_netns, ip, run};
 
 struct Agent {
     edges: Edges,
@@ -21,21 +22,16 @@ struct Agent {
 
 fn start(bpffs: &TempBpffs, tc: TcMode, devices: &[&str], xdp: XdpMode) -> Agent {
     let datapath = Datapath::open(&Options { tc, ..bpffs.options() }).unwrap();
-    let spec = MAPS.iter().find(|spec| spec.name == "EDGES").unwrap();
-    let map = || {
-        let map = Map::from_map_data(datapath.map_data(spec).unwrap()).unwrap();
-        HashMap::<MapData, u32, Edge>::try_from(map).unwrap()
-    };
     let devices: Vec<String> = devices.iter().map(|name| (*name).to_owned()).collect();
     let edges = Edges::spawn(Config {
         hooks: datapath.hooks().unwrap(),
-        map: map(),
+        map: datapath.edges_map().unwrap(),
         rules: Rules::new(&devices, &[]).unwrap(),
         xdp,
         state: StateFile::new(&bpffs.pins()),
     })
     .unwrap();
-    Agent { edges, map: map(), _datapath: datapath }
+    Agent { edges, map: datapath.edges_map().unwrap(), _datapath: datapath }
 }
 
 impl Agent {
@@ -143,18 +139,14 @@ fn a_device_that_moves_away_takes_no_program_along() {
         ip("link set vethin up");
         agent.settle_on(&["eth0 external", "vethpod pod", "vethin pod"]);
         // A pod's end is moved into its namespace after it was taken for a pod's device.
-        let pod = std::process::Command::new("unshare").args(["--net", "sleep", "1000"]).spawn();
-        let mut pod = pod.unwrap();
-        let own = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
-        let namespace = format!("/proc/{}/ns/net", pod.id());
-        eventually("the pod's namespace", || std::fs::read_link(&namespace).is_ok_and(|other| other != own));
-        ip(&format!("link set vethin netns {}", pod.id()));
+        let link = bpf::obj_get(&bpffs.pins().join("v1/links/tc_pod_in-201")).unwrap();
+        let target = || bpf::link_info(link.as_fd()).unwrap().target;
+        assert!(matches!(target(), LinkTarget::Tcx { ifindex: 201, .. }));
+        let pod = OtherNetns::new();
+        pod.take("vethin");
         agent.settle_on(&["eth0 external", "vethpod pod"]);
         eventually("its links are gone", || !links(&bpffs).contains(&"tc_pod_in-201".to_owned()));
-        let inside = run("nsenter", &format!("--net={namespace} bpftool -j net show"));
-        pod.kill().unwrap();
-        pod.wait().unwrap();
-        assert!(!inside.contains("tc_pod"), "{inside}");
+        assert!(matches!(target(), LinkTarget::Tcx { ifindex: 0, .. }), "{:?}", target());
     });
 }
 
@@ -197,15 +189,45 @@ fn xdp_goes_where_it_is_asked_to_and_falls_back_with_a_reason() {
         };
         let auto = xdp(XdpMode::Auto, &["eth0", "br7"]);
         assert_eq!((auto[0].0.as_str(), auto[0].1), ("eth0", None));
-        assert!(auto[0].2.as_ref().unwrap().contains("NAPI"), "{auto:?}");
+        assert!(auto[0].2.as_ref().unwrap().contains("peer"), "{auto:?}");
         assert_eq!((auto[1].0.as_str(), auto[1].1), ("br7", None));
-        assert!(auto[1].2.as_ref().unwrap().contains("driver does not support"), "{auto:?}");
+        assert!(auto[1].2.as_ref().unwrap().contains("driver has no XDP"), "{auto:?}");
+        let forced = xdp(XdpMode::Native, &["eth0", "br7"]);
+        assert_eq!((forced[0].1, forced[1].1), (Some(XdpKind::Native), None));
+        assert!(forced[1].2.as_ref().unwrap().contains("driver does not support"), "{forced:?}");
 
         assert_eq!(xdp(XdpMode::Native, &[])[0].1, Some(XdpKind::Native));
         assert!(ip("-d link show eth0").contains("prog/xdp"), "{}", ip("-d link show eth0"));
         assert_eq!(xdp(XdpMode::Generic, &[])[0].1, Some(XdpKind::Generic));
         assert!(ip("-d link show eth0").contains("xdpgeneric"), "{}", ip("-d link show eth0"));
         assert_eq!(xdp(XdpMode::Off, &[])[0].1, None);
+    });
+}
+
+#[test]
+fn a_veth_has_xdp_as_soon_as_its_peer_can_receive() {
+    in_new_netns(|| {
+        let bpffs = TempBpffs::new();
+        uplink();
+        run("ethtool", "-K far0 gro on");
+        let agent = start(&bpffs, TcMode::Auto, &[], XdpMode::Auto);
+        assert_eq!(agent.view().edges[0].xdp, Some(XdpKind::Native), "{:?}", agent.view());
+        assert_eq!(agent.entries()[&100].flags, edge_flags::XDP_TRANSMIT);
+        drop(agent);
+        let path = bpffs.pins().join("v1/links/xdp_nic-100");
+        let link = |path: &Path| bpf::link_info(bpf::obj_get(path).unwrap().as_fd()).unwrap();
+        let before = link(&path);
+
+        let agent = start(&bpffs, TcMode::Auto, &[], XdpMode::Auto);
+        assert_eq!(agent.view().edges[0].xdp, Some(XdpKind::Native));
+        let after = link(&path);
+        assert_eq!(before.id, after.id, "a restart replaces the program in its link");
+        assert_ne!(before.prog_id, after.prog_id);
+
+        run("ethtool", "-K far0 gro off");
+        ip("addr add 192.0.2.9/24 dev eth0");
+        eventually("XDP is off", || agent.view().edges[0].xdp.is_none());
+        eventually("nothing is sent there", || agent.entries()[&100].flags == 0);
     });
 }
 

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fairlead::datapath::node::StateFile;
 use fairlead::datapath::{Options, Sizes};
 use fairlead::sys::{mount, netns};
 
@@ -89,6 +90,8 @@ impl TempBpffs {
 
 impl Drop for TempBpffs {
     fn drop(&mut self) {
+        // A test that failed has not cleaned up after itself.
+        StateFile::new(&self.pins()).remove().unwrap();
         mount::unmount(&self.path).unwrap();
         fs::remove_dir(&self.path).unwrap();
     }
@@ -97,6 +100,32 @@ impl Drop for TempBpffs {
 /// Sizes that take next to no memory.
 pub(crate) fn small() -> Sizes {
     Sizes { flows: Some(1024), services: Some(256), backends: Some(256) }
+}
+
+/// Another network namespace, for as long as it lives.
+pub(crate) struct OtherNetns(Child);
+
+impl OtherNetns {
+    pub(crate) fn new() -> Self {
+        let child = Command::new("unshare").args(["--net", "sleep", "1000"]).spawn().unwrap();
+        let other = Self(child);
+        let own = fs::read_link("/proc/thread-self/ns/net").unwrap();
+        let path = format!("/proc/{}/ns/net", other.0.id());
+        eventually("the other namespace", || fs::read_link(&path).is_ok_and(|link| link != own));
+        other
+    }
+
+    /// Moves a device there.
+    pub(crate) fn take(&self, device: &str) {
+        ip(&format!("link set {device} netns {}", self.0.id()));
+    }
+}
+
+impl Drop for OtherNetns {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
 }
 
 /// A cgroup of its own.

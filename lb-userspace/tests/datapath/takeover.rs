@@ -13,7 +13,7 @@ use fairlead::sys::bpf::{self, AttachType, LinkTarget, Target};
 use fairlead::sys::sysctl;
 use lb_common::maps::MAPS;
 
-use crate::support::{TempBpffs, TempCgroup, in_new_netns, ip};
+use crate::support::{OtherNetns, TempBpffs, TempCgroup, in_new_netns, ip};
 
 fn run_cleanup(path: &Path) -> Vec<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -159,6 +159,16 @@ fn a_link_whose_target_is_another_one_now_is_made_anew() {
         let after = link(&links.join("tc_pod_in-77"));
         assert_ne!(before.id, after.id);
         assert!(matches!(after.target, LinkTarget::Tcx { ifindex: 77, .. }));
+
+        // The device took its program along into another namespace; its number is given out again here.
+        let elsewhere = OtherNetns::new();
+        elsewhere.take("nic1");
+        ip("link add nic2 index 77 type veth peer name far2");
+        hooks.attach_tcx(77, Place::PodIn).unwrap();
+        assert_ne!(link(&links.join("tc_pod_in-77")).id, after.id);
+        let here = bpf::prog_query(Target::Device(77), AttachType::TcxIngress).unwrap();
+        assert_eq!(here.len(), 1);
+        drop(elsewhere);
 
         hooks.detach_sockets().unwrap();
         assert!(!links.join("sock_connect4").exists());
