@@ -1,6 +1,9 @@
 //! Budgets of the kernel programs, and that they load in every configuration. Needs root.
 
-use fairlead::datapath::{Datapath, Options, Sizes, program_names};
+use std::sync::Mutex;
+
+use fairlead::datapath::test_run::{Input, test_run};
+use fairlead::datapath::{Datapath, Options, Place, Sizes, program_names};
 use lb_common::maps::{Capacity, MAPS, programs};
 
 fn options() -> Options {
@@ -31,10 +34,41 @@ fn programs_keep_their_budgets() {
     }
 }
 
+/// Keeps what is logged.
+struct Kept(Mutex<Vec<String>>);
+
+impl log::Log for Kept {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if record.target().starts_with("lb_ebpf") {
+            self.0.lock().expect("no panic inside").push(record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+static KEPT: Kept = Kept(Mutex::new(Vec::new()));
+
 #[test]
-fn programs_load_with_their_log_on() {
-    let datapath = Datapath::isolated(&Options { log_level: 5, ..options() }).expect("the programs load");
-    assert_eq!(datapath.programs().iter().count(), program_names().count());
+fn programs_log_when_they_are_told_to() {
+    log::set_logger(&KEPT).expect("no other logger in this test program");
+    log::set_max_level(log::LevelFilter::Trace);
+    let frame = [0; 60];
+
+    let quiet = Datapath::isolated(&options());
+    let mut quiet = quiet.expect("the programs load");
+    test_run(quiet.programs(), Place::Xdp, Input::new(&frame)).expect("a run");
+    assert!(quiet.take_logger().is_none(), "no log without a level");
+
+    let mut datapath = Datapath::isolated(&Options { log_level: 5, ..options() }).expect("the programs load");
+    let mut logger = datapath.take_logger().expect("a log");
+    test_run(datapath.programs(), Place::Xdp, Input::new(&frame)).expect("a run");
+    logger.flush();
+    assert_eq!(*KEPT.0.lock().expect("no panic inside"), ["xdp: reason 4"]);
 }
 
 #[test]
