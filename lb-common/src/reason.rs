@@ -101,7 +101,7 @@ reasons! {
     Forwarded = 2, "forwarded", Carry;
     /// Sent back to the pod it came from, which is its own backend.
     Hairpinned = 3, "hairpinned", Carry;
-    /// Neither IPv4 nor IPv6.
+    /// Neither IPv4 nor IPv6, or of a VLAN: its own device is an edge of its own.
     NotIp = 4, "not_ip", Pass;
     /// A protocol without ports that we translate.
     UnknownProtocol = 5, "unknown_protocol", Pass;

@@ -49,7 +49,8 @@ static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 #[xdp_program]
 pub fn xdp_nic(ctx: XdpContext) -> u32 {
     let mut packet = Xdp::new(ctx.ctx);
-    let (verdict, reason) = run(&mut packet, Hook::Xdp, Side::NicIn);
+    let ether_type = packet.view::<EthHdr>(0).map_or(0, |eth| eth.ether_type.get());
+    let (verdict, reason) = run(&mut packet, ether_type, Hook::Xdp, Side::NicIn);
     debug!(&ctx, "xdp: reason {}", reason as u32);
     match verdict {
         Verdict::Pass => xdp_action::XDP_PASS,
@@ -86,7 +87,8 @@ pub fn tc_pod_out(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn classify(ctx: &TcContext, hook: Hook, side: Side) -> i32 {
     let mut packet = Skb::new(ctx.skb.skb);
-    let (verdict, reason) = run(&mut packet, hook, side);
+    let ether_type = packet.ether_type();
+    let (verdict, reason) = run(&mut packet, ether_type, hook, side);
     debug!(ctx, "tc: hook {} reason {}", hook as u32, reason as u32);
     match verdict {
         Verdict::Pass => skb::NEXT,
@@ -98,9 +100,8 @@ fn classify(ctx: &TcContext, hook: Hook, side: Side) -> i32 {
 
 /// Runs the pipeline of the packet's family and counts what came of it.
 #[inline(always)]
-fn run<P: Packet>(packet: &mut P, hook: Hook, side: Side) -> (Verdict, Reason) {
+fn run<P: Packet>(packet: &mut P, ether_type: u16, hook: Hook, side: Side) -> (Verdict, Reason) {
     let bytes = packet.size().wrapping_sub(NETWORK as u32);
-    let ether_type = packet.view::<EthHdr>(0).map_or(0, |eth| eth.ether_type.get());
     let (verdict, reason) = match ether_type {
         V4::ETHER_TYPE => process::<V4, P, Kernel>(packet, &Kernel, side),
         V6::ETHER_TYPE => process::<V6, P, Kernel>(packet, &Kernel, side),

@@ -9,7 +9,7 @@ use aya_ebpf::helpers::generated::{
 };
 use lb_common::checksum::Diff;
 use lb_common::packet::{ChecksumField, NETWORK, Route};
-use lb_common::wire::Wire;
+use lb_common::wire::{EthHdr, Wire};
 use lb_common::{Family, Packet, Reason};
 
 use crate::fib::{self, Hop};
@@ -45,6 +45,17 @@ impl Skb {
             unsafe { bpf_skb_pull_data(skb, if len < HEADERS { len } else { HEADERS }) };
         }
         packet
+    }
+
+    /// Ethertype in host byte order; 0 for a frame of a VLAN.
+    ///
+    /// By the time tc sees it, the kernel has moved the tag out of the frame: what is left looks like a packet of the
+    /// parent device, but belongs to the VLAN's own device, where it is seen next.
+    #[inline(always)]
+    pub fn ether_type(&self) -> u16 {
+        // SAFETY: the context is valid while the program runs.
+        let tagged = unsafe { (*self.skb).vlan_present } != 0;
+        if tagged { 0 } else { self.view::<EthHdr>(0).map_or(0, |eth| eth.ether_type.get()) }
     }
 
     /// See `Xdp::bounds` for why this is `volatile`.
