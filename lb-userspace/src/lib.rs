@@ -1,8 +1,11 @@
 //! Fairlead's node agent: sources, model, compile, reconcile, datapath.
 #![deny(unsafe_code)]
 
+pub mod compile;
 pub mod datapath;
 pub mod edges;
 pub mod entries;
+pub mod finding;
 pub mod inspect;
+pub mod model;
 pub mod sys;
