@@ -1,5 +1,7 @@
 //! What is wrong with one object: said once, of that object, while everything else goes on.
 
+use std::net::IpAddr;
+
 use crate::entries::{FrontendKey, ServiceName};
 
 /// Something that keeps (a part of) a Service from working as written.
@@ -38,4 +40,10 @@ pub enum Finding {
          it stays as it was"
     )]
     DoesNotFit { what: &'static str, need: u64, free: u64, limit: u64, flag: &'static str },
+    /// No room in `ADDRESSES4/6`.
+    #[error("no room for address {addr} beside {limit} others of its family; it is not marked as ours")]
+    AddressDoesNotFit { addr: IpAddr, limit: u32 },
+    /// No room for a Maglev table, only for a plain list.
+    #[error("no room for its Maglev tables (--max-backends sets the limit); backends are chosen at random")]
+    ListInsteadOfTable,
 }

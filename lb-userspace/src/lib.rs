@@ -8,4 +8,5 @@ pub mod entries;
 pub mod finding;
 pub mod inspect;
 pub mod model;
+pub mod reconcile;
 pub mod sys;
