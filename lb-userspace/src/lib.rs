@@ -9,4 +9,5 @@ pub mod finding;
 pub mod inspect;
 pub mod model;
 pub mod reconcile;
+pub mod source;
 pub mod sys;
