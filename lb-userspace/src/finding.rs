@@ -47,3 +47,16 @@ pub enum Finding {
     #[error("no room for its Maglev tables (--max-backends sets the limit); backends are chosen at random")]
     ListInsteadOfTable,
 }
+
+impl Finding {
+    /// It depends on other Services and the room in the maps, not on the object alone.
+    pub fn is_of_maps(&self) -> bool {
+        matches!(
+            self,
+            Self::Taken { .. }
+                | Self::DoesNotFit { .. }
+                | Self::AddressDoesNotFit { .. }
+                | Self::ListInsteadOfTable
+        )
+    }
+}
