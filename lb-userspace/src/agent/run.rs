@@ -56,6 +56,8 @@ pub async fn run(config: Config) -> Result<()> {
         }
     };
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, "fairlead starts");
+    // What can be refused without touching the node comes first.
+    let source = Source::start(&config).await?;
     let needs_node = matches!(config.source, SourceOptions::Kubernetes(_));
     let health = Health::new(needs_node);
     if let Some(addr) = config.healthz {
@@ -73,7 +75,6 @@ pub async fn run(config: Config) -> Result<()> {
     let edges = attach(&config, &datapath)?;
     let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
     let agent = Agent::new(facts, datapath.maps()?, health)?;
-    let source = Source::start(&config).await?;
 
     let outcome = follow(agent, source, edges.view(), &config.nodeport_addresses, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.
