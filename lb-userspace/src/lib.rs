@@ -1,8 +1,21 @@
 //! Fairlead's node agent: sources, model, compile, reconcile, datapath.
 #![deny(unsafe_code)]
 
+pub mod agent;
+pub mod cli;
+pub mod compile;
 pub mod datapath;
 pub mod edges;
 pub mod entries;
+pub mod finding;
+pub mod health;
 pub mod inspect;
+pub mod logging;
+pub mod model;
+pub mod nodeports;
+pub mod reconcile;
+pub mod settings;
+pub mod show;
+pub mod source;
 pub mod sys;
+pub mod table;

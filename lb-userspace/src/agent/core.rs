@@ -1,0 +1,343 @@
+//! From events to map operations: model, compile, reconcile, apply.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use crate::compile::{Facts, compile};
+use crate::datapath::{ApplyError, MapError, Maps};
+use crate::entries::{Op, ServiceName};
+use crate::finding::Finding;
+use crate::health::Health;
+use crate::model::{Model, Node};
+use crate::reconcile::{Batch, Desired, Reconciler};
+use crate::source::{Event, Unlisted};
+
+/// How long windows and ids that fell out of use stay untouched. A packet holds on to them for
+/// microseconds.
+pub(super) const GRACE: Duration = Duration::from_secs(1);
+
+/// How long a Service is left alone that the maps refused, the first time and at most.
+const RETRY: Duration = Duration::from_secs(5);
+const RETRY_AT_MOST: Duration = Duration::from_mins(5);
+
+/// Findings of one Service that are told one by one.
+const TOLD: usize = 10;
+
+/// How much was done; tests compare it with the size of a change.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    /// Services compiled.
+    pub compiled: u64,
+    /// Map operations carried out.
+    pub ops: u64,
+    /// Times that the maps were read back.
+    pub read: u64,
+}
+
+/// The maps refused a Service.
+#[derive(Clone, Copy, Debug)]
+struct Refused {
+    again: Instant,
+    pause: Duration,
+}
+
+/// Keeps the maps as the model says.
+pub struct Agent<M> {
+    model: Model,
+    facts: Facts,
+    maps: M,
+    reconciler: Reconciler,
+    health: Health,
+    unlisted: Unlisted,
+    /// Flags of the node's own addresses; `None`: not known yet.
+    addresses: Option<BTreeMap<IpAddr, u32>>,
+    /// The addresses are not what the maps have.
+    addresses_changed: bool,
+    /// Services to compile again.
+    pending: BTreeSet<ServiceName>,
+    /// Services that the maps refused, and when to try again.
+    refused: BTreeMap<ServiceName, Refused>,
+    /// What is stale has not been removed yet.
+    unfinished: bool,
+    /// Everything has been written once since the maps were read.
+    loaded: bool,
+    /// The maps may not be what `reconciler` thinks: read them again, not before this time.
+    doubtful: Option<Instant>,
+    /// What was said of each Service.
+    said: BTreeMap<ServiceName, BTreeSet<Finding>>,
+    stats: Stats,
+}
+
+impl<M: Maps> Agent<M> {
+    /// Takes over the maps as they are. Nothing is written before [`Agent::settle`].
+    pub fn new(facts: Facts, mut maps: M, health: Health) -> Result<Self, MapError> {
+        let reconciler = Reconciler::adopt(maps.read()?, maps.limits(), GRACE);
+        Ok(Self {
+            model: Model::new(facts.node_name.clone()),
+            facts,
+            maps,
+            reconciler,
+            health,
+            unlisted: Unlisted::default(),
+            addresses: None,
+            addresses_changed: false,
+            pending: BTreeSet::new(),
+            refused: BTreeMap::new(),
+            unfinished: true,
+            loaded: false,
+            doubtful: None,
+            said: BTreeMap::new(),
+            stats: Stats { read: 1, ..Stats::default() },
+        })
+    }
+
+    /// Takes an event. `true`: the Node object changed.
+    pub fn take(&mut self, event: Event, now: Instant) -> bool {
+        match event {
+            Event::Changed(change) => {
+                let touched = self.model.apply(change);
+                if touched.node {
+                    self.facts.zone = self.model.node().and_then(|node| node.zone.clone());
+                    let leaving = |node: &Node| node.deleting || node.to_be_deleted;
+                    self.health.note_node(self.model.node().map(leaving));
+                }
+                if !touched.services.is_empty() && self.loaded {
+                    self.health.note_waiting(now);
+                }
+                self.pending.extend(touched.services);
+                touched.node
+            }
+            Event::Listed(kind) => {
+                self.unlisted.note(kind);
+                false
+            }
+        }
+    }
+
+    /// These are the node's own addresses, with their flags.
+    pub fn set_addresses(&mut self, flags: BTreeMap<IpAddr, u32>) {
+        if self.addresses.as_ref() != Some(&flags) {
+            self.addresses = Some(flags);
+            self.addresses_changed = true;
+        }
+    }
+
+    /// The Node object of this node.
+    pub fn node(&self) -> Option<&Node> {
+        self.model.node()
+    }
+
+    /// What has not been listed yet.
+    pub fn unlisted(&self) -> &Unlisted {
+        &self.unlisted
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// The maps, for tests.
+    pub fn maps(&mut self) -> &mut M {
+        &mut self.maps
+    }
+
+    /// Brings the maps up to date, as far as everything is known that they depend on.
+    pub fn settle(&mut self, now: Instant) {
+        if !self.unlisted.is_empty() || self.addresses.is_none() {
+            return;
+        }
+        let mut patience = 3;
+        while let Err(error) = self.try_to_settle(now) {
+            patience -= 1;
+            let again = if patience > 0 { now } else { now + RETRY };
+            self.doubtful = Some(again);
+            tracing::error!(%error, "the maps refused; they are read again and repaired");
+            if patience == 0 {
+                self.health.note_waiting(now);
+                return;
+            }
+        }
+    }
+
+    /// When [`Agent::settle`] has something to do without an event.
+    pub fn next_wake(&self) -> Option<Instant> {
+        if !self.unlisted.is_empty() || self.addresses.is_none() {
+            return None;
+        }
+        [
+            self.doubtful,
+            self.reconciler.next_expiry(),
+            self.refused.values().map(|refused| refused.again).min(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn try_to_settle(&mut self, now: Instant) -> Result<(), Trouble> {
+        if let Some(again) = self.doubtful {
+            if now < again {
+                return Ok(());
+            }
+            self.read_again()?;
+        }
+        if !self.loaded {
+            self.announce_all();
+        }
+        if self.addresses_changed || !self.loaded {
+            self.settle_addresses(now)?;
+        }
+        let batch = self.reconciler.expire(now);
+        self.carry_out(batch, None, now)?;
+        let due = self.refused.iter().filter(|(_, refused)| refused.again <= now);
+        self.pending.extend(due.map(|(name, _)| name.clone()));
+        while let Some(name) = self.pending.pop_first() {
+            self.settle_service(&name, now)?;
+        }
+        self.loaded = true;
+        // What is stale may be of a Service that was refused.
+        if self.unfinished && self.refused.is_empty() {
+            let ops = self.reconciler.finish(now);
+            self.apply(&ops, None, now)?;
+            self.unfinished = false;
+        }
+        if !self.health.is_synced() {
+            let (services, frontends) = (self.reconciler.services(), self.reconciler.frontends());
+            tracing::info!(services, frontends, operations = self.stats.ops, "ready");
+        }
+        self.health.note_synced();
+        Ok(())
+    }
+
+    fn settle_service(&mut self, name: &ServiceName, now: Instant) -> Result<(), Trouble> {
+        if self.refused.get(name).is_some_and(|refused| refused.again > now) {
+            return Ok(());
+        }
+        let Some((desired, mut findings)) = self.desired(name) else {
+            self.refused.remove(name);
+            self.said.remove(name);
+            let batch = self.reconciler.remove_service(name, now);
+            return self.carry_out(batch, Some(name), now);
+        };
+        if desired.compiled.frontends.is_empty() {
+            let batch = self.reconciler.remove_service(name, now);
+            self.carry_out(batch, Some(name), now)?;
+            self.refused.remove(name);
+            self.say(name, findings);
+            return Ok(());
+        }
+        let mut batch = self.reconciler.set_service(name, desired, now);
+        findings.extend(batch.findings.remove(name).unwrap_or_default());
+        self.carry_out(batch, Some(name), now)?;
+        self.refused.remove(name);
+        self.say(name, findings);
+        Ok(())
+    }
+
+    fn desired(&mut self, name: &ServiceName) -> Option<(Desired, Vec<Finding>)> {
+        let service = self.model.service(name)?;
+        self.stats.compiled += 1;
+        let slices: Vec<_> = self.model.slices(name).collect();
+        let (compiled, findings) = compile(service, &slices, &self.facts);
+        Some((Desired { created: service.created, compiled }, findings))
+    }
+
+    /// Before the first Service is written, all of them say what they claim.
+    fn announce_all(&mut self) {
+        let names = self.model.services().map(|service| &service.name);
+        let names: Vec<ServiceName> =
+            names.filter(|name| !self.refused.contains_key(name)).cloned().collect();
+        for name in names {
+            if let Some((desired, _)) = self.desired(&name) {
+                self.reconciler.announce(&name, &desired);
+            }
+            self.pending.insert(name);
+        }
+    }
+
+    fn settle_addresses(&mut self, now: Instant) -> Result<(), Trouble> {
+        let Some(addresses) = &self.addresses else { return Ok(()) };
+        let (ops, findings) = self.reconciler.set_node_addresses(addresses);
+        for finding in findings {
+            tracing::warn!("this node: {finding}");
+        }
+        self.apply(&ops, None, now)?;
+        self.addresses_changed = false;
+        Ok(())
+    }
+
+    fn carry_out(&mut self, batch: Batch, name: Option<&ServiceName>, now: Instant) -> Result<(), Trouble> {
+        self.apply(&batch.ops, name, now)?;
+        // Of other Services, that the change concerns too.
+        for (name, findings) in batch.findings {
+            let told = self.said.get(&name).into_iter().flatten();
+            let own = told.filter(|finding| !finding.is_of_maps()).cloned();
+            let findings = own.chain(findings).collect();
+            self.say(&name, findings);
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, ops: &[Op], name: Option<&ServiceName>, now: Instant) -> Result<(), Trouble> {
+        if ops.is_empty() {
+            return Ok(());
+        }
+        match self.maps.apply(ops) {
+            Ok(()) => {
+                self.stats.ops += ops.len() as u64;
+                Ok(())
+            }
+            Err(error) => {
+                self.stats.ops += error.done as u64;
+                if let Some(name) = name {
+                    let before = self.refused.get(name).map(|refused| refused.pause);
+                    let pause = before.map_or(RETRY, |pause| (pause * 2).min(RETRY_AT_MOST));
+                    self.refused.insert(name.clone(), Refused { again: now + pause, pause });
+                }
+                Err(Trouble::Apply { service: name.cloned(), error })
+            }
+        }
+    }
+
+    /// The maps are not what was thought: begins afresh with what they are.
+    fn read_again(&mut self) -> Result<(), Trouble> {
+        let snapshot = self.maps.read().map_err(Trouble::Read)?;
+        self.stats.read += 1;
+        self.reconciler = Reconciler::adopt(snapshot, self.maps.limits(), GRACE);
+        self.doubtful = None;
+        self.loaded = false;
+        self.unfinished = true;
+        Ok(())
+    }
+
+    /// Says what is wrong with a Service, as far as it is news.
+    fn say(&mut self, name: &ServiceName, findings: Vec<Finding>) {
+        let findings: BTreeSet<Finding> = findings.into_iter().collect();
+        let known = self.said.remove(name).unwrap_or_default();
+        let news: Vec<&Finding> = findings.difference(&known).collect();
+        for finding in news.iter().take(TOLD) {
+            tracing::warn!(service = %name, "{finding}");
+        }
+        if news.len() > TOLD {
+            tracing::warn!(service = %name, "and {} more like these", news.len() - TOLD);
+        }
+        if findings.is_empty() && !known.is_empty() {
+            tracing::info!(service = %name, "nothing is wrong any more");
+        }
+        if !findings.is_empty() {
+            self.said.insert(name.clone(), findings);
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error("{}{error}", service.as_ref().map(|name| format!("Service {name}: ")).unwrap_or_default())]
+    Apply { service: Option<ServiceName>, error: ApplyError },
+    #[error(transparent)]
+    Read(MapError),
+}
+
+#[cfg(test)]
+mod tests;

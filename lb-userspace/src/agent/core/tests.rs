@@ -1,0 +1,253 @@
+use super::*;
+use crate::datapath::fake::FakeMaps;
+use crate::entries::{Algorithm, FrontendKey, Limits, Protocol};
+use crate::model::{Change, Endpoint, EndpointSlice, Service, ServicePort, SliceName, SlicePort};
+use crate::source::Kind;
+
+const LIMITS: Limits = Limits { services: 5000, backends: 5000, slots: 80_000, addresses: 5000 };
+
+fn name(n: usize) -> ServiceName {
+    ServiceName { namespace: "ns".into(), name: format!("svc{n}") }
+}
+
+fn vip(n: usize) -> IpAddr {
+    format!("172.30.{}.{}", n / 250, n % 250 + 1).parse().unwrap()
+}
+
+fn service(n: usize) -> Event {
+    let port = ServicePort { name: String::new(), port: 80, protocol: Protocol::Tcp, node_port: None };
+    let service = Service { cluster_ips: vec![vip(n)], ports: vec![port], ..Service::named(name(n)) };
+    Event::Changed(Change::Service(Box::new(service)))
+}
+
+fn slice(n: usize, addrs: &[&str]) -> Event {
+    Event::Changed(Change::Slice(Box::new(EndpointSlice {
+        name: SliceName { namespace: "ns".into(), name: format!("svc{n}-1") },
+        service: Some(name(n)),
+        ports: vec![SlicePort { name: String::new(), port: 8080, protocol: Protocol::Tcp }],
+        endpoints: addrs.iter().map(|addr| Endpoint::ready(addr.parse().unwrap())).collect(),
+        findings: vec![],
+    })))
+}
+
+fn key(n: usize) -> FrontendKey {
+    FrontendKey { addr: vip(n), port: 80, protocol: Protocol::Tcp }
+}
+
+struct World {
+    agent: Agent<FakeMaps>,
+    health: Health,
+    now: Instant,
+}
+
+impl World {
+    fn new(maps: FakeMaps) -> Self {
+        let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+        let health = Health::new(false);
+        let agent = Agent::new(facts, maps, health.clone()).unwrap();
+        Self { agent, health, now: Instant::now() }
+    }
+
+    fn take(&mut self, event: Event) {
+        self.agent.take(event, self.now);
+    }
+
+    fn list(&mut self) {
+        for kind in Kind::ALL {
+            self.take(Event::Listed(kind));
+        }
+        self.agent.set_addresses(BTreeMap::new());
+    }
+
+    /// `services` Services with `endpoints` endpoints each.
+    fn full(services: usize, endpoints: usize) -> Self {
+        let mut world = Self::new(FakeMaps::new(LIMITS));
+        for n in 0..services {
+            world.take(service(n));
+            let addrs: Vec<String> =
+                (0..endpoints).map(|e| format!("10.{}.{}.{e}", n / 250, n % 250)).collect();
+            world.take(slice(n, &addrs.iter().map(String::as_str).collect::<Vec<_>>()));
+        }
+        world.list();
+        world.settle();
+        world
+    }
+
+    fn settle(&mut self) {
+        self.agent.settle(self.now);
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.settle();
+    }
+
+    fn keys(&mut self) -> Vec<FrontendKey> {
+        self.agent.maps().snapshot().frontends.into_keys().collect()
+    }
+}
+
+#[test]
+fn nothing_is_written_before_everything_is_listed_and_the_addresses_are_known() {
+    let mut world = World::new(FakeMaps::new(LIMITS));
+    world.take(service(0));
+    for kind in Kind::ALL {
+        world.settle();
+        assert!(!world.health.is_synced() && world.keys().is_empty());
+        world.take(Event::Listed(kind));
+    }
+    world.settle();
+    assert!(!world.health.is_synced() && world.keys().is_empty());
+    world.agent.set_addresses(BTreeMap::new());
+    world.settle();
+    assert_eq!(world.keys(), [key(0)]);
+    assert!(world.health.is_synced());
+}
+
+/// The work of a change does not depend on how many Services there are.
+#[test]
+fn a_change_costs_what_it_changes() {
+    let costs = [10, 1000].map(|services| {
+        let mut world = World::full(services, 2);
+        let before = world.agent.stats();
+        world.take(slice(7, &["10.0.7.0", "10.0.7.9"]));
+        world.settle();
+        world.pass(GRACE);
+        let after = world.agent.stats();
+        (after.compiled - before.compiled, after.ops - before.ops, after.read - before.read)
+    });
+    // New backend, window, frontend; the old backend retired and freed.
+    assert_eq!(costs, [(1, 5, 0), (1, 5, 0)]);
+}
+
+#[test]
+fn many_changes_of_one_service_are_one() {
+    let mut world = World::full(3, 1);
+    let before = world.agent.stats();
+    for i in 0..100 {
+        world.take(slice(1, &[&format!("10.9.9.{i}")]));
+    }
+    world.settle();
+    assert_eq!(world.agent.stats().compiled - before.compiled, 1);
+}
+
+/// Rule 70.
+#[test]
+fn a_new_agent_writes_only_what_changed_meanwhile() {
+    let mut old = World::full(50, 2);
+    let maps = old.agent.maps().clone();
+    let mut world = World::new(maps);
+    for n in 1..50 {
+        world.take(service(n));
+        let addr = format!("10.0.{n}.");
+        world.take(slice(n, &[&format!("{addr}0"), &format!("{addr}1")]));
+    }
+    world.list();
+    world.settle();
+    // Service 0 is gone: its frontend, its address, two backends to retire.
+    assert_eq!(world.agent.stats().ops, 4);
+    assert_eq!(world.keys().len(), 49);
+    world.pass(GRACE);
+    assert_eq!(world.agent.stats().ops, 6);
+}
+
+#[test]
+fn a_service_that_goes_is_removed() {
+    let mut world = World::full(2, 1);
+    world.take(Event::Changed(Change::ServiceGone(name(0))));
+    world.settle();
+    assert_eq!(world.keys(), [key(1)]);
+    // Slices that stay behind do nothing.
+    world.take(slice(0, &["10.0.0.9"]));
+    world.settle();
+    assert_eq!(world.keys(), [key(1)]);
+}
+
+#[test]
+fn maps_that_refuse_are_read_again_and_repaired() {
+    let mut world = World::full(20, 1);
+    let before = world.agent.stats();
+    for fail_after in 0..4 {
+        world.agent.maps().fail_after = Some(fail_after);
+        let addr = format!("10.9.9.{fail_after}");
+        world.take(slice(3, &[&addr]));
+        world.take(slice(4, &["10.9.8.1"]));
+        world.settle();
+        // The others are right at once, the refused one after a while.
+        world.pass(RETRY);
+        let snapshot = world.agent.maps().snapshot();
+        for n in [3, 4] {
+            let window = snapshot.frontends[&key(n)].internal;
+            let backend = snapshot.backends[&(crate::entries::Family::V4, snapshot.slots[&window.base][0])];
+            let expected = if n == 3 { addr.as_str() } else { "10.9.8.1" };
+            assert_eq!(backend.addr.ip().to_string(), expected, "{fail_after}");
+        }
+        assert_eq!(snapshot.frontends.len(), 20);
+        world.pass(GRACE);
+    }
+    assert_eq!(world.agent.stats().read - before.read, 4);
+    assert!(world.agent.next_wake().is_none());
+}
+
+/// Maps that always refuse one frontend.
+struct Picky {
+    maps: FakeMaps,
+    hates: FrontendKey,
+}
+
+impl Maps for Picky {
+    fn limits(&self) -> Limits {
+        self.maps.limits()
+    }
+
+    fn read(&mut self) -> Result<crate::entries::Snapshot, MapError> {
+        self.maps.read()
+    }
+
+    fn apply(&mut self, ops: &[Op]) -> Result<(), ApplyError> {
+        for (done, op) in ops.iter().enumerate() {
+            if matches!(op, Op::SetFrontend { key, .. } if *key == self.hates) {
+                let source = MapError::Failed { map: "TEST".into(), reason: "no".into() };
+                return Err(ApplyError { done, source });
+            }
+            self.maps.apply(std::slice::from_ref(op)).map_err(|error| ApplyError { done, ..error })?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_service_that_is_refused_for_good_stops_no_other() {
+    let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+    let health = Health::new(false);
+    let maps = Picky { maps: FakeMaps::new(LIMITS), hates: key(1) };
+    let mut agent = Agent::new(facts, maps, health.clone()).unwrap();
+    let mut now = Instant::now();
+    for n in 0..3 {
+        agent.take(service(n), now);
+        agent.take(slice(n, &["10.0.0.1"]), now);
+    }
+    for kind in Kind::ALL {
+        agent.take(Event::Listed(kind), now);
+    }
+    agent.set_addresses(BTreeMap::new());
+    agent.settle(now);
+    assert!(health.is_synced());
+    for round in 0..20 {
+        now += Duration::from_secs(20);
+        agent.take(slice(0, &[&format!("10.0.1.{round}")]), now);
+        agent.settle(now);
+        let keys: Vec<_> = agent.maps().maps.snapshot().frontends.into_keys().collect();
+        assert_eq!(keys, [key(0), key(2)]);
+    }
+    // Tried again ever less often.
+    assert!(agent.stats().read < 10, "{:?}", agent.stats());
+    // Once it is gone everything is as it should be.
+    agent.take(Event::Changed(Change::ServiceGone(name(1))), now);
+    now += RETRY_AT_MOST;
+    agent.settle(now);
+    let read = agent.stats().read;
+    now += RETRY_AT_MOST;
+    agent.settle(now);
+    assert_eq!(agent.stats().read, read);
+}

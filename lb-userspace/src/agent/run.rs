@@ -1,0 +1,183 @@
+//! The life of the agent: opens the datapath, starts what it listens to, and stops when it is told to. The
+//! programs and maps stay, and go on without it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use aya::maps::{HashMap, Map};
+use lb_common::maps::MAPS;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::core::Agent;
+use crate::compile::Facts;
+use crate::datapath::node::{self, StateFile};
+use crate::datapath::{self, Datapath, KernelMaps, SocketLb};
+use crate::edges::{self, Edges, Rules, View, XdpMode};
+use crate::entries::Algorithm;
+use crate::health::{self, Health};
+use crate::nodeports::{self, NodePortAddresses};
+use crate::source::{CHANNEL, Event, kubernetes, manifests};
+
+/// Everything the agent is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub node_name: String,
+    pub source: SourceOptions,
+    pub datapath: datapath::Options,
+    pub cgroup_root: Option<PathBuf>,
+    pub rules: Rules,
+    pub xdp: XdpMode,
+    pub algorithm: Algorithm,
+    pub nodeport_addresses: NodePortAddresses,
+    /// None: nobody asks.
+    pub healthz: Option<SocketAddr>,
+}
+
+/// Where Services come from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SourceOptions {
+    Manifests(PathBuf),
+    Kubernetes(kubernetes::Options),
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+pub async fn run(config: Config) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    };
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, "fairlead starts");
+    // What can be refused without touching the node comes first.
+    let source = Source::start(&config).await?;
+    let needs_node = matches!(config.source, SourceOptions::Kubernetes(_));
+    let health = Health::new(needs_node);
+    if let Some(addr) = config.healthz {
+        let addr = health::serve(addr, health.clone()).await;
+        let addr = addr.with_context(|| {
+            let addr = config.healthz.map(|addr| addr.to_string()).unwrap_or_default();
+            format!("--healthz-bind-address {addr} (is kube-proxy still running here?)")
+        })?;
+        tracing::info!(%addr, "health is answered");
+    }
+    let mut datapath = Datapath::open(&config.datapath)?;
+    if let Some(logger) = datapath.take_logger() {
+        tokio::spawn(datapath::forward_log(logger));
+    }
+    let edges = attach(&config, &datapath)?;
+    let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
+    let agent = Agent::new(facts, datapath.maps()?, health)?;
+
+    let outcome = follow(agent, source, edges.view(), &config.nodeport_addresses, stop).await;
+    // The follower of devices ends first, so that nothing is attached behind our back.
+    drop(edges);
+    outcome
+}
+
+/// Puts the programs on the node's hooks.
+fn attach(config: &Config, datapath: &Datapath) -> Result<Edges> {
+    let state = StateFile::new(&config.datapath.bpffs);
+    node::reserve_ports(&state).context("cannot reserve the datapath's source ports")?;
+    for warning in node::forwarding_warnings() {
+        tracing::warn!("{warning}");
+    }
+    let hooks = || datapath.hooks().context("the datapath is not pinned");
+    match config.datapath.socket_lb {
+        SocketLb::Off => hooks()?.detach_sockets()?,
+        SocketLb::Host | SocketLb::All => hooks()?.attach_sockets(config.cgroup_root.as_deref())?,
+    }
+    let spec = MAPS.iter().find(|spec| spec.name == "EDGES").context("no map EDGES")?;
+    let map = Map::from_map_data(datapath.map_data(spec)?).context("map EDGES")?;
+    let edges = Edges::spawn(edges::Config {
+        hooks: hooks()?,
+        map: HashMap::try_from(map).context("map EDGES")?,
+        rules: config.rules.clone(),
+        xdp: config.xdp,
+        state,
+    });
+    edges.context("cannot follow the node's devices")
+}
+
+/// Where events come from; ends when it is dropped.
+struct Source {
+    events: mpsc::Receiver<Event>,
+    _tasks: JoinSet<()>,
+}
+
+impl Source {
+    async fn start(config: &Config) -> Result<Self> {
+        let (sender, events) = mpsc::channel(CHANNEL);
+        let tasks = match &config.source {
+            SourceOptions::Manifests(path) => {
+                manifests::follow(path, sender)?;
+                tracing::info!(directory = %path.display(), "following manifests");
+                JoinSet::new()
+            }
+            SourceOptions::Kubernetes(options) => {
+                let client = kubernetes::client(options).await?;
+                tracing::info!("following the API server");
+                kubernetes::follow(&client, &options.node_name, &sender)
+            }
+        };
+        Ok(Self { events, _tasks: tasks })
+    }
+}
+
+/// The loop: whatever came meanwhile is taken together, and settled once.
+async fn follow(
+    mut agent: Agent<KernelMaps>,
+    mut source: Source,
+    mut view: watch::Receiver<Option<Arc<View>>>,
+    nodeports: &NodePortAddresses,
+    stop: impl Future<Output = &'static str>,
+) -> Result<()> {
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let wake = agent.next_wake();
+        let sleep = async {
+            match wake {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        let mut addresses = false;
+        tokio::select! {
+            biased;
+            signal = &mut stop => {
+                tracing::info!(signal, "stops; the datapath goes on without the agent");
+                return Ok(());
+            }
+            changed = view.changed() => {
+                if changed.is_err() {
+                    bail!("the node's devices cannot be followed any more; see the log");
+                }
+                addresses = true;
+            }
+            event = source.events.recv() => {
+                let Some(event) = event else {
+                    bail!("the source of Services has ended; see the log");
+                };
+                let now = Instant::now();
+                addresses |= agent.take(event, now);
+                // Bounded, so that a flood of changes does not keep the maps waiting.
+                for _ in 0..CHANNEL {
+                    let Ok(event) = source.events.try_recv() else { break };
+                    addresses |= agent.take(event, now);
+                }
+            }
+            () = sleep => {}
+        }
+        if addresses && let Some(view) = view.borrow_and_update().as_deref() {
+            agent.set_addresses(nodeports::flags(&view.addresses, nodeports, agent.node()));
+        }
+        agent.settle(Instant::now());
+    }
+}

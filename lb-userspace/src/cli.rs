@@ -1,0 +1,177 @@
+//! The command line.
+
+use std::io;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::datapath::{self, DEFAULT_BPFFS};
+use crate::settings::Settings;
+use crate::{agent, logging, show};
+
+/// A Service load balancer for Kubernetes nodes, on eBPF.
+#[derive(Parser)]
+#[command(name = "fairlead", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the agent of this node. SIGTERM stops it; the datapath goes on
+    Run(Box<Run>),
+    /// What is attached where, how full the maps are, and what became of packets
+    Status(Read),
+    /// Frontends, and the backends that clients inside and outside of the cluster get
+    Services(Read),
+    /// Backends
+    Backends(Backends),
+    /// Translated connections, both directions
+    Flows(Read),
+    /// Removes every program, link, map and setting that the agent made on this node
+    Cleanup(Cleanup),
+}
+
+#[derive(Args)]
+struct Run {
+    /// The same settings as YAML; the command line goes first
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Reads the pinned maps; no agent is needed.
+#[derive(Args)]
+struct Read {
+    #[command(flatten)]
+    pins: Pins,
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t)]
+    output: Output,
+}
+
+#[derive(Args)]
+struct Backends {
+    #[command(flatten)]
+    read: Read,
+    /// Also ids that are not in use
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Args)]
+struct Cleanup {
+    #[command(flatten)]
+    pins: Pins,
+}
+
+#[derive(Args)]
+struct Pins {
+    /// Where the agent pins its maps and programs
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    bpffs: PathBuf,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Default)]
+enum Output {
+    #[default]
+    Table,
+    Json,
+}
+
+impl Cli {
+    /// Does what the command line says.
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            Command::Run(run) => run.run(),
+            Command::Status(read) => read.show(show::status),
+            Command::Services(read) => read.show(show::services),
+            Command::Backends(Backends { read, all }) => read.show(|to| show::backends(to, all)),
+            Command::Flows(read) => read.show(show::flows),
+            Command::Cleanup(Cleanup { pins }) => cleanup(&pins),
+        }
+    }
+}
+
+impl Run {
+    fn run(self) -> Result<()> {
+        let settings = match &self.config {
+            Some(path) => self.settings.or(Settings::read(path)?),
+            None => self.settings,
+        };
+        logging::start(settings.log_level(), settings.log_format())?;
+        let config = settings.config()?;
+        // Sources and health beside the loop, which does its system calls itself.
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        let runtime = runtime.context("cannot start the runtime")?;
+        let outcome = runtime.block_on(agent::run(config));
+        // Nothing that is left has anything to finish.
+        runtime.shutdown_background();
+        outcome
+    }
+}
+
+impl Read {
+    fn show(&self, show: impl FnOnce(&mut show::To<'_>) -> Result<()>) -> Result<()> {
+        let mut out = io::BufWriter::new(io::stdout().lock());
+        let json = self.output == Output::Json;
+        let outcome = show(&mut show::To { bpffs: &self.pins.bpffs, json, out: &mut out });
+        let outcome = outcome.and_then(|()| Ok(io::Write::flush(&mut out)?));
+        match outcome {
+            // Whoever reads has seen enough.
+            Err(error) if is_broken_pipe(&error) => Ok(()),
+            outcome => outcome,
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let kind = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
+    error.downcast_ref::<io::Error>().is_some_and(kind)
+        || error.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind)
+            == Some(io::ErrorKind::BrokenPipe)
+}
+
+fn cleanup(pins: &Pins) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let removed = runtime.context("cannot start the runtime")?.block_on(datapath::cleanup(&pins.bpffs))?;
+    for line in &removed {
+        println!("removed {line}");
+    }
+    if removed.is_empty() {
+        println!("nothing to remove");
+    }
+    Ok(())
+}
+
+/// An error and its causes in one line. Many errors say their cause themselves.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_error_is_one_line() {
+        let error = io::Error::other("deep\n  down");
+        let error = anyhow::Error::new(error).context("reading: deep\n  down").context("top");
+        assert_eq!(one_line(&error), "top: reading: deep down");
+    }
+}

@@ -1,0 +1,62 @@
+//! What is wrong with one object: said once, of that object, while everything else goes on.
+
+use std::net::IpAddr;
+
+use crate::entries::{FrontendKey, ServiceName};
+
+/// Something that keeps (a part of) a Service from working as written.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, thiserror::Error)]
+pub enum Finding {
+    /// Not an IP address.
+    #[error("{field}: {value:?} is not an IP address; it is left out")]
+    BadAddress { field: String, value: String },
+    /// An address that cannot be an address of this kind.
+    #[error("{field}: {value} cannot be one; it is left out")]
+    UnusableAddress { field: String, value: String },
+    /// A value the API does not define.
+    #[error("{field}: unknown value {value:?}; taken as {taken}")]
+    UnknownValue { field: String, value: String, taken: &'static str },
+    /// A port number outside 1 to 65535.
+    #[error("{field}: {value} is no port number; it is left out")]
+    BadPort { field: String, value: i64 },
+    /// A protocol that is not translated.
+    #[error("port {port}: protocol {protocol} is not supported; the port is left out")]
+    UnsupportedProtocol { port: String, protocol: String },
+    /// Two ports of one Service, or two of its addresses, make the same frontend.
+    #[error("{key} appears twice; the first is used")]
+    Duplicate { key: FrontendKey },
+    /// Type NodePort or LoadBalancer without a number for this port.
+    #[error("port {port}: no nodePort is given, and nobody here allocates one")]
+    NoNodePort { port: String },
+    /// A type that has a cluster IP, without one.
+    #[error("no clusterIP is given, and nobody here allocates one")]
+    NoClusterIp,
+    /// An older Service has this frontend.
+    #[error("{key} belongs to Service {owner}; it is left out here")]
+    Taken { key: FrontendKey, owner: ServiceName },
+    /// No room in the maps.
+    #[error(
+        "does not fit: {need} more {what} needed, {free} of {limit} free ({flag} sets the limit); \
+         it stays as it was"
+    )]
+    DoesNotFit { what: &'static str, need: u64, free: u64, limit: u64, flag: &'static str },
+    /// No room in `ADDRESSES4/6`.
+    #[error("no room for address {addr} beside {limit} others of its family; it is not marked as ours")]
+    AddressDoesNotFit { addr: IpAddr, limit: u32 },
+    /// No room for a Maglev table, only for a plain list.
+    #[error("no room for its Maglev tables (--max-backends sets the limit); backends are chosen at random")]
+    ListInsteadOfTable,
+}
+
+impl Finding {
+    /// It depends on other Services and the room in the maps, not on the object alone.
+    pub fn is_of_maps(&self) -> bool {
+        matches!(
+            self,
+            Self::Taken { .. }
+                | Self::DoesNotFit { .. }
+                | Self::AddressDoesNotFit { .. }
+                | Self::ListInsteadOfTable
+        )
+    }
+}

@@ -1,0 +1,243 @@
+//! What Kubernetes says, indexed by Service. No I/O and no decisions: [`Model::apply`] takes one change
+//! and answers which Services it touches.
+
+mod types;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+pub use types::{
+    Endpoint, EndpointSlice, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName, SlicePort,
+};
+
+use crate::entries::ServiceName;
+
+/// One change of one object.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Change {
+    Service(Box<Service>),
+    ServiceGone(ServiceName),
+    Slice(Box<EndpointSlice>),
+    SliceGone(SliceName),
+    Node(Box<Node>),
+    NodeGone(String),
+}
+
+/// What a change touches.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Touched {
+    /// Services to compile again.
+    pub services: BTreeSet<ServiceName>,
+    /// The Node object of this node changed.
+    pub node: bool,
+}
+
+/// The objects of the cluster as far as they concern this node.
+#[derive(Debug)]
+pub struct Model {
+    node_name: String,
+    services: BTreeMap<ServiceName, Service>,
+    /// By Service, then by the slice's own name.
+    slices: BTreeMap<ServiceName, BTreeMap<String, EndpointSlice>>,
+    /// The Service that a slice is indexed under.
+    slice_service: BTreeMap<SliceName, ServiceName>,
+    /// Services with a hint in one of their slices: the only ones that care about this node's zone.
+    hinted: BTreeSet<ServiceName>,
+    node: Option<Node>,
+}
+
+impl Model {
+    /// An empty model for the node of this name.
+    pub fn new(node_name: impl Into<String>) -> Self {
+        Self {
+            node_name: node_name.into(),
+            services: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            slice_service: BTreeMap::new(),
+            hinted: BTreeSet::new(),
+            node: None,
+        }
+    }
+
+    /// Takes one change. A change that changes nothing touches nothing.
+    pub fn apply(&mut self, change: Change) -> Touched {
+        let mut touched = Touched::default();
+        match change {
+            Change::Service(service) => {
+                if self.services.get(&service.name) != Some(&*service) {
+                    touched.services.insert(service.name.clone());
+                    self.services.insert(service.name.clone(), *service);
+                }
+            }
+            Change::ServiceGone(name) => {
+                if self.services.remove(&name).is_some() {
+                    touched.services.insert(name);
+                }
+            }
+            Change::Slice(slice) => self.set_slice(*slice, &mut touched.services),
+            Change::SliceGone(name) => self.remove_slice(&name, &mut touched.services),
+            Change::Node(node) => self.set_node(Some(*node), &mut touched),
+            Change::NodeGone(name) => {
+                if name == self.node_name {
+                    self.set_node(None, &mut touched);
+                }
+            }
+        }
+        touched
+    }
+
+    /// The Service of this name.
+    pub fn service(&self, name: &ServiceName) -> Option<&Service> {
+        self.services.get(name)
+    }
+
+    /// Every Service.
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values()
+    }
+
+    /// The slices of a Service, in the order of their names.
+    pub fn slices(&self, name: &ServiceName) -> impl Iterator<Item = &EndpointSlice> {
+        self.slices.get(name).into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// The Node object of this node, if there is one.
+    pub fn node(&self) -> Option<&Node> {
+        self.node.as_ref()
+    }
+
+    fn set_slice(&mut self, slice: EndpointSlice, touched: &mut BTreeSet<ServiceName>) {
+        let Some(service) = slice.service.clone() else {
+            // Belongs to nobody (any more).
+            self.remove_slice(&slice.name, touched);
+            return;
+        };
+        if self.slice_service.get(&slice.name).is_some_and(|old| *old != service) {
+            self.remove_slice(&slice.name, touched);
+        }
+        let of_service = self.slices.entry(service.clone()).or_default();
+        if of_service.get(&slice.name.name) == Some(&slice) {
+            return;
+        }
+        self.slice_service.insert(slice.name.clone(), service.clone());
+        of_service.insert(slice.name.name.clone(), slice);
+        self.note_hints(&service);
+        touched.insert(service);
+    }
+
+    fn remove_slice(&mut self, name: &SliceName, touched: &mut BTreeSet<ServiceName>) {
+        let Some(service) = self.slice_service.remove(name) else { return };
+        if let Some(of_service) = self.slices.get_mut(&service) {
+            of_service.remove(&name.name);
+            if of_service.is_empty() {
+                self.slices.remove(&service);
+            }
+        }
+        self.note_hints(&service);
+        touched.insert(service);
+    }
+
+    fn note_hints(&mut self, service: &ServiceName) {
+        if self.slices(service).any(EndpointSlice::has_hints) {
+            self.hinted.insert(service.clone());
+        } else {
+            self.hinted.remove(service);
+        }
+    }
+
+    fn set_node(&mut self, node: Option<Node>, touched: &mut Touched) {
+        if node.as_ref().is_some_and(|node| node.name != self.node_name) || node == self.node {
+            return;
+        }
+        let zone = |node: &Option<Node>| node.as_ref().and_then(|node| node.zone.clone());
+        if zone(&self.node) != zone(&node) {
+            touched.services.extend(self.hinted.iter().cloned());
+        }
+        touched.node = true;
+        self.node = node;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(name: &str) -> ServiceName {
+        ServiceName { namespace: "ns".into(), name: name.into() }
+    }
+
+    fn slice(own: &str, service: &str, addr: &str) -> EndpointSlice {
+        EndpointSlice {
+            name: SliceName { namespace: "ns".into(), name: own.into() },
+            service: Some(name(service)),
+            ports: vec![],
+            endpoints: vec![Endpoint::ready(addr.parse().unwrap())],
+            findings: vec![],
+        }
+    }
+
+    fn apply(model: &mut Model, change: Change) -> Vec<String> {
+        model.apply(change).services.into_iter().map(|n| n.name).collect()
+    }
+
+    fn set(model: &mut Model, slice: &EndpointSlice) -> Vec<String> {
+        apply(model, Change::Slice(Box::new(slice.clone())))
+    }
+
+    /// Rule 86.
+    #[test]
+    fn an_identical_update_touches_nothing() {
+        let mut model = Model::new("node");
+        assert_eq!(set(&mut model, &slice("a", "svc", "10.0.0.1")), ["svc"]);
+        assert_eq!(set(&mut model, &slice("a", "svc", "10.0.0.1")), [""; 0]);
+        assert_eq!(set(&mut model, &slice("a", "svc", "10.0.0.2")), ["svc"]);
+        let service = Change::Service(Box::new(Service::named(name("svc"))));
+        assert_eq!(apply(&mut model, service.clone()), ["svc"]);
+        assert_eq!(apply(&mut model, service), [""; 0]);
+    }
+
+    /// Rules 85 and 87.
+    #[test]
+    fn a_slice_that_goes_takes_exactly_its_endpoints_along() {
+        let mut model = Model::new("node");
+        let (a, b) = (slice("a", "svc", "10.0.0.1"), slice("b", "svc", "10.0.0.2"));
+        set(&mut model, &a);
+        set(&mut model, &b);
+        assert_eq!(apply(&mut model, Change::SliceGone(a.name.clone())), ["svc"]);
+        assert_eq!(model.slices(&name("svc")).collect::<Vec<_>>(), [&b]);
+        assert_eq!(apply(&mut model, Change::SliceGone(a.name)), [""; 0]);
+        assert_eq!(apply(&mut model, Change::SliceGone(b.name)), ["svc"]);
+        assert!(model.slices.is_empty() && model.slice_service.is_empty());
+    }
+
+    #[test]
+    fn a_slice_that_changes_hands_touches_both_services() {
+        let mut model = Model::new("node");
+        set(&mut model, &slice("a", "old", "10.0.0.1"));
+        assert_eq!(set(&mut model, &slice("a", "new", "10.0.0.1")), ["new", "old"]);
+        assert_eq!(model.slices(&name("old")).count(), 0);
+        let orphan = EndpointSlice { service: None, ..slice("a", "new", "10.0.0.1") };
+        assert_eq!(set(&mut model, &orphan), ["new"]);
+        assert!(model.slices.is_empty() && model.slice_service.is_empty());
+    }
+
+    #[test]
+    fn only_hinted_services_care_about_the_zone() {
+        let mut model = Model::new("node");
+        let mut hinted = slice("a", "hinted", "10.0.0.1");
+        hinted.endpoints[0].zone_hints.push("z1".into());
+        set(&mut model, &hinted);
+        set(&mut model, &slice("b", "plain", "10.0.0.2"));
+        let node = Node { zone: Some("z1".into()), ..Node::named("node") };
+        assert_eq!(apply(&mut model, Change::Node(Box::new(node.clone()))), ["hinted"]);
+        let labelled = Node { deleting: true, ..node };
+        let touched = model.apply(Change::Node(Box::new(labelled)));
+        assert!(touched.node && touched.services.is_empty());
+        assert!(!model.apply(Change::Node(Box::new(Node::named("other")))).node);
+        assert_eq!(apply(&mut model, Change::NodeGone("other".into())), [""; 0]);
+        assert_eq!(apply(&mut model, Change::NodeGone("node".into())), ["hinted"]);
+        hinted.endpoints[0].zone_hints.clear();
+        set(&mut model, &hinted);
+        let node = Node { zone: Some("z1".into()), ..Node::named("node") };
+        assert_eq!(apply(&mut model, Change::Node(Box::new(node))), [""; 0]);
+    }
+}

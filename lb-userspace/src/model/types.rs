@@ -1,0 +1,190 @@
+//! The objects of Kubernetes reduced to what this node needs of them, with every default filled in.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::entries::{Algorithm, Family, Protocol, ServiceName};
+use crate::finding::Finding;
+
+/// A Service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Service {
+    pub name: ServiceName,
+    /// `metadata.creationTimestamp`, seconds since 1970; of two Services that claim one frontend the older
+    /// has it.
+    pub created: i64,
+    pub kind: ServiceType,
+    /// Why it is not ours to serve, if it is not.
+    pub ignored: Option<Ignored>,
+    /// `spec.ipFamilies`.
+    pub families: Vec<Family>,
+    pub cluster_ips: Vec<IpAddr>,
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress` with `ipMode: VIP` (the default).
+    pub load_balancer_ips: Vec<IpAddr>,
+    pub ports: Vec<ServicePort>,
+    pub internal_policy: Policy,
+    pub external_policy: Policy,
+    /// The annotation [`Service::ALGORITHM`].
+    pub algorithm: Option<Algorithm>,
+    /// What could not be understood in the object.
+    pub findings: Vec<Finding>,
+}
+
+impl Service {
+    /// The annotation that chooses the algorithm of one Service: `random` or `maglev`.
+    pub const ALGORITHM: &str = "fairlead.io/algorithm";
+
+    /// A ClusterIP Service without addresses or ports.
+    pub fn named(name: ServiceName) -> Self {
+        Self {
+            name,
+            created: 0,
+            kind: ServiceType::ClusterIP,
+            ignored: None,
+            families: vec![],
+            cluster_ips: vec![],
+            external_ips: vec![],
+            load_balancer_ips: vec![],
+            ports: vec![],
+            internal_policy: Policy::Cluster,
+            external_policy: Policy::Cluster,
+            algorithm: None,
+            findings: vec![],
+        }
+    }
+}
+
+/// `spec.type`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ServiceType {
+    ClusterIP,
+    NodePort,
+    LoadBalancer,
+    ExternalName,
+}
+
+/// Why a Service is not ours to serve.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ignored {
+    /// `clusterIP: None`, or the label `service.kubernetes.io/headless`.
+    Headless,
+    /// `type: ExternalName`.
+    ExternalName,
+    /// The label `service.kubernetes.io/service-proxy-name` names another proxy.
+    OtherProxy,
+}
+
+/// One entry of `spec.ports`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServicePort {
+    /// May be empty if it is the only one.
+    pub name: String,
+    pub port: u16,
+    pub protocol: Protocol,
+    pub node_port: Option<u16>,
+}
+
+impl ServicePort {
+    /// Its name, or its number if it has none: how messages call it.
+    pub fn label(&self) -> String {
+        if self.name.is_empty() { self.port.to_string() } else { self.name.clone() }
+    }
+}
+
+/// `internalTrafficPolicy` or `externalTrafficPolicy`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Policy {
+    Cluster,
+    Local,
+}
+
+/// Name of an EndpointSlice.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SliceName {
+    pub namespace: String,
+    pub name: String,
+}
+
+impl fmt::Display for SliceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// An EndpointSlice.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EndpointSlice {
+    pub name: SliceName,
+    /// The label `kubernetes.io/service-name`; none if the slice is nobody's, headless, of another proxy,
+    /// or of domain names.
+    pub service: Option<ServiceName>,
+    pub ports: Vec<SlicePort>,
+    pub endpoints: Vec<Endpoint>,
+    /// What could not be understood in the object.
+    pub findings: Vec<Finding>,
+}
+
+impl EndpointSlice {
+    /// Whether any endpoint has a topology hint.
+    pub fn has_hints(&self) -> bool {
+        self.endpoints.iter().any(|e| !e.zone_hints.is_empty() || !e.node_hints.is_empty())
+    }
+}
+
+/// One entry of an EndpointSlice's `ports`: the number the Service's targetPort came to in this slice.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SlicePort {
+    pub name: String,
+    pub port: u16,
+    pub protocol: Protocol,
+}
+
+/// One entry of an EndpointSlice's `endpoints`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    /// The first address; the API gives the others no meaning.
+    pub addr: IpAddr,
+    pub ready: bool,
+    pub serving: bool,
+    pub terminating: bool,
+    pub node: Option<Box<str>>,
+    pub zone_hints: Vec<Box<str>>,
+    pub node_hints: Vec<Box<str>>,
+}
+
+impl Endpoint {
+    /// A ready endpoint on no node in particular.
+    pub fn ready(addr: IpAddr) -> Self {
+        Self {
+            addr,
+            ready: true,
+            serving: true,
+            terminating: false,
+            node: None,
+            zone_hints: vec![],
+            node_hints: vec![],
+        }
+    }
+}
+
+/// A Node: this one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Node {
+    pub name: String,
+    /// The label `topology.kubernetes.io/zone`.
+    pub zone: Option<String>,
+    /// `status.addresses` of type InternalIP, then ExternalIP.
+    pub addresses: Vec<IpAddr>,
+    /// `metadata.deletionTimestamp` is set.
+    pub deleting: bool,
+    /// It carries the taint `ToBeDeletedByClusterAutoscaler`.
+    pub to_be_deleted: bool,
+}
+
+impl Node {
+    /// A node of which only the name is known.
+    pub fn named(name: impl Into<String>) -> Self {
+        Self { name: name.into(), zone: None, addresses: vec![], deleting: false, to_be_deleted: false }
+    }
+}

@@ -1,0 +1,118 @@
+//! What `ADDRESSES4/6` should hold: the node's addresses and those of Services, merged.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use lb_common::abi::address_flags;
+
+use crate::entries::{Family, Op};
+
+#[derive(Clone, Copy, Default, Debug)]
+struct Wanted {
+    /// Flags that this node gives it.
+    node: u32,
+    /// Frontends of kind ClusterIP at this address.
+    frontends: u32,
+}
+
+impl Wanted {
+    fn flags(self) -> u32 {
+        // On an address of the node itself other ports are not ours to reject, whatever a Service claims.
+        if self.frontends > 0 && self.node & (address_flags::NODE | address_flags::LOOPBACK) == 0 {
+            self.node | address_flags::SERVICE
+        } else {
+            self.node
+        }
+    }
+}
+
+/// The addresses and what the maps have of them.
+#[derive(Debug)]
+pub(super) struct Addresses {
+    limit: u32,
+    wanted: BTreeMap<IpAddr, Wanted>,
+    held: BTreeMap<IpAddr, u32>,
+    held_v6: u32,
+}
+
+/// No room for another address.
+#[derive(Debug)]
+pub(super) struct Full;
+
+impl Addresses {
+    /// `held`: what the maps hold already.
+    pub(super) fn new(limit: u32, held: BTreeMap<IpAddr, u32>) -> Self {
+        let held_v6 = held.keys().filter(|addr| addr.is_ipv6()).count();
+        Self { limit, wanted: BTreeMap::new(), held, held_v6: u32::try_from(held_v6).unwrap_or(u32::MAX) }
+    }
+
+    /// One more frontend of kind ClusterIP at `addr`.
+    pub(super) fn add_frontend(&mut self, addr: IpAddr) {
+        self.wanted.entry(addr).or_default().frontends += 1;
+    }
+
+    /// One frontend of kind ClusterIP less at `addr`.
+    pub(super) fn remove_frontend(&mut self, addr: IpAddr) {
+        if let Some(wanted) = self.wanted.get_mut(&addr) {
+            wanted.frontends -= 1;
+        }
+    }
+
+    /// These are the node's own addresses, with their flags; answers which changed.
+    pub(super) fn set_node(&mut self, flags: &BTreeMap<IpAddr, u32>) -> Vec<IpAddr> {
+        let mut changed = vec![];
+        for (addr, wanted) in &mut self.wanted {
+            if wanted.node != 0 && !flags.contains_key(addr) {
+                wanted.node = 0;
+                changed.push(*addr);
+            }
+        }
+        for (addr, flags) in flags {
+            let wanted = self.wanted.entry(*addr).or_default();
+            if wanted.node != *flags {
+                wanted.node = *flags;
+                changed.push(*addr);
+            }
+        }
+        changed
+    }
+
+    /// The write that makes the map right about `addr`, if one is needed.
+    pub(super) fn settle(&mut self, addr: IpAddr) -> Result<Option<Op>, Full> {
+        let flags = self.wanted.get(&addr).map_or(0, |wanted| wanted.flags());
+        if self.wanted.get(&addr).is_some_and(|w| w.node == 0 && w.frontends == 0) {
+            self.wanted.remove(&addr);
+        }
+        if flags == 0 {
+            let removed = self.held.remove(&addr).is_some();
+            if removed && addr.is_ipv6() {
+                self.held_v6 -= 1;
+            }
+            return Ok(removed.then_some(Op::RemoveAddress { addr }));
+        }
+        match self.held.get(&addr) {
+            Some(held) if *held == flags => return Ok(None),
+            None if self.held_of(Family::of(addr)) >= self.limit => return Err(Full),
+            None if addr.is_ipv6() => self.held_v6 += 1,
+            Some(_) | None => {}
+        }
+        self.held.insert(addr, flags);
+        Ok(Some(Op::SetAddress { addr, flags }))
+    }
+
+    /// Addresses that the maps hold and nobody wants.
+    pub(super) fn stale(&self) -> Vec<IpAddr> {
+        self.held.keys().filter(|addr| !self.wanted.contains_key(addr)).copied().collect()
+    }
+
+    pub(super) fn limit(&self) -> u32 {
+        self.limit
+    }
+
+    fn held_of(&self, family: Family) -> u32 {
+        match family {
+            Family::V4 => u32::try_from(self.held.len()).unwrap_or(u32::MAX) - self.held_v6,
+            Family::V6 => self.held_v6,
+        }
+    }
+}

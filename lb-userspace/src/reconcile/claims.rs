@@ -1,0 +1,102 @@
+//! Who may have a frontend: of the Services that claim it the oldest, then the first by name. And which
+//! number a Service has in the maps.
+
+use std::collections::BTreeSet;
+
+use super::{Desired, Reconciler};
+use crate::entries::{Compiled, FrontendKey, ServiceName};
+
+/// Who has to be looked at again when a Service changes its claims.
+#[derive(Default)]
+pub(super) struct Claimed {
+    /// They may get a frontend that the Service gave up.
+    pub(super) heirs: BTreeSet<ServiceName>,
+    /// They claim a frontend that the Service claims now, too.
+    pub(super) rivals: BTreeSet<ServiceName>,
+}
+
+impl Reconciler {
+    /// Notes which frontends the Service claims.
+    pub(super) fn claim(&mut self, name: &ServiceName, desired: &Desired) -> Claimed {
+        let mut claimed = Claimed::default();
+        let old = self.services.get(name).map(|service| &service.desired);
+        let mut gone: Vec<(FrontendKey, i64)> = vec![];
+        if let Some(old) = old {
+            let stays = |key: &&FrontendKey| {
+                old.created == desired.created && desired.compiled.frontends.contains_key(key)
+            };
+            let keys = old.compiled.frontends.keys();
+            gone.extend(keys.filter(|key| !stays(key)).map(|key| (*key, old.created)));
+        }
+        for (key, created) in gone {
+            if let Some(claims) = self.claims.get_mut(&key) {
+                claims.remove(&(created, name.clone()));
+                claimed.heirs.extend(claims.iter().map(|(_, other)| other.clone()));
+                if claims.is_empty() {
+                    self.claims.remove(&key);
+                }
+            }
+        }
+        for key in desired.compiled.frontends.keys() {
+            let claims = self.claims.entry(*key).or_default();
+            if claims.insert((desired.created, name.clone())) {
+                claimed.rivals.extend(claims.iter().map(|(_, other)| other.clone()));
+            }
+        }
+        claimed.rivals.remove(name);
+        claimed
+    }
+
+    pub(super) fn owner(&self, key: &FrontendKey) -> Option<&ServiceName> {
+        self.claims.get(key).and_then(BTreeSet::first).map(|(_, name)| name)
+    }
+
+    /// A number for a new Service: the one its frontends have in the maps already, if nobody else has it.
+    pub(super) fn identify(&mut self, name: &ServiceName, compiled: &Compiled) -> u32 {
+        let unclaimed = |key: &FrontendKey| {
+            let installed = self.installed.get(key)?;
+            installed.owner.is_none().then_some(installed.entry.id)
+        };
+        let own = compiled.frontends.keys().filter(|key| self.owner(key) == Some(name));
+        let found = own.filter_map(unclaimed).find(|id| self.ids.is_unclaimed(*id));
+        self.ids.take(found)
+    }
+}
+
+/// Numbers of Services: small, given out again after the grace time.
+#[derive(Debug, Default)]
+pub(super) struct ServiceIds {
+    /// Found in the maps, and not yet anybody's.
+    pub(super) found: BTreeSet<u32>,
+    /// Below `last`, and nobody's.
+    free: BTreeSet<u32>,
+    last: u32,
+}
+
+impl ServiceIds {
+    /// In the maps at the start.
+    pub(super) fn adopt(&mut self, id: u32) {
+        self.found.insert(id);
+        self.last = self.last.max(id);
+    }
+
+    /// Whether a Service may have the number that its frontends had at the start.
+    pub(super) fn is_unclaimed(&self, id: u32) -> bool {
+        id != 0 && self.found.contains(&id)
+    }
+
+    pub(super) fn take(&mut self, found: Option<u32>) -> u32 {
+        if let Some(id) = found {
+            self.found.remove(&id);
+            return id;
+        }
+        self.free.pop_first().unwrap_or_else(|| {
+            self.last += 1;
+            self.last
+        })
+    }
+
+    pub(super) fn give(&mut self, id: u32) {
+        self.free.insert(id);
+    }
+}

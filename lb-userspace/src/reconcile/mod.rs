@@ -1,0 +1,409 @@
+//! Desired entries against what is in the maps -> an ordered list of map operations.
+//!
+//! The order keeps every packet from meeting a dangling reference: removed frontends first; then new
+//! backends, their windows, the frontends that switch to them; then what nobody refers to any more. A window
+//! is never written while a frontend refers to it. Windows and backend ids that became free are given out
+//! again only after a grace time, so that a packet that read the old frontend finds what it expects.
+//!
+//! Only the Services of a change are looked at; nothing here walks all of them, except [`Reconciler::adopt`]
+//! and [`Reconciler::finish`] at the start.
+
+mod addresses;
+mod adopt;
+mod backends;
+mod claims;
+mod install;
+mod maglev;
+mod ranges;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lb_common::abi;
+
+use self::addresses::Addresses;
+use self::adopt::NOWHERE;
+use self::backends::{Backends, Settled};
+use self::claims::{Claimed, ServiceIds};
+use self::install::Removals;
+use self::ranges::Ranges;
+use crate::entries::{
+    Algorithm, Backend, Compiled, Family, FrontendKey, FrontendKind, Keep, Limits, Op, ServiceName, Snapshot,
+};
+use crate::finding::Finding;
+
+/// What one Service should have in the maps.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Desired {
+    /// Seconds since 1970; of two Services that claim one frontend the older has it.
+    pub created: i64,
+    pub compiled: Compiled,
+}
+
+/// What [`Reconciler`] wants written, and what it has to say.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Batch {
+    /// To be carried out in this order.
+    pub ops: Vec<Op>,
+    /// Of every Service that was looked at.
+    pub findings: BTreeMap<ServiceName, Vec<Finding>>,
+}
+
+/// The maps as they are, and who needs what in them.
+#[derive(Debug)]
+pub struct Reconciler {
+    limits: Limits,
+    grace: Duration,
+    services: BTreeMap<ServiceName, Service>,
+    /// Services that did not fit when last looked at.
+    unfit: BTreeSet<ServiceName>,
+    claims: BTreeMap<FrontendKey, BTreeSet<(i64, ServiceName)>>,
+    installed: BTreeMap<FrontendKey, Installed>,
+    /// How many of `installed` are of IPv6.
+    installed_v6: u32,
+    windows: BTreeMap<u32, Window>,
+    space: Ranges,
+    backends: [Backends; 2],
+    ids: ServiceIds,
+    addresses: Addresses,
+    retired: VecDeque<(Instant, Retired)>,
+}
+
+#[derive(Debug)]
+struct Service {
+    id: u32,
+    desired: Desired,
+    /// Frontends of ours in the maps.
+    keys: BTreeSet<FrontendKey>,
+    /// Backends whose flows we keep.
+    kept: BTreeMap<Backend, Keep>,
+}
+
+#[derive(Debug)]
+struct Installed {
+    entry: abi::Service,
+    /// None: found in the maps, not yet anybody's.
+    owner: Option<ServiceName>,
+}
+
+/// A range of `SLOTS` that frontends refer to.
+#[derive(Debug)]
+struct Window {
+    len: u32,
+    family: Family,
+    /// Scopes of frontends that refer to it.
+    refs: u32,
+    /// Each backend once.
+    ids: Vec<u32>,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Known(Choices),
+    /// Found in the maps: these ids.
+    Slots(Vec<u32>),
+    /// Found in the maps, and not to be relied on.
+    Foreign,
+}
+
+/// What decides the content of a window.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Choices {
+    algorithm: Algorithm,
+    backends: Arc<[Backend]>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Retired {
+    Window { base: u32, len: u32 },
+    Backend { family: Family, id: u32, retired: Instant },
+    ServiceId(u32),
+}
+
+/// Operations of one Service, in the order they go to the maps.
+#[derive(Default)]
+struct Steps {
+    remove: Vec<Op>,
+    backends: Vec<Op>,
+    windows: Vec<Op>,
+    frontends: Vec<Op>,
+    addresses: Vec<Op>,
+    retire: Vec<Op>,
+    /// Addresses to settle when all is said.
+    touched: BTreeSet<IpAddr>,
+    findings: Vec<Finding>,
+}
+
+impl Steps {
+    fn into_batch(self, batch: &mut Batch) {
+        for ops in [self.remove, self.backends, self.windows, self.frontends, self.addresses, self.retire] {
+            batch.ops.extend(ops);
+        }
+    }
+}
+
+impl Reconciler {
+    /// Takes over maps that hold `snapshot`. Nothing is written: what Services turn out to want stays, the
+    /// rest goes with [`Self::finish`].
+    pub fn adopt(snapshot: Snapshot, limits: Limits, grace: Duration) -> Self {
+        let mut this = Self {
+            limits,
+            grace,
+            services: BTreeMap::new(),
+            unfit: BTreeSet::new(),
+            claims: BTreeMap::new(),
+            installed: BTreeMap::new(),
+            installed_v6: 0,
+            windows: BTreeMap::new(),
+            space: Ranges::new(limits.slots),
+            backends: [
+                Backends::new(Family::V4, limits.backends),
+                Backends::new(Family::V6, limits.backends),
+            ],
+            ids: ServiceIds::default(),
+            addresses: Addresses::new(limits.addresses, snapshot.addresses.clone()),
+            retired: VecDeque::new(),
+        };
+        this.adopt_windows(&snapshot);
+        for (key, mut entry) in snapshot.frontends {
+            for window in [&mut entry.internal, &mut entry.external] {
+                if !this.is_sound(*window) {
+                    *window = NOWHERE;
+                }
+            }
+            this.ids.adopt(entry.id);
+            this.count_installed(key, 1);
+            this.installed.insert(key, Installed { entry, owner: None });
+        }
+        this
+    }
+
+    /// Notes the frontends that a Service is going to claim. At the start all Services are announced before
+    /// the first is set, so that none takes a frontend that turns out to be another's.
+    pub fn announce(&mut self, name: &ServiceName, desired: &Desired) {
+        self.claim(name, desired);
+    }
+
+    /// This is what the Service should have from now on.
+    pub fn set_service(&mut self, name: &ServiceName, desired: Desired, now: Instant) -> Batch {
+        let Claimed { heirs, rivals } = self.claim(name, &desired);
+        let id = self.services.get(name).map(|service| service.id);
+        let id = id.unwrap_or_else(|| self.identify(name, &desired.compiled));
+        let service = self.services.entry(name.clone()).or_insert_with(|| Service {
+            id,
+            desired: Desired::default(),
+            keys: BTreeSet::new(),
+            kept: BTreeMap::new(),
+        });
+        service.desired = desired;
+        let mut batch = Batch::default();
+        // Whoever gets a frontend overwrites it before the other would remove it.
+        for heir in &heirs {
+            self.install(heir, Removals::Later, now, &mut batch);
+        }
+        self.install(name, Removals::Now, now, &mut batch);
+        for other in heirs.union(&rivals) {
+            self.install(other, Removals::Now, now, &mut batch);
+        }
+        batch
+    }
+
+    /// The Service is gone.
+    pub fn remove_service(&mut self, name: &ServiceName, now: Instant) -> Batch {
+        if !self.services.contains_key(name) {
+            return Batch::default();
+        }
+        let mut batch = self.set_service(name, Desired::default(), now);
+        if let Some(service) = self.services.remove(name) {
+            self.retire(Retired::ServiceId(service.id), now);
+        }
+        self.unfit.remove(name);
+        batch.findings.remove(name);
+        batch
+    }
+
+    /// These are the node's own addresses with their flags ([`abi::address_flags`]). An address that does
+    /// not fit is answered as a finding.
+    pub fn set_node_addresses(&mut self, flags: &BTreeMap<IpAddr, u32>) -> (Vec<Op>, Vec<Finding>) {
+        let changed = self.addresses.set_node(flags);
+        let mut ops = vec![];
+        let findings = self.settle_addresses(changed, &mut ops);
+        (ops, findings)
+    }
+
+    /// Every Service and node address has been set once: what the maps hold beyond that is stale.
+    pub fn finish(&mut self, now: Instant) -> Vec<Op> {
+        let mut steps = Steps::default();
+        let stale: Vec<_> =
+            self.installed.iter().filter(|(_, i)| i.owner.is_none()).map(|(key, _)| *key).collect();
+        let mut left = vec![];
+        for key in stale {
+            left.extend(self.uninstall(key, &mut steps));
+        }
+        let touched = std::mem::take(&mut steps.touched).into_iter().chain(self.addresses.stale());
+        let touched: BTreeSet<IpAddr> = touched.collect();
+        // Nothing is added here that could lack room.
+        self.settle_addresses(touched, &mut steps.addresses);
+        self.leave_windows(left, now, &mut steps);
+        for family in [Family::V4, Family::V6] {
+            for id in self.backends_mut(family).finish() {
+                self.settle_backend(family, id, now, &mut steps.retire);
+            }
+        }
+        for id in std::mem::take(&mut self.ids.found) {
+            self.retire(Retired::ServiceId(id), now);
+        }
+        let mut batch = Batch::default();
+        steps.into_batch(&mut batch);
+        batch.ops
+    }
+
+    /// Frees what has been out of use for the grace time, and gives Services that did not fit another try.
+    pub fn expire(&mut self, now: Instant) -> Batch {
+        let mut batch = Batch::default();
+        let mut freed = false;
+        while let Some((due, retired)) = self.retired.front().copied()
+            && due <= now
+        {
+            self.retired.pop_front();
+            freed = true;
+            match retired {
+                Retired::Window { base, len } => self.space.give(base, len),
+                Retired::Backend { family, id, retired } => {
+                    batch.ops.extend(self.backends_mut(family).release(id, retired));
+                }
+                Retired::ServiceId(id) => self.ids.give(id),
+            }
+        }
+        if freed {
+            for name in std::mem::take(&mut self.unfit) {
+                self.install(&name, Removals::Now, now, &mut batch);
+            }
+        }
+        batch
+    }
+
+    /// When [`Self::expire`] has something to do.
+    pub fn next_expiry(&self) -> Option<Instant> {
+        self.retired.front().map(|(due, _)| *due)
+    }
+
+    /// The Service that has this number in the maps.
+    pub fn service_ids(&self) -> impl Iterator<Item = (u32, &ServiceName)> {
+        self.services.iter().map(|(name, service)| (service.id, name))
+    }
+
+    /// Services known, for status.
+    pub fn services(&self) -> usize {
+        self.services.len()
+    }
+
+    /// Frontends in the maps.
+    pub fn frontends(&self) -> usize {
+        self.installed.len()
+    }
+
+    /// Slots that are not in use.
+    pub fn free_slots(&self) -> u64 {
+        self.space.available()
+    }
+}
+
+/// What taking over, installing and finishing have in common.
+impl Reconciler {
+    /// The frontend in the maps is nobody's from now on. Its address is for the caller to settle.
+    fn disown(&mut self, key: FrontendKey) {
+        let Some(installed) = self.installed.get_mut(&key) else { return };
+        let Some(owner) = installed.owner.take() else { return };
+        if installed.entry.kind == FrontendKind::ClusterIP.number() {
+            self.addresses.remove_frontend(key.addr);
+        }
+        if let Some(owner) = self.services.get_mut(&owner) {
+            owner.keys.remove(&key);
+        }
+    }
+
+    /// Removes a frontend; answers the windows it referred to.
+    fn uninstall(&mut self, key: FrontendKey, steps: &mut Steps) -> [abi::Window; 2] {
+        self.disown(key);
+        steps.touched.insert(key.addr);
+        let Some(installed) = self.installed.remove(&key) else { return Default::default() };
+        self.count_installed(key, -1);
+        steps.remove.push(Op::RemoveFrontend { key });
+        [installed.entry.internal, installed.entry.external]
+    }
+
+    /// Gives up references to windows; those that nobody refers to any more are retired.
+    fn leave_windows(&mut self, left: Vec<abi::Window>, now: Instant, steps: &mut Steps) {
+        for window in left.into_iter().filter(|window| window.len > 0) {
+            // A window that overlapped others when it was found is part of a larger one now.
+            let Some((base, have)) = self.windows.range_mut(..=window.base).next_back() else { continue };
+            if u64::from(window.base) >= u64::from(*base) + u64::from(have.len) {
+                continue;
+            }
+            have.refs -= 1;
+            if have.refs > 0 {
+                continue;
+            }
+            let base = *base;
+            let Some(gone) = self.windows.remove(&base) else { continue };
+            self.retire(Retired::Window { base, len: gone.len }, now);
+            for id in gone.ids {
+                self.backends_mut(gone.family).leave_window(id);
+                self.settle_backend(gone.family, id, now, &mut steps.retire);
+            }
+        }
+    }
+
+    fn settle_backend(&mut self, family: Family, id: u32, now: Instant, ops: &mut Vec<Op>) {
+        match self.backends_mut(family).settle(id, now) {
+            Settled::Nothing => {}
+            Settled::Write(op) => ops.push(op),
+            Settled::Retired(op) => {
+                ops.extend(op);
+                self.retire(Retired::Backend { family, id, retired: now }, now);
+            }
+        }
+    }
+
+    fn settle_addresses(
+        &mut self,
+        addrs: impl IntoIterator<Item = IpAddr>,
+        ops: &mut Vec<Op>,
+    ) -> Vec<Finding> {
+        let mut findings = vec![];
+        for addr in addrs {
+            match self.addresses.settle(addr) {
+                Ok(op) => ops.extend(op),
+                Err(addresses::Full) => {
+                    findings.push(Finding::AddressDoesNotFit { addr, limit: self.addresses.limit() });
+                }
+            }
+        }
+        findings
+    }
+
+    fn retire(&mut self, what: Retired, now: Instant) {
+        self.retired.push_back((now + self.grace, what));
+    }
+
+    fn count_installed(&mut self, key: FrontendKey, change: i32) {
+        if key.addr.is_ipv6() {
+            self.installed_v6 = self.installed_v6.saturating_add_signed(change);
+        }
+    }
+
+    fn backends(&self, family: Family) -> &Backends {
+        &self.backends[usize::from(family == Family::V6)]
+    }
+
+    fn backends_mut(&mut self, family: Family) -> &mut Backends {
+        &mut self.backends[usize::from(family == Family::V6)]
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,435 @@
+//! Settings of `fairlead run`: the same names on the command line and in the `--config` file.
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use crate::agent::{Config, SourceOptions};
+use crate::datapath::{self, DEFAULT_BPFFS, Sizes, TcMode};
+use crate::edges::{self, Rules};
+use crate::entries;
+use crate::nodeports::{BadNetwork, NodePortAddresses};
+use crate::source::kubernetes;
+
+/// Default port of `--healthz-bind-address`, as kube-proxy's.
+const HEALTHZ_PORT: u16 = 10256;
+
+/// Settings as they are given, on the command line or in a file; what is not given is `None`.
+#[derive(Args, Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Settings {
+    /// Which Node this is [default: the host name]
+    #[arg(long, alias = "hostname-override", env = "NODE_NAME", value_name = "NAME")]
+    #[serde(alias = "hostname-override")]
+    node_name: Option<String>,
+
+    /// How to reach the API server [default: as a pod does]
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+
+    /// URL of the API server, whatever the kubeconfig says
+    #[arg(long, value_name = "URL")]
+    master: Option<String>,
+
+    /// No API server: read Services, EndpointSlices and Nodes from the YAML and JSON files of this directory,
+    /// and follow their changes
+    #[arg(long, value_name = "DIR", conflicts_with = "master")]
+    manifests: Option<PathBuf>,
+
+    /// Devices that clients outside of the node come through [default: those that carry node addresses]
+    #[arg(long, value_name = "GLOB", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    device: Option<Vec<String>>,
+
+    /// Devices that pods hang on [default: veth*,cali*,lxc*,eni*,azv*,gke*,nic* and the ports of cni0 and cbr0]
+    #[arg(long, value_name = "GLOB", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    pod_device: Option<Vec<String>>,
+
+    /// How packets from outside are met: auto takes XDP where the driver has it, else tc [default: auto]
+    #[arg(long, value_name = "MODE")]
+    xdp: Option<Xdp>,
+
+    /// Whose sockets are translated when they connect: those of processes on the node, of pods too, or nobody's
+    /// [default: host]
+    #[arg(long, value_name = "WHOSE")]
+    socket_lb: Option<SocketLb>,
+
+    /// How Services choose a backend that do not say it themselves (annotation fairlead.io/algorithm)
+    /// [default: maglev]
+    #[arg(long, value_name = "NAME")]
+    algorithm: Option<Algorithm>,
+
+    /// Node addresses that NodePorts answer on: networks, or `primary` for those that the Node object names
+    /// first [default: all]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    nodeport_addresses: Option<Vec<String>>,
+
+    /// Where /healthz, /livez and /readyz answer; empty: nowhere [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "ADDRESS")]
+    healthz_bind_address: Option<Bind>,
+
+    /// Where the socket programs attach [default: the cgroup2 mount]
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+
+    /// Where maps and programs are pinned; each agent on a machine has its own
+    /// [default: /sys/fs/bpf/fairlead]
+    #[arg(long, value_name = "DIR")]
+    bpffs: Option<PathBuf>,
+
+    /// Flows per family [default: 524288, or what is pinned]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_flows: Option<u32>,
+
+    /// Frontends per family [default: 65536, or what is pinned]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_services: Option<u32>,
+
+    /// Backends per family [default: 262144, or what is pinned]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    max_backends: Option<u32>,
+
+    /// What is logged: a level, or levels per module as in `info,fairlead::reconcile=debug` [default: info]
+    #[arg(long, env = "RUST_LOG", value_name = "FILTER")]
+    log_level: Option<String>,
+
+    /// [default: human]
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+
+    /// What the programs in the kernel log; anything but off costs speed [default: off]
+    #[arg(long, value_name = "LEVEL")]
+    datapath_log_level: Option<DatapathLogLevel>,
+}
+
+/// `--xdp`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Xdp {
+    Auto,
+    Native,
+    Generic,
+    Off,
+}
+
+/// `--socket-lb`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum SocketLb {
+    Host,
+    All,
+    Off,
+}
+
+/// `--algorithm`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Algorithm {
+    Random,
+    Maglev,
+}
+
+/// `--log-format`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    #[default]
+    Human,
+    Json,
+}
+
+/// `--datapath-log-level`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum DatapathLogLevel {
+    #[default]
+    Off,
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// `--healthz-bind-address`: an address, an address and a port, or nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct Bind(Option<SocketAddr>);
+
+impl FromStr for Bind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Ok(Self(None));
+        }
+        if let Ok(addr) = text.parse::<IpAddr>() {
+            return Ok(Self(Some(SocketAddr::new(addr, HEALTHZ_PORT))));
+        }
+        let addr = text.parse().map_err(|_| format!("{text:?} is not an address like 0.0.0.0:10256"))?;
+        Ok(Self(Some(addr)))
+    }
+}
+
+impl TryFrom<String> for Bind {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// Settings that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("--config {path}: {source}", path = path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("--config {path}: {source}", path = path.display())]
+    Parse { path: PathBuf, source: serde_yaml_ng::Error },
+    #[error("the host name cannot be read ({0}); use --node-name")]
+    HostName(io::Error),
+    #[error(transparent)]
+    Network(#[from] BadNetwork),
+    #[error("--device or --pod-device: {0}")]
+    Glob(#[from] globset::Error),
+    #[error("--manifests and --master exclude each other")]
+    TwoSources,
+}
+
+macro_rules! or {
+    ($first:ident, $second:ident, $($field:ident),* $(,)?) => {
+        Settings { $($field: $first.$field.or($second.$field)),* }
+    };
+}
+
+impl Settings {
+    /// Reads a `--config` file.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let text =
+            fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
+            return Ok(Self::default());
+        }
+        serde_yaml_ng::from_str(&text).map_err(|source| Error::Parse { path: path.to_owned(), source })
+    }
+
+    /// These settings, and `other`'s where these say nothing.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        or!(
+            self,
+            other,
+            node_name,
+            kubeconfig,
+            master,
+            manifests,
+            device,
+            pod_device,
+            xdp,
+            socket_lb,
+            algorithm,
+            nodeport_addresses,
+            healthz_bind_address,
+            cgroup_root,
+            bpffs,
+            max_flows,
+            max_services,
+            max_backends,
+            log_level,
+            log_format,
+            datapath_log_level,
+        )
+    }
+
+    pub fn log_format(&self) -> LogFormat {
+        self.log_format.unwrap_or_default()
+    }
+
+    pub fn log_level(&self) -> &str {
+        self.log_level.as_deref().filter(|level| !level.is_empty()).unwrap_or("info")
+    }
+
+    /// What the agent needs of them, with every default filled in.
+    pub fn config(self) -> Result<Config, Error> {
+        let node_name = match self.node_name.map(|name| name.trim().to_lowercase()) {
+            Some(name) if !name.is_empty() => name,
+            _ => host_name().map_err(Error::HostName)?,
+        };
+        if self.manifests.is_some() && self.master.is_some() {
+            return Err(Error::TwoSources);
+        }
+        let source = match self.manifests {
+            Some(path) => SourceOptions::Manifests(path),
+            None => SourceOptions::Kubernetes(kubernetes::Options {
+                kubeconfig: self.kubeconfig.filter(|path| !path.as_os_str().is_empty()),
+                master: self.master.filter(|url| !url.is_empty()),
+                node_name: node_name.clone(),
+            }),
+        };
+        let any = SocketAddr::from(([0, 0, 0, 0], HEALTHZ_PORT));
+        Ok(Config {
+            node_name,
+            source,
+            datapath: datapath::Options {
+                bpffs: self.bpffs.unwrap_or_else(|| DEFAULT_BPFFS.into()),
+                sizes: Sizes {
+                    flows: self.max_flows,
+                    services: self.max_services,
+                    backends: self.max_backends,
+                },
+                socket_lb: match self.socket_lb {
+                    Some(SocketLb::Host) | None => datapath::SocketLb::Host,
+                    Some(SocketLb::All) => datapath::SocketLb::All,
+                    Some(SocketLb::Off) => datapath::SocketLb::Off,
+                },
+                tc: TcMode::from_env(),
+                log_level: self.datapath_log_level.unwrap_or_default() as u8,
+            },
+            cgroup_root: self.cgroup_root,
+            rules: Rules::new(&self.device.unwrap_or_default(), &self.pod_device.unwrap_or_default())?,
+            xdp: match self.xdp {
+                Some(Xdp::Auto) | None => edges::XdpMode::Auto,
+                Some(Xdp::Native) => edges::XdpMode::Native,
+                Some(Xdp::Generic) => edges::XdpMode::Generic,
+                Some(Xdp::Off) => edges::XdpMode::Off,
+            },
+            algorithm: match self.algorithm {
+                Some(Algorithm::Maglev) | None => entries::Algorithm::Maglev,
+                Some(Algorithm::Random) => entries::Algorithm::Random,
+            },
+            nodeport_addresses: NodePortAddresses::parse(&self.nodeport_addresses.unwrap_or_default())?,
+            healthz: self.healthz_bind_address.map_or(Some(any), |Bind(addr)| addr),
+        })
+    }
+}
+
+/// As the kubelet names its Node.
+fn host_name() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_lowercase())
+}
+
+/// `device: eth0`, `device: eth0,eth1` and `device: [eth0, eth1]` are all fine.
+fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(Option::deserialize(deserializer)?.map(|given| match given {
+        OneOrMany::One(text) => text.split(',').map(|part| part.trim().to_owned()).collect(),
+        OneOrMany::Many(texts) => texts,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    fn line(args: &[&str]) -> Settings {
+        Line::try_parse_from(["fairlead"].iter().chain(args)).unwrap().settings
+    }
+
+    fn yaml(text: &str) -> Result<Settings, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), text).unwrap();
+        Settings::read(file.path()).map_err(|error| error.to_string())
+    }
+
+    /// Every setting, on the command line and in a file.
+    #[test]
+    fn file_and_command_line_have_the_same_names() {
+        let all = line(&[
+            "--node-name=a",
+            "--kubeconfig=/k",
+            "--master=http://m",
+            "--device=eth0,eth1",
+            "--pod-device=veth*",
+            "--xdp=native",
+            "--socket-lb=all",
+            "--algorithm=random",
+            "--nodeport-addresses=192.0.2.0/24,fd00::/8",
+            "--healthz-bind-address=127.0.0.1:1",
+            "--cgroup-root=/c",
+            "--bpffs=/b",
+            "--max-flows=1",
+            "--max-services=2",
+            "--max-backends=3",
+            "--log-level=debug",
+            "--log-format=json",
+            "--datapath-log-level=info",
+        ]);
+        let text = "node-name: a\nkubeconfig: /k\nmaster: http://m\ndevice: eth0,eth1\npod-device: [\"veth*\"]\n\
+                    xdp: native\nsocket-lb: all\nalgorithm: random\n\
+                    nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\nhealthz-bind-address: 127.0.0.1:1\n\
+                    cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
+                    log-level: debug\nlog-format: json\ndatapath-log-level: info\n";
+        assert_eq!(yaml(text).unwrap(), all);
+        let settings = line(&["--manifests=/m", "--hostname-override=b"]);
+        assert_eq!(yaml("manifests: /m\nhostname-override: b").unwrap(), settings);
+    }
+
+    #[test]
+    fn the_command_line_goes_before_the_file() {
+        let merged = line(&["--xdp=off", "--node-name=x"]).or(yaml("xdp: native\nbpffs: /b").unwrap());
+        assert_eq!(merged, line(&["--xdp=off", "--bpffs=/b", "--node-name=x"]));
+    }
+
+    #[test]
+    fn what_is_unknown_is_refused() {
+        let error = yaml("max-flow: 1").unwrap_err();
+        assert!(error.contains("unknown field `max-flow`"), "{error}");
+        let error = yaml("xdp: fast").unwrap_err();
+        assert!(error.contains("unknown variant `fast`"), "{error}");
+        assert!(yaml("healthz-bind-address: nowhere").is_err());
+        assert_eq!(yaml("").unwrap(), Settings::default());
+        assert_eq!(yaml("# nothing\n\n").unwrap(), Settings::default());
+        for args in [
+            &["--max-flow=1"][..],
+            &["--max-flows=0"],
+            &["--xdp=fast"],
+            &["--manifests=/m", "--master=http://m"],
+            &["--healthz-bind-address=nowhere"],
+        ] {
+            assert!(Line::try_parse_from(["fairlead"].iter().chain(args)).is_err(), "{args:?}");
+        }
+    }
+
+    #[test]
+    fn addresses_to_bind() {
+        let bind = |text: &str| text.parse::<Bind>().unwrap().0.map(|addr| addr.to_string());
+        assert_eq!(bind(""), None);
+        assert_eq!(bind("0.0.0.0").as_deref(), Some("0.0.0.0:10256"));
+        assert_eq!(bind("::").as_deref(), Some("[::]:10256"));
+        assert_eq!(bind("[::1]:80").as_deref(), Some("[::1]:80"));
+    }
+
+    #[test]
+    fn defaults() {
+        let config = line(&["--node-name= Node-A "]).config().unwrap();
+        assert_eq!(config.node_name, "node-a");
+        assert_eq!(config.healthz.unwrap().to_string(), "0.0.0.0:10256");
+        assert_eq!(config.datapath, datapath::Options::default());
+        assert_eq!(config.algorithm, entries::Algorithm::Maglev);
+        assert_eq!(config.nodeport_addresses, NodePortAddresses::All);
+        let error = line(&["--nodeport-addresses=x"]).config().unwrap_err().to_string();
+        assert!(error.starts_with("--nodeport-addresses: "), "{error}");
+        let error = line(&["--device=a[b"]).config().unwrap_err().to_string();
+        assert!(error.starts_with("--device or --pod-device: "), "{error}");
+    }
+}

@@ -1,0 +1,542 @@
+//! Kubernetes' objects -> the model's. What cannot be understood becomes a [`Finding`] of the object; the
+//! rest of it is used.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+use crate::entries::{Algorithm, Family, Protocol, ServiceName};
+use crate::finding::Finding;
+use crate::model::{
+    Endpoint, EndpointSlice, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName, SlicePort,
+};
+
+/// On Services and EndpointSlices: another proxy serves them.
+pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// On Services and EndpointSlices: no proxy serves them.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// On EndpointSlices: the Service they belong to.
+const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// Set by the cluster autoscaler before it drains a node.
+const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+
+/// Namespace of an object that names none.
+const DEFAULT_NAMESPACE: &str = "default";
+
+/// A Service.
+pub fn service(object: core::Service) -> Service {
+    let mut service = Service::named(service_name(&object.metadata));
+    let mut findings = Findings { prefix: String::new(), found: vec![] };
+    service.created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
+    let annotations = object.metadata.annotations.unwrap_or_default();
+    let labels = object.metadata.labels.unwrap_or_default();
+    let spec = object.spec.unwrap_or_default();
+
+    service.kind = findings.one_of(
+        "spec.type",
+        spec.type_.as_deref(),
+        &[
+            ("ClusterIP", ServiceType::ClusterIP),
+            ("NodePort", ServiceType::NodePort),
+            ("LoadBalancer", ServiceType::LoadBalancer),
+            ("ExternalName", ServiceType::ExternalName),
+        ],
+    );
+    let policies = [("Cluster", Policy::Cluster), ("Local", Policy::Local)];
+    service.internal_policy =
+        findings.one_of("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref(), &policies);
+    service.external_policy =
+        findings.one_of("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref(), &policies);
+    service.algorithm = findings.one_of(
+        Service::ALGORITHM,
+        annotations.get(Service::ALGORITHM).map(String::as_str),
+        &[("the default", None), ("random", Some(Algorithm::Random)), ("maglev", Some(Algorithm::Maglev))],
+    );
+    service.families = spec
+        .ip_families
+        .unwrap_or_default()
+        .iter()
+        .filter_map(|family| {
+            let families = [("nothing", None), ("IPv4", Some(Family::V4)), ("IPv6", Some(Family::V6))];
+            findings.one_of("spec.ipFamilies", Some(family), &families)
+        })
+        .collect();
+
+    let cluster_ips = spec.cluster_ips.filter(|ips| !ips.is_empty());
+    let cluster_ips = cluster_ips.unwrap_or_else(|| spec.cluster_ip.into_iter().collect());
+    let cluster_ips: Vec<String> = cluster_ips.into_iter().filter(|ip| !ip.is_empty()).collect();
+    service.ignored = if labels.contains_key(PROXY_NAME_LABEL) {
+        Some(Ignored::OtherProxy)
+    } else if service.kind == ServiceType::ExternalName {
+        Some(Ignored::ExternalName)
+    } else if labels.contains_key(HEADLESS_LABEL) || cluster_ips.iter().any(|ip| ip == "None") {
+        Some(Ignored::Headless)
+    } else {
+        None
+    };
+    if service.ignored.is_some() {
+        return service;
+    }
+    service.cluster_ips = findings.addresses("spec.clusterIPs", cluster_ips);
+    service.external_ips = findings.addresses("spec.externalIPs", spec.external_ips.unwrap_or_default());
+    let ingress = object.status.and_then(|status| status.load_balancer).and_then(|lb| lb.ingress);
+    // With `ipMode: Proxy` the load balancer wants to see the packet itself.
+    let vips = ingress.unwrap_or_default().into_iter().filter(|ingress| {
+        let modes = [("VIP", true), ("Proxy", false)];
+        findings.one_of("status.loadBalancer.ingress.ipMode", ingress.ip_mode.as_deref(), &modes)
+    });
+    let vips: Vec<String> = vips.filter_map(|ingress| ingress.ip).filter(|ip| !ip.is_empty()).collect();
+    service.load_balancer_ips = findings.addresses("status.loadBalancer.ingress.ip", vips);
+    for (i, port) in spec.ports.unwrap_or_default().into_iter().enumerate() {
+        service.ports.extend(service_port(i, port, &mut findings));
+    }
+    service.findings = findings.found;
+    service
+}
+
+fn service_port(i: usize, port: core::ServicePort, findings: &mut Findings) -> Option<ServicePort> {
+    let number = findings.port(&format!("spec.ports[{i}].port"), port.port)?;
+    let mut converted = ServicePort {
+        name: port.name.unwrap_or_default(),
+        port: number,
+        protocol: Protocol::Tcp,
+        node_port: None,
+    };
+    converted.protocol = findings.protocol(converted.label(), port.protocol)?;
+    let node_port = port.node_port.filter(|number| *number != 0);
+    converted.node_port =
+        node_port.and_then(|number| findings.port(&format!("spec.ports[{i}].nodePort"), number));
+    Some(converted)
+}
+
+/// An EndpointSlice.
+pub fn slice(object: discovery::EndpointSlice) -> EndpointSlice {
+    let name = slice_name(&object.metadata);
+    let labels = object.metadata.labels.unwrap_or_default();
+    let mut slice = EndpointSlice { name, service: None, ports: vec![], endpoints: vec![], findings: vec![] };
+    let family = match object.address_type.as_str() {
+        "IPv4" => Family::V4,
+        "IPv6" => Family::V6,
+        // FQDN, which no proxy serves.
+        _ => return slice,
+    };
+    if labels.contains_key(PROXY_NAME_LABEL) || labels.contains_key(HEADLESS_LABEL) {
+        return slice;
+    }
+    let Some(service) = labels.get(SERVICE_NAME_LABEL).filter(|name| !name.is_empty()) else { return slice };
+    slice.service = Some(ServiceName { namespace: slice.name.namespace.clone(), name: service.clone() });
+
+    let prefix = format!("EndpointSlice {} ", slice.name.name);
+    let mut findings = Findings { prefix, found: vec![] };
+    for (i, port) in object.ports.unwrap_or_default().into_iter().enumerate() {
+        // No number means "all ports" for consumers that can do that; a Service cannot ask for it.
+        let Some(number) = port.port else { continue };
+        let Some(number) = findings.port(&format!("ports[{i}].port"), number) else { continue };
+        let name = port.name.unwrap_or_default();
+        // A protocol that is not supported was named with the Service's port already.
+        let Some(protocol) = protocol(port.protocol.as_deref()) else { continue };
+        slice.ports.push(SlicePort { name, port: number, protocol });
+    }
+    for (i, endpoint) in object.endpoints.unwrap_or_default().into_iter().enumerate() {
+        slice.endpoints.extend(convert_endpoint(i, endpoint, family, &mut findings));
+    }
+    slice.findings = findings.found;
+    slice
+}
+
+fn convert_endpoint(
+    i: usize,
+    endpoint: discovery::Endpoint,
+    family: Family,
+    findings: &mut Findings,
+) -> Option<Endpoint> {
+    let field = || format!("endpoints[{i}].addresses");
+    let text = endpoint.addresses.into_iter().next()?;
+    let addr = findings.address(&field(), text)?;
+    if Family::of(addr) != family {
+        findings.unusable(&field(), addr.to_string());
+        return None;
+    }
+    let conditions = endpoint.conditions.unwrap_or_default();
+    let hints = endpoint.hints.unwrap_or_default();
+    Some(Endpoint {
+        addr,
+        ready: conditions.ready.unwrap_or(true),
+        serving: conditions.serving.unwrap_or(true),
+        terminating: conditions.terminating.unwrap_or(false),
+        node: endpoint.node_name.map(String::into_boxed_str),
+        zone_hints: hints.for_zones.unwrap_or_default().into_iter().map(|zone| zone.name.into()).collect(),
+        node_hints: hints.for_nodes.unwrap_or_default().into_iter().map(|node| node.name.into()).collect(),
+    })
+}
+
+/// A Node.
+pub fn node(object: core::Node) -> Node {
+    let mut node = Node::named(object.metadata.name.unwrap_or_default());
+    node.zone = object.metadata.labels.and_then(|mut labels| labels.remove(ZONE_LABEL));
+    node.deleting = object.metadata.deletion_timestamp.is_some();
+    let taints = object.spec.and_then(|spec| spec.taints).unwrap_or_default();
+    node.to_be_deleted = taints.iter().any(|taint| taint.key == TO_BE_DELETED_TAINT);
+    let addresses = object.status.and_then(|status| status.addresses).unwrap_or_default();
+    for kind in ["InternalIP", "ExternalIP"] {
+        let of_kind = addresses.iter().filter(|address| address.type_ == kind);
+        node.addresses.extend(of_kind.filter_map(|address| parse_ip(&address.address)));
+    }
+    node
+}
+
+/// Name of a Service.
+pub fn service_name(metadata: &ObjectMeta) -> ServiceName {
+    ServiceName { namespace: namespace(metadata), name: metadata.name.clone().unwrap_or_default() }
+}
+
+/// Name of an EndpointSlice.
+pub fn slice_name(metadata: &ObjectMeta) -> SliceName {
+    SliceName { namespace: namespace(metadata), name: metadata.name.clone().unwrap_or_default() }
+}
+
+fn namespace(metadata: &ObjectMeta) -> String {
+    metadata.namespace.clone().unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned())
+}
+
+fn protocol(name: Option<&str>) -> Option<Protocol> {
+    match name {
+        None | Some("TCP" | "") => Some(Protocol::Tcp),
+        Some("UDP") => Some(Protocol::Udp),
+        Some(_) => None,
+    }
+}
+
+/// As Kubernetes reads addresses: leading zeros are decimal, an IPv4-mapped address is IPv4.
+fn parse_ip(text: &str) -> Option<IpAddr> {
+    let addr = text.parse().ok().or_else(|| {
+        let mut octets = [0u8; 4];
+        let mut parts = text.split('.');
+        for octet in &mut octets {
+            let part = parts.next()?;
+            let digits = !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+            *octet = if digits { part.parse().ok()? } else { return None };
+        }
+        parts.next().is_none().then(|| IpAddr::V4(Ipv4Addr::from(octets)))
+    });
+    addr.map(|addr: IpAddr| addr.to_canonical())
+}
+
+/// An address that no Service and no endpoint can have.
+fn is_unusable(addr: IpAddr) -> bool {
+    let link_local = match addr {
+        IpAddr::V4(addr) => addr.is_link_local() || addr.is_broadcast(),
+        IpAddr::V6(addr) => addr.is_unicast_link_local(),
+    };
+    addr.is_unspecified() || addr.is_loopback() || addr.is_multicast() || link_local
+}
+
+struct Findings {
+    prefix: String,
+    found: Vec<Finding>,
+}
+
+impl Findings {
+    fn field(&self, field: &str) -> String {
+        format!("{}{field}", self.prefix)
+    }
+
+    fn unusable(&mut self, field: &str, value: String) {
+        let field = self.field(field);
+        self.found.push(Finding::UnusableAddress { field, value });
+    }
+
+    fn address(&mut self, field: &str, text: String) -> Option<IpAddr> {
+        let Some(addr) = parse_ip(&text) else {
+            let field = self.field(field);
+            self.found.push(Finding::BadAddress { field, value: text });
+            return None;
+        };
+        if is_unusable(addr) {
+            self.unusable(field, text);
+            return None;
+        }
+        Some(addr)
+    }
+
+    fn addresses(&mut self, field: &str, texts: Vec<String>) -> Vec<IpAddr> {
+        texts.into_iter().filter_map(|text| self.address(field, text)).collect()
+    }
+
+    fn port(&mut self, field: &str, value: i32) -> Option<u16> {
+        let port = u16::try_from(value).ok().filter(|port| *port != 0);
+        if port.is_none() {
+            let field = self.field(field);
+            self.found.push(Finding::BadPort { field, value: value.into() });
+        }
+        port
+    }
+
+    fn protocol(&mut self, port: String, name: Option<String>) -> Option<Protocol> {
+        let converted = protocol(name.as_deref());
+        if converted.is_none() {
+            let protocol = name.unwrap_or_default();
+            self.found.push(Finding::UnsupportedProtocol { port, protocol });
+        }
+        converted
+    }
+
+    /// The first of `values` is the default.
+    fn one_of<T: Copy, const N: usize>(
+        &mut self,
+        field: &str,
+        value: Option<&str>,
+        values: &[(&'static str, T); N],
+    ) -> T {
+        const { assert!(N > 0) };
+        let (default, fallback) = values[0];
+        let Some(value) = value.filter(|value| !value.is_empty()) else { return fallback };
+        if let Some((_, known)) = values.iter().find(|(name, _)| *name == value) {
+            return *known;
+        }
+        let field = self.field(field);
+        self.found.push(Finding::UnknownValue { field, value: value.to_owned(), taken: default });
+        fallback
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn a_service(spec: &Value) -> Service {
+        let object = json!({ "metadata": { "name": "svc", "namespace": "ns" }, "spec": spec });
+        service(serde_json::from_value(object).unwrap())
+    }
+
+    fn a_slice(rest: &Value) -> EndpointSlice {
+        let mut object = json!({
+            "addressType": "IPv4",
+            "metadata": { "name": "svc-1", "namespace": "ns", "labels": { SERVICE_NAME_LABEL: "svc" } },
+        });
+        object.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+        slice(serde_json::from_value(object).unwrap())
+    }
+
+    fn texts(findings: &[Finding]) -> Vec<String> {
+        findings.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn everything_that_matters_is_taken_over() {
+        let object = json!({
+            "metadata": {
+                "name": "svc", "namespace": "ns", "creationTimestamp": "1970-01-01T00:01:00Z",
+                "annotations": { Service::ALGORITHM: "random" },
+            },
+            "spec": {
+                "type": "LoadBalancer",
+                "clusterIP": "172.30.0.41", "clusterIPs": ["172.30.0.41", "fd00::41"],
+                "ipFamilies": ["IPv4", "IPv6"],
+                "externalIPs": ["192.168.99.11"],
+                "internalTrafficPolicy": "Local", "externalTrafficPolicy": "Local",
+                "ports": [
+                    { "name": "http", "port": 80, "nodePort": 30080, "targetPort": "web" },
+                    { "name": "dns", "port": 53, "protocol": "UDP" },
+                ],
+            },
+            "status": { "loadBalancer": { "ingress": [{ "ip": "1.2.3.4" }, { "hostname": "example.org" }] } },
+        });
+        let expected = Service {
+            created: 60,
+            kind: ServiceType::LoadBalancer,
+            algorithm: Some(Algorithm::Random),
+            families: vec![Family::V4, Family::V6],
+            cluster_ips: vec!["172.30.0.41".parse().unwrap(), "fd00::41".parse().unwrap()],
+            external_ips: vec!["192.168.99.11".parse().unwrap()],
+            load_balancer_ips: vec!["1.2.3.4".parse().unwrap()],
+            internal_policy: Policy::Local,
+            external_policy: Policy::Local,
+            ports: vec![
+                ServicePort {
+                    name: "http".into(),
+                    port: 80,
+                    protocol: Protocol::Tcp,
+                    node_port: Some(30_080),
+                },
+                ServicePort { name: "dns".into(), port: 53, protocol: Protocol::Udp, node_port: None },
+            ],
+            ..Service::named(ServiceName { namespace: "ns".into(), name: "svc".into() })
+        };
+        assert_eq!(service(serde_json::from_value(object).unwrap()), expected);
+    }
+
+    /// Rule 63.
+    #[test]
+    fn addresses_of_load_balancers_that_proxy_are_not_ours() {
+        let ingress = json!([{ "ip": "1.1.1.1", "ipMode": "Proxy" }, { "ip": "1.1.1.2", "ipMode": "VIP" }, { "ip": "1.1.1.3" }]);
+        let object = json!({
+            "metadata": { "name": "svc" },
+            "spec": { "type": "LoadBalancer", "clusterIP": "172.30.0.41" },
+            "status": { "loadBalancer": { "ingress": ingress } },
+        });
+        let service = service(serde_json::from_value(object).unwrap());
+        let vips: Vec<_> = service.load_balancer_ips.iter().map(ToString::to_string).collect();
+        assert_eq!(vips, ["1.1.1.2", "1.1.1.3"]);
+        assert_eq!(service.name.to_string(), "default/svc");
+    }
+
+    /// Rule 64.
+    #[test]
+    fn addresses_with_leading_zeros_are_decimal() {
+        let service = a_service(&json!({
+            "clusterIP": "172.30.0.041", "externalIPs": ["192.168.099.011", "::ffff:10.0.0.1"],
+        }));
+        assert_eq!(service.findings, []);
+        let addrs: Vec<_> =
+            service.cluster_ips.iter().chain(&service.external_ips).map(ToString::to_string).collect();
+        assert_eq!(addrs, ["172.30.0.41", "192.168.99.11", "10.0.0.1"]);
+        let slice = a_slice(&json!({ "endpoints": [{ "addresses": ["010.180.00.001"] }] }));
+        assert_eq!(slice.endpoints[0].addr.to_string(), "10.180.0.1");
+    }
+
+    #[test]
+    fn what_is_no_address_is_named_and_left_out() {
+        let service = a_service(&json!({
+            "clusterIPs": ["172.30.0.41", "172.30.0.256", "1.2.3", "1.2.3.4.5", "1.2.3.+4", "0x1.2.3.4"],
+            "externalIPs": ["0.0.0.0", "127.0.0.1", "224.0.0.1", "fe80::1", "192.168.99.11", "fe80::1%eth0"],
+        }));
+        assert_eq!(service.cluster_ips.len(), 1);
+        assert_eq!(service.external_ips.len(), 1);
+        let expected = [
+            "spec.clusterIPs: \"172.30.0.256\" is not an IP address; it is left out",
+            "spec.clusterIPs: \"1.2.3\" is not an IP address; it is left out",
+            "spec.clusterIPs: \"1.2.3.4.5\" is not an IP address; it is left out",
+            "spec.clusterIPs: \"1.2.3.+4\" is not an IP address; it is left out",
+            "spec.clusterIPs: \"0x1.2.3.4\" is not an IP address; it is left out",
+            "spec.externalIPs: 0.0.0.0 cannot be one; it is left out",
+            "spec.externalIPs: 127.0.0.1 cannot be one; it is left out",
+            "spec.externalIPs: 224.0.0.1 cannot be one; it is left out",
+            "spec.externalIPs: fe80::1 cannot be one; it is left out",
+            "spec.externalIPs: \"fe80::1%eth0\" is not an IP address; it is left out",
+        ];
+        assert_eq!(texts(&service.findings), expected);
+        let slice = a_slice(&json!({
+            "endpoints": [{ "addresses": ["example.org"] }, { "addresses": ["fd00::1"] }, { "addresses": [] },
+                          { "addresses": ["10.0.0.1", "10.0.0.2"] }],
+        }));
+        assert_eq!(slice.endpoints, [Endpoint::ready("10.0.0.1".parse().unwrap())]);
+        let expected = [
+            "EndpointSlice svc-1 endpoints[0].addresses: \"example.org\" is not an IP address; it is left out",
+            "EndpointSlice svc-1 endpoints[1].addresses: fd00::1 cannot be one; it is left out",
+        ];
+        assert_eq!(texts(&slice.findings), expected);
+    }
+
+    #[test]
+    fn what_cannot_be_served_is_named_and_the_rest_is_used() {
+        let service = a_service(&json!({
+            "type": "Cluster", "clusterIP": "172.30.0.41", "externalTrafficPolicy": "Remote",
+            "ipFamilies": ["IPv5", "IPv4"],
+            "ports": [
+                { "name": "s", "port": 80, "protocol": "SCTP" }, { "port": 0 }, { "port": 65536 },
+                { "port": 80, "nodePort": 70000 },
+            ],
+        }));
+        let port = ServicePort { name: String::new(), port: 80, protocol: Protocol::Tcp, node_port: None };
+        assert_eq!(service.ports, [port]);
+        let expected = [
+            "spec.type: unknown value \"Cluster\"; taken as ClusterIP",
+            "spec.externalTrafficPolicy: unknown value \"Remote\"; taken as Cluster",
+            "spec.ipFamilies: unknown value \"IPv5\"; taken as nothing",
+            "port s: protocol SCTP is not supported; the port is left out",
+            "spec.ports[1].port: 0 is no port number; it is left out",
+            "spec.ports[2].port: 65536 is no port number; it is left out",
+            "spec.ports[3].nodePort: 70000 is no port number; it is left out",
+        ];
+        assert_eq!(texts(&service.findings), expected);
+    }
+
+    /// Rules 65, 119 and 120.
+    #[test]
+    fn services_that_are_not_ours() {
+        assert_eq!(a_service(&json!({ "clusterIP": "None" })).ignored, Some(Ignored::Headless));
+        let named = json!({ "type": "ExternalName", "externalName": "example.org" });
+        assert_eq!(a_service(&named).ignored, Some(Ignored::ExternalName));
+        assert_eq!(a_service(&json!({ "clusterIP": "172.30.0.41" })).ignored, None);
+        for (label, ignored) in [(PROXY_NAME_LABEL, Ignored::OtherProxy), (HEADLESS_LABEL, Ignored::Headless)]
+        {
+            // The label counts, whatever its value.
+            let metadata = json!({ "name": "svc", "labels": { label: "" } });
+            let object = json!({ "metadata": metadata, "spec": { "clusterIP": "172.30.0.41" } });
+            assert_eq!(service(serde_json::from_value(object).unwrap()).ignored, Some(ignored));
+            let labels = json!({ SERVICE_NAME_LABEL: "svc", label: "" });
+            let slice = a_slice(&json!({ "metadata": { "name": "s", "labels": labels } }));
+            assert_eq!(slice.service, None);
+        }
+        for address_type in ["FQDN", "", "IPv9"] {
+            assert_eq!(a_slice(&json!({ "addressType": address_type })).service, None);
+        }
+    }
+
+    /// Rule 88.
+    #[test]
+    fn conditions_that_are_not_given_are_good() {
+        let conditions = |conditions: Value| {
+            let endpoints = json!([{ "addresses": ["10.0.0.1"], "conditions": conditions }]);
+            let slice = a_slice(&json!({ "endpoints": endpoints }));
+            let e = &slice.endpoints[0];
+            (e.ready, e.serving, e.terminating)
+        };
+        assert_eq!(conditions(json!({})), (true, true, false));
+        assert_eq!(conditions(Value::Null), (true, true, false));
+        let draining = json!({ "ready": false, "serving": true, "terminating": true });
+        assert_eq!(conditions(draining), (false, true, true));
+        assert_eq!(conditions(json!({ "serving": false })), (true, false, false));
+    }
+
+    #[test]
+    fn a_slice_is_taken_over() {
+        let slice = a_slice(&json!({
+            "ports": [
+                { "name": "http", "port": 8080, "protocol": "TCP" }, { "port": 53, "protocol": "UDP" },
+                { "name": "all" }, { "name": "s", "port": 1, "protocol": "SCTP" }, { "name": "zero", "port": 0 },
+            ],
+            "endpoints": [{
+                "addresses": ["10.0.0.1"], "nodeName": "node-a", "zone": "z9",
+                "hints": { "forZones": [{ "name": "z1" }, { "name": "z2" }], "forNodes": [{ "name": "node-a" }] },
+            }],
+        }));
+        let port = |name: &str, port, protocol| SlicePort { name: name.into(), port, protocol };
+        assert_eq!(slice.ports, [port("http", 8080, Protocol::Tcp), port("", 53, Protocol::Udp)]);
+        let expected = Endpoint {
+            node: Some("node-a".into()),
+            zone_hints: vec!["z1".into(), "z2".into()],
+            node_hints: vec!["node-a".into()],
+            ..Endpoint::ready("10.0.0.1".parse().unwrap())
+        };
+        assert_eq!(slice.endpoints, [expected]);
+        assert_eq!(slice.service.unwrap().to_string(), "ns/svc");
+        assert_eq!(texts(&slice.findings).len(), 1);
+    }
+
+    #[test]
+    fn a_node_is_taken_over() {
+        let object = json!({
+            "metadata": {
+                "name": "node-a", "labels": { ZONE_LABEL: "z1" },
+                "deletionTimestamp": "2026-01-01T00:00:00Z",
+            },
+            "spec": { "taints": [{ "key": TO_BE_DELETED_TAINT, "effect": "NoSchedule" }] },
+            "status": { "addresses": [
+                { "type": "Hostname", "address": "node-a" }, { "type": "ExternalIP", "address": "1.2.3.4" },
+                { "type": "InternalIP", "address": "192.168.0.2" }, { "type": "InternalIP", "address": "fd00::2" },
+            ] },
+        });
+        let node = node(serde_json::from_value(object).unwrap());
+        let addresses: Vec<_> = node.addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["192.168.0.2", "fd00::2", "1.2.3.4"]);
+        assert_eq!(node.zone.as_deref(), Some("z1"));
+        assert!(node.deleting && node.to_be_deleted);
+    }
+}

@@ -1,0 +1,178 @@
+//! A directory of manifests instead of an API server: Services, EndpointSlices and Nodes in YAML or JSON,
+//! several documents to a file, `List` kinds included. Other kinds are passed over.
+//!
+//! The directory (not its subdirectories) is followed: files that are written, renamed or swapped by
+//! symbolic link (a mounted ConfigMap) count at once, everything else within seconds. Hidden files and
+//! those not named `*.yaml`, `*.yml` or `*.json` are none of ours.
+//!
+//! A file with a document that cannot be read is named in the log. Its other documents count, and what the
+//! file said before and does not say now stays as it was until all of it can be read again. A deleted
+//! file takes its objects along. Of an object that two files define the first file by name counts.
+
+mod parse;
+mod table;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use self::parse::Parsed;
+use self::table::Table;
+use self::watch::{Look, Watch};
+use super::{Closed, Event, Kind, Sender};
+
+/// The directory cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("--manifests {path}: {source}", path = path.display())]
+    Directory { path: PathBuf, source: io::Error },
+    #[error("thread for --manifests: {0}")]
+    Thread(io::Error),
+}
+
+/// Follows `path` in a thread of its own, until the receiver of `events` is gone.
+pub fn follow(path: &Path, events: Sender) -> Result<JoinHandle<()>, Error> {
+    let error = |source| Error::Directory { path: path.to_owned(), source };
+    // What is wrong from the beginning is a mistake of the caller.
+    fs::read_dir(path).map_err(error)?;
+    let mut follower = Follower {
+        path: path.to_owned(),
+        files: BTreeMap::new(),
+        table: Table::default(),
+        events,
+        unreadable: None,
+    };
+    let thread = std::thread::Builder::new().name("manifests".into());
+    // Ends only when nobody listens any more.
+    thread
+        .spawn(move || match follower.run() {
+            Ok(()) | Err(Closed) => {}
+        })
+        .map_err(Error::Thread)
+}
+
+struct Follower {
+    path: PathBuf,
+    /// Every file, as it was when it was last read.
+    files: BTreeMap<OsString, Stamp>,
+    table: Table,
+    events: Sender,
+    /// Why the directory could not be read, as was said.
+    unreadable: Option<String>,
+}
+
+/// Tells whether a file is what it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    /// Of the file that a symbolic link leads to.
+    fn of(path: &Path) -> io::Result<Option<Self>> {
+        let meta = fs::metadata(path)?;
+        Ok(meta.is_file().then(|| Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.size(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        }))
+    }
+}
+
+impl Follower {
+    fn run(&mut self) -> Result<(), Closed> {
+        // Before the first look, so that nothing is missed in between.
+        let mut watch = Watch::new(&self.path);
+        self.look_at_all()?;
+        for kind in Kind::ALL {
+            self.send(Event::Listed(kind))?;
+        }
+        loop {
+            match watch.next(|| self.events.is_closed()) {
+                Some(Look::AtAll) => self.look_at_all()?,
+                Some(Look::At(names)) => self.look_at(names, true)?,
+                None => return Err(Closed),
+            }
+        }
+    }
+
+    fn look_at_all(&mut self) -> Result<(), Closed> {
+        let names = match self.names() {
+            Ok(names) => names,
+            Err(error) => {
+                let text = error.to_string();
+                if self.unreadable.as_ref() != Some(&text) {
+                    tracing::warn!(directory = %self.path.display(), %error, "everything stays as it was");
+                    self.unreadable = Some(text);
+                }
+                return Ok(());
+            }
+        };
+        self.unreadable = None;
+        let gone: Vec<OsString> = self.files.keys().filter(|name| !names.contains(name)).cloned().collect();
+        self.look_at(names.into_iter().chain(gone), false)
+    }
+
+    fn names(&self) -> io::Result<Vec<OsString>> {
+        let mut names = vec![];
+        for entry in fs::read_dir(&self.path)? {
+            names.push(entry?.file_name());
+        }
+        names.retain(is_manifest);
+        names.sort();
+        Ok(names)
+    }
+
+    /// Reads the files that are not what they were, or all of them `anyway`.
+    fn look_at(&mut self, names: impl IntoIterator<Item = OsString>, anyway: bool) -> Result<(), Closed> {
+        let names = names.into_iter().filter(is_manifest);
+        let said = names.filter_map(|name| self.read(&name, anyway).map(|parsed| (name, parsed))).collect();
+        for change in self.table.update(said) {
+            self.send(Event::Changed(change))?;
+        }
+        Ok(())
+    }
+
+    /// What the file says; `None`: what it said before.
+    fn read(&mut self, name: &OsString, anyway: bool) -> Option<Parsed> {
+        let path = self.path.join(name);
+        // The stamp first: what is written while the file is read makes another stamp.
+        let (stamp, content) = match Stamp::of(&path) {
+            Ok(Some(stamp)) if !anyway && self.files.get(name) == Some(&stamp) => return None,
+            Ok(Some(stamp)) => (Some(stamp), Some(fs::read_to_string(&path))),
+            Ok(None) => (None, None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (None, None),
+            Err(error) => (None, Some(Err(error))),
+        };
+        match stamp {
+            Some(stamp) => self.files.insert(name.clone(), stamp),
+            None => self.files.remove(name),
+        };
+        Some(content.map(|content| parse::file(&path, content)).unwrap_or_default())
+    }
+
+    fn send(&self, event: Event) -> Result<(), Closed> {
+        self.events.blocking_send(event).map_err(|_| Closed)
+    }
+}
+
+fn is_manifest(name: &OsString) -> bool {
+    let path = Path::new(name);
+    let hidden = name.as_encoded_bytes().starts_with(b".");
+    let kind = path.extension().and_then(|extension| extension.to_str());
+    !hidden && matches!(kind, Some("yaml" | "yml" | "json"))
+}
+
+#[cfg(test)]
+mod tests;

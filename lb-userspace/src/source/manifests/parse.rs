@@ -1,0 +1,299 @@
+//! The objects of one file.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::entries::ServiceName;
+use crate::model::{Change, EndpointSlice, Node, Service, SliceName};
+use crate::source::convert;
+
+/// An object's kind and name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Key {
+    Service(ServiceName),
+    Slice(SliceName),
+    Node(String),
+}
+
+impl Key {
+    /// The object is gone.
+    pub(super) fn gone(self) -> Change {
+        match self {
+            Self::Service(name) => Change::ServiceGone(name),
+            Self::Slice(name) => Change::SliceGone(name),
+            Self::Node(name) => Change::NodeGone(name),
+        }
+    }
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Service(name) => write!(f, "Service {name}"),
+            Self::Slice(name) => write!(f, "EndpointSlice {name}"),
+            Self::Node(name) => write!(f, "Node {name}"),
+        }
+    }
+}
+
+/// An object.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Object {
+    Service(Box<Service>),
+    Slice(Box<EndpointSlice>),
+    Node(Box<Node>),
+}
+
+impl Object {
+    pub(super) fn key(&self) -> Key {
+        match self {
+            Self::Service(service) => Key::Service(service.name.clone()),
+            Self::Slice(slice) => Key::Slice(slice.name.clone()),
+            Self::Node(node) => Key::Node(node.name.clone()),
+        }
+    }
+
+    /// The object is there, and this is what it is.
+    pub(super) fn changed(self) -> Change {
+        match self {
+            Self::Service(service) => Change::Service(service),
+            Self::Slice(slice) => Change::Slice(slice),
+            Self::Node(node) => Change::Node(node),
+        }
+    }
+}
+
+/// What a file says.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Parsed {
+    pub(super) objects: BTreeMap<Key, Object>,
+    /// What could not be read; said already.
+    pub(super) broken: usize,
+}
+
+/// Reads a file; what cannot be read is logged.
+pub(super) fn file(path: &Path, content: io::Result<String>) -> Parsed {
+    let (parsed, problems) = match content {
+        Err(error) => (Parsed { broken: 1, ..Parsed::default() }, vec![error.to_string()]),
+        Ok(text) if path.extension().is_some_and(|extension| extension == "json") => documents(json(&text)),
+        Ok(text) => documents(yaml(&text)),
+    };
+    for problem in problems {
+        tracing::warn!(file = %path.display(), "{problem}; what it said before stays");
+    }
+    parsed
+}
+
+/// The documents of a JSON file, one after the other.
+fn json(text: &str) -> Vec<Result<Value, String>> {
+    let documents = serde_json::Deserializer::from_str(text).into_iter();
+    documents.map(|document| document.map_err(|error| error.to_string())).collect()
+}
+
+/// The documents of a YAML file. They are told apart before they are parsed, so that one that is broken does
+/// not take those after it along: `---` at the start of a line is nothing else in YAML.
+fn yaml(text: &str) -> Vec<Result<Value, String>> {
+    let mut documents = vec![];
+    let mut start = (0, 1);
+    let mut offset = 0;
+    for (line, number) in text.split_inclusive('\n').zip(1..) {
+        if is_separator(line) {
+            documents.push((start.1, &text[start.0..offset]));
+            start = (offset, number);
+        }
+        offset += line.len();
+    }
+    documents.push((start.1, &text[start.0..]));
+    documents
+        .into_iter()
+        .map(|(line, text)| {
+            let value = serde_yaml_ng::Deserializer::from_str(text).next().map(Value::deserialize);
+            value.unwrap_or(Ok(Value::Null)).map_err(|error| format!("document at line {line}: {error}"))
+        })
+        .collect()
+}
+
+fn is_separator(line: &str) -> bool {
+    line.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
+}
+
+fn documents(documents: Vec<Result<Value, String>>) -> (Parsed, Vec<String>) {
+    let mut parsed = Parsed::default();
+    let mut problems = vec![];
+    for document in documents {
+        match document {
+            Ok(document) => object(document, &mut parsed, &mut problems),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    parsed.broken = problems.len();
+    (parsed, problems)
+}
+
+#[derive(Deserialize)]
+struct Head {
+    #[serde(default, rename = "apiVersion")]
+    api_version: String,
+    kind: String,
+    #[serde(default)]
+    metadata: Meta,
+}
+
+#[derive(Deserialize, Default)]
+struct Meta {
+    #[serde(default)]
+    name: String,
+}
+
+fn object(document: Value, parsed: &mut Parsed, problems: &mut Vec<String>) {
+    if document.is_null() {
+        return;
+    }
+    let head = match Head::deserialize(&document) {
+        Ok(head) => head,
+        Err(error) => {
+            problems.push(format!("not a Kubernetes object: {error}"));
+            return;
+        }
+    };
+    let converted = match (head.api_version.as_str(), head.kind.as_str()) {
+        ("v1", "Service") => {
+            convert(document, convert::service).map(|service| Object::Service(Box::new(service)))
+        }
+        ("v1", "Node") => convert(document, convert::node).map(|node| Object::Node(Box::new(node))),
+        ("discovery.k8s.io/v1", "EndpointSlice") => {
+            convert(document, convert::slice).map(|slice| Object::Slice(Box::new(slice)))
+        }
+        (_, kind) if kind.ends_with("List") => {
+            items(document, &head, parsed, problems);
+            return;
+        }
+        (version, "Service" | "Node" | "EndpointSlice") => Err(format!(
+            "apiVersion {version:?} is not known; use v1, or discovery.k8s.io/v1 for EndpointSlices"
+        )),
+        (_, kind) => {
+            tracing::debug!(kind, name = head.metadata.name, "passed over");
+            return;
+        }
+    };
+    let named =
+        if head.metadata.name.is_empty() { Err("metadata.name is missing".to_owned()) } else { converted };
+    match named {
+        Ok(object) => {
+            let key = object.key();
+            if parsed.objects.insert(key.clone(), object).is_some() {
+                problems.push(format!("{key} is defined twice; the last counts"));
+            }
+        }
+        Err(error) => problems.push(format!("{} {:?}: {error}", head.kind, head.metadata.name)),
+    }
+}
+
+/// A `List`, or a `ServiceList` and the like, whose items need not say what they are.
+fn items(mut document: Value, list: &Head, parsed: &mut Parsed, problems: &mut Vec<String>) {
+    let Some(Value::Array(items)) = document.get_mut("items").map(Value::take) else {
+        problems.push(format!("{}: no items", list.kind));
+        return;
+    };
+    let kind = list.kind.trim_end_matches("List");
+    for mut item in items {
+        if let (Value::Object(item), false) = (&mut item, kind.is_empty()) {
+            item.entry("kind").or_insert_with(|| kind.into());
+            item.entry("apiVersion").or_insert_with(|| list.api_version.clone().into());
+        }
+        object(item, parsed, problems);
+    }
+}
+
+fn convert<O: DeserializeOwned, M>(document: Value, convert: fn(O) -> M) -> Result<M, String> {
+    serde_json::from_value(document).map(convert).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(name: &str, text: &str) -> (Vec<String>, Vec<String>) {
+        let (parsed, problems) = documents(if name.ends_with("json") { json(text) } else { yaml(text) });
+        (parsed.objects.keys().map(ToString::to_string).collect(), problems)
+    }
+
+    const SERVICE: &str =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: NAME}\nspec: {clusterIP: 10.0.0.1}\n";
+
+    fn service(name: &str) -> String {
+        SERVICE.replace("NAME", name)
+    }
+
+    #[test]
+    fn documents_lists_and_other_kinds() {
+        let text = format!(
+            "# a comment only\n---\n{}---\n{}--- # the third\n{}",
+            service("a"),
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\n",
+            "apiVersion: v1\nkind: List\nitems:\n\
+             - {apiVersion: v1, kind: Node, metadata: {name: n}}\n\
+             - {apiVersion: v1, kind: ServiceList, items: [{metadata: {name: b, namespace: x}}]}\n\
+             - {apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, metadata: {name: s}}\n",
+        );
+        let expected = ["Service default/a", "Service x/b", "EndpointSlice default/s", "Node n"];
+        assert_eq!(keys("f.yaml", &text), (expected.map(Into::into).to_vec(), vec![]));
+        assert_eq!(keys("f.yaml", ""), (vec![], vec![]));
+        assert_eq!(keys("f.yaml", "---\n---\n\n---"), (vec![], vec![]));
+    }
+
+    #[test]
+    fn json_documents() {
+        let one = r#"{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}}"#;
+        let (found, problems) = keys("f.json", &format!("{one}\n{}", one.replace("\"a\"", "\"b\"")));
+        assert_eq!((found.len(), problems.len()), (2, 0));
+        let (found, problems) = keys("f.json", &format!("{one} {{"));
+        assert_eq!(found.len(), 1);
+        assert_eq!(problems, ["EOF while parsing an object at line 1 column 68"]);
+    }
+
+    #[test]
+    fn a_broken_document_does_not_take_the_others_along() {
+        let text = format!("{}---\nkind: [\n---\n{}", service("a"), service("b"));
+        let (found, problems) = keys("f.yaml", &text);
+        assert_eq!(found, ["Service default/a", "Service default/b"]);
+        assert_eq!(problems.len(), 1);
+        assert!(problems[0].starts_with("document at line 5: "), "{problems:?}");
+    }
+
+    #[test]
+    fn what_is_no_object_is_named() {
+        let problem = |text: &str| {
+            let (found, problems) = keys("f.yaml", text);
+            assert_eq!((found.len(), problems.len()), (0, 1), "{text}: {problems:?}");
+            problems.into_iter().next().unwrap()
+        };
+        assert!(problem("just text").starts_with("not a Kubernetes object: "));
+        assert!(problem("metadata: {name: a}").contains("missing field `kind`"));
+        assert_eq!(problem("apiVersion: v1\nkind: Service"), "Service \"\": metadata.name is missing");
+        assert!(problem("apiVersion: v2\nkind: Service\nmetadata: {name: a}").contains("apiVersion \"v2\""));
+        assert!(problem("apiVersion: v1\nkind: List").contains("no items"));
+        let wrong = "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec: {ports: [{port: http}]}";
+        assert!(problem(wrong).starts_with("Service \"a\": "));
+    }
+
+    #[test]
+    fn an_object_defined_twice_is_named() {
+        let (found, problems) = keys("f.yaml", &format!("{}---\n{}", service("a"), service("a")));
+        assert_eq!(found.len(), 1);
+        assert_eq!(problems, ["Service default/a is defined twice; the last counts"]);
+    }
+
+    #[test]
+    fn three_dashes_inside_a_line_are_no_separator() {
+        let text = format!("{}  # --- \n", service("a").replace("10.0.0.1", "\"---\""));
+        assert_eq!(keys("f.yaml", &text).0.len(), 1);
+        assert!(is_separator("---") && is_separator("--- a\n") && is_separator("---\r\n"));
+        assert!(!is_separator("----") && !is_separator(" ---") && !is_separator("---a"));
+    }
+}

@@ -1,0 +1,187 @@
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::model::Change;
+use crate::source::CHANNEL;
+
+/// Machines are shared and slow.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct World {
+    dir: tempfile::TempDir,
+    events: mpsc::Receiver<Event>,
+    thread: JoinHandle<()>,
+}
+
+impl World {
+    fn new(files: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let (sender, events) = mpsc::channel(CHANNEL);
+        let thread = follow(dir.path(), sender).unwrap();
+        Self { dir, events, thread }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    /// The next event, as text.
+    fn next(&mut self) -> String {
+        let start = Instant::now();
+        loop {
+            match self.events.try_recv() {
+                Ok(Event::Listed(kind)) => return format!("listed {kind}"),
+                Ok(Event::Changed(Change::Node(node))) => {
+                    return format!("{}={}", node.name, node.zone.unwrap_or_default());
+                }
+                Ok(Event::Changed(Change::NodeGone(name))) => return format!("-{name}"),
+                Ok(other) => panic!("{other:?}"),
+                Err(_) => assert!(start.elapsed() < PATIENCE, "nothing came"),
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn listed(&mut self) {
+        for kind in Kind::ALL {
+            assert_eq!(self.next(), format!("listed {kind}"));
+        }
+    }
+
+    /// Asserts that nothing is on its way, by sending something after it.
+    fn quiet(&mut self) {
+        self.write("zz-marker.yaml", &node("marker", "z"));
+        assert_eq!(self.next(), "marker=z");
+        fs::remove_file(self.path("zz-marker.yaml")).unwrap();
+        assert_eq!(self.next(), "-marker");
+    }
+}
+
+fn node(name: &str, zone: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Node\nmetadata: {{name: {name}, labels: {{topology.kubernetes.io/zone: \"{zone}\"}}}}\n"
+    )
+}
+
+#[test]
+fn the_directory_is_listed_and_followed() {
+    let mut world = World::new(&[("a.yaml", &node("a", "1")), ("b.yml", &node("b", "1")), ("c.txt", "x: [")]);
+    assert_eq!(world.next(), "a=1");
+    assert_eq!(world.next(), "b=1");
+    world.listed();
+    world.write("a.yaml", &node("a", "2"));
+    assert_eq!(world.next(), "a=2");
+    world.write("new.yaml", &node("c", "1"));
+    assert_eq!(world.next(), "c=1");
+    fs::remove_file(world.path("b.yml")).unwrap();
+    assert_eq!(world.next(), "-b");
+    world.write(".hidden.yaml", &node("h", "1"));
+    world.write("a.yaml.swp", &node("h", "1"));
+    fs::create_dir(world.path("directory.yaml")).unwrap();
+    world.quiet();
+}
+
+/// As editors and `kubectl cp` write.
+#[test]
+fn a_renamed_file_counts_at_once() {
+    let mut world = World::new(&[("a.yaml", &node("a", "1"))]);
+    assert_eq!(world.next(), "a=1");
+    world.listed();
+    world.write(".a.yaml.tmp", &node("a", "2"));
+    fs::rename(world.path(".a.yaml.tmp"), world.path("a.yaml")).unwrap();
+    assert_eq!(world.next(), "a=2");
+    // Moved away and back under another name: the object stays.
+    fs::rename(world.path("a.yaml"), world.path("b.yaml")).unwrap();
+    assert_eq!(world.next(), "a=2");
+    world.quiet();
+}
+
+/// As the kubelet mounts a ConfigMap.
+#[test]
+fn a_swapped_symbolic_link_counts() {
+    let mut world = World::new(&[]);
+    world.listed();
+    let swap = |version: &str, text: &str| {
+        let data = world.dir.path().join(format!("..{version}"));
+        fs::create_dir(&data).unwrap();
+        fs::write(data.join("a.yaml"), text).unwrap();
+        std::os::unix::fs::symlink(format!("..{version}"), world.dir.path().join("..data_tmp")).unwrap();
+        fs::rename(world.dir.path().join("..data_tmp"), world.dir.path().join("..data")).unwrap();
+    };
+    swap("v1", &node("a", "1"));
+    std::os::unix::fs::symlink("..data/a.yaml", world.dir.path().join("a.yaml")).unwrap();
+    swap("v2", &node("a", "2"));
+    let mut seen = world.next();
+    if seen == "a=1" {
+        seen = world.next();
+    }
+    assert_eq!(seen, "a=2");
+}
+
+#[test]
+fn a_broken_file_keeps_what_it_said() {
+    let both = format!("{}---\n{}", node("a", "1"), node("b", "1"));
+    let mut world = World::new(&[("f.yaml", &both), ("bad.yaml", "kind: [")]);
+    assert_eq!(world.next(), "a=1");
+    assert_eq!(world.next(), "b=1");
+    world.listed();
+    world.write("f.yaml", &format!("{}---\nkind: [", node("a", "2")));
+    assert_eq!(world.next(), "a=2");
+    world.quiet();
+    world.write("f.yaml", &node("a", "2"));
+    assert_eq!(world.next(), "-b");
+    // Not UTF-8 is not readable, either.
+    fs::write(world.path("f.yaml"), [0xff, 0xfe]).unwrap();
+    world.quiet();
+    fs::remove_file(world.path("f.yaml")).unwrap();
+    assert_eq!(world.next(), "-a");
+}
+
+#[test]
+fn a_directory_that_is_replaced_is_followed_on() {
+    let outer = tempfile::tempdir().unwrap();
+    let path = outer.path().join("manifests");
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("a.yaml"), node("a", "1")).unwrap();
+    let (sender, events) = mpsc::channel(CHANNEL);
+    let thread = follow(&path, sender).unwrap();
+    let mut world = World { dir: outer, events, thread };
+    assert_eq!(world.next(), "a=1");
+    world.listed();
+    let new = world.path("new");
+    fs::create_dir(&new).unwrap();
+    fs::write(new.join("a.yaml"), node("a", "2")).unwrap();
+    fs::rename(&path, world.path("old")).unwrap();
+    fs::rename(&new, &path).unwrap();
+    assert_eq!(world.next(), "a=2");
+    fs::write(path.join("a.yaml"), node("a", "3")).unwrap();
+    assert_eq!(world.next(), "a=3");
+}
+
+#[test]
+fn it_ends_when_nobody_listens() {
+    let world = World::new(&[]);
+    drop(world.events);
+    let start = Instant::now();
+    while !world.thread.is_finished() {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    world.thread.join().unwrap();
+}
+
+#[test]
+fn no_directory_is_an_error() {
+    let (sender, _events) = mpsc::channel(1);
+    let error = follow(Path::new("/nowhere/at/all"), sender).unwrap_err();
+    assert_eq!(error.to_string(), "--manifests /nowhere/at/all: No such file or directory (os error 2)");
+}

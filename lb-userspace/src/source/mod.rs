@@ -1,0 +1,81 @@
+//! Where changes of Services, EndpointSlices and the Node come from: a Kubernetes API server, or manifest
+//! files. Both convert at their border: Kubernetes' types go no further than this directory.
+
+pub mod convert;
+mod known;
+pub mod kubernetes;
+pub mod manifests;
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use tokio::sync::mpsc;
+
+use crate::model::Change;
+
+/// Changes on their way to the agent. While it is busy, sources wait.
+pub const CHANNEL: usize = 1024;
+
+/// What a source tells the agent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Event {
+    Changed(Change),
+    /// Every object of this kind has been told once.
+    Listed(Kind),
+}
+
+/// A kind of objects that is listed and watched.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Kind {
+    Services,
+    EndpointSlices,
+    Nodes,
+}
+
+impl Kind {
+    /// Every kind; the agent writes nothing before all of them are listed.
+    pub const ALL: [Self; 3] = [Self::Services, Self::EndpointSlices, Self::Nodes];
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Services => "Services",
+            Self::EndpointSlices => "EndpointSlices",
+            Self::Nodes => "Nodes",
+        })
+    }
+}
+
+/// The kinds that have not been listed yet: what readiness waits for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Unlisted(BTreeSet<Kind>);
+
+impl Default for Unlisted {
+    fn default() -> Self {
+        Self(BTreeSet::from(Kind::ALL))
+    }
+}
+
+impl Unlisted {
+    pub fn note(&mut self, kind: Kind) {
+        self.0.remove(&kind);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl fmt::Display for Unlisted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&names.join(", "))
+    }
+}
+
+/// The agent is gone; nobody needs changes any more.
+#[derive(Debug)]
+struct Closed;
+
+type Sender = mpsc::Sender<Event>;

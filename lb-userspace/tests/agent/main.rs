@@ -1,0 +1,184 @@
+//! The agent as a process: manifests in, connections of node processes translated by the loaded programs.
+//!
+//! Needs root. Every test has a network namespace, a BPF file system and a cgroup of its own.
+#![expect(clippy::unwrap_used, reason = "in tests, helpers included, a panic is the report")]
+
+mod node;
+
+use nix::sys::signal::Signal;
+use node::{Node, eventually, fairlead, files, serve, status};
+use serde_json::Value;
+
+fn service(name: &str, vip: &str, node_port: u16) -> String {
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec:\n  type: NodePort\n  \
+         clusterIP: {vip}\n  clusterIPs: [{vip}]\n  ports: [{{port: 80, nodePort: {node_port}}}]\n"
+    )
+}
+
+fn slice(name: &str, addresses: &[&str]) -> String {
+    let endpoints: Vec<String> =
+        addresses.iter().map(|addr| format!("{{addresses: [\"{addr}\"], nodeName: node-a}}")).collect();
+    let family = if addresses.iter().any(|addr| addr.contains(':')) { "IPv6" } else { "IPv4" };
+    format!(
+        "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-{family}\n  \
+         labels: {{kubernetes.io/service-name: {name}}}\naddressType: {family}\n\
+         ports: [{{name: \"\", port: 8080}}]\nendpoints: [{}]\n",
+        endpoints.join(", ")
+    )
+}
+
+/// What `fairlead services` says of the frontend with this port and kind: its backends.
+fn backends(node: &Node, kind: &str) -> Option<Vec<String>> {
+    let services = node.read("services");
+    let service = services.as_array().unwrap().iter().find(|service| service["kind"] == kind)?;
+    let backends = service["internal"]["backends"].as_array().unwrap();
+    Some(backends.iter().map(|backend| backend["address"].as_str().unwrap().to_owned()).collect())
+}
+
+#[test]
+fn manifests_in_connections_translated_and_nothing_left_behind() {
+    Node::with(|node| {
+        serve("10.9.0.1:8080", "hello");
+        node.write("web.yaml", &(service("web", "172.30.0.1", 30_080) + &slice("web", &["10.9.0.1"])));
+        node.write("broken.yaml", "kind: [");
+        let agent = node.start();
+        assert!(agent.log().contains("broken.yaml"), "{}", agent.log());
+        assert_eq!(status("/healthz"), Some(200));
+        for (addr, port) in [("172.30.0.1", 80), ("127.0.0.1", 30_080), ("10.9.0.1", 30_080)] {
+            assert_eq!(node.call(addr, port).as_deref(), Ok("hello"), "{addr}:{port}\n{}", agent.log());
+        }
+        let refused = |addr: &str, port| node.call(addr, port).unwrap_err();
+        // A port of the Service that it does not have.
+        assert!(refused("172.30.0.1", 8080).contains("refused"), "{}", refused("172.30.0.1", 8080));
+
+        // No endpoints.
+        node.write("web.yaml", &service("web", "172.30.0.1", 30_080));
+        eventually("the endpoint is gone", || backends(node, "ClusterIP") == Some(vec![]));
+        assert!(refused("172.30.0.1", 80).contains("refused"), "{}", refused("172.30.0.1", 80));
+        // And one again.
+        node.write("web.yaml", &(service("web", "172.30.0.1", 30_080) + &slice("web", &["10.9.0.1"])));
+        eventually("the endpoint is back", || node.call("172.30.0.1", 80).is_ok());
+
+        assert_eq!(node.read("status")["agent_pid"], agent.pid());
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        assert_eq!(node.read("status")["agent_pid"], Value::Null);
+        assert_eq!(node.call("172.30.0.1", 80).as_deref(), Ok("hello"));
+
+        assert!(!files(&node.pins()).is_empty());
+        let output = node.fairlead(&["cleanup"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(files(&node.pins()), Vec::<std::path::PathBuf>::new());
+    });
+}
+
+#[test]
+fn ipv6_and_dual_stack() {
+    Node::with(|node| {
+        serve("[fd09::1]:8080", "six");
+        serve("10.9.0.1:8080", "four");
+        let dual =
+            service("web", "172.30.0.1", 30_080).replace("[172.30.0.1]", "[172.30.0.1, \"fd00:30::1\"]");
+        node.write("web.yaml", &(dual + &slice("web", &["10.9.0.1"]) + &slice("web", &["fd09::1"])));
+        let agent = node.start();
+        for (addr, port, text) in [
+            ("172.30.0.1", 80, "four"),
+            ("fd00:30::1", 80, "six"),
+            ("127.0.0.1", 30_080, "four"),
+            ("::1", 30_080, "six"),
+        ] {
+            assert_eq!(node.call(addr, port).as_deref(), Ok(text), "{addr}:{port}\n{}", agent.log());
+        }
+    });
+}
+
+#[test]
+fn a_killed_agent_is_not_missed_and_its_successor_repairs_what_changed() {
+    Node::with(|node| {
+        serve("10.9.0.1:8080", "hello");
+        node.write("web.yaml", &(service("web", "172.30.0.1", 30_080) + &slice("web", &["10.9.0.1"])));
+        node.write("old.yaml", &service("old", "172.30.0.2", 30_081));
+        let agent = node.start();
+        let before = node.read("backends");
+        assert_eq!(agent.end(Signal::SIGKILL), None);
+        assert_eq!(node.call("172.30.0.1", 80).as_deref(), Ok("hello"));
+
+        node.remove("old.yaml");
+        node.write("new.yaml", &(service("new", "172.30.0.3", 30_082) + &slice("new", &["10.9.0.1"])));
+        let agent = node.start();
+        assert_eq!(node.call("172.30.0.3", 80).as_deref(), Ok("hello"));
+        assert_eq!(node.call("172.30.0.1", 80).as_deref(), Ok("hello"));
+        let services = node.read("services");
+        let addresses: Vec<_> = services.as_array().unwrap().iter().map(|s| s["address"].clone()).collect();
+        assert!(!addresses.contains(&"172.30.0.2".into()), "{addresses:?}");
+        // What was right is untouched: the backend has its id and generation.
+        assert_eq!(node.read("backends"), before);
+        drop(agent);
+    });
+}
+
+#[test]
+fn what_goes_wrong_is_one_line_and_exit_status_1() {
+    Node::with(|node| {
+        let fails = |arguments: &[&str], text: &str| {
+            let output = fairlead().args(arguments).output().unwrap();
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+            let last = stderr.lines().last().unwrap();
+            assert!(last.starts_with("fairlead: ") && last.contains(text), "{arguments:?}: {stderr}");
+        };
+        let pins = node.pins();
+        let pins = pins.to_str().unwrap();
+        let manifests = node.path("manifests");
+        let manifests = manifests.to_str().unwrap();
+        fails(&["services", "--bpffs", pins], "no datapath under");
+        fails(&["run", "--bpffs", pins], "no way to the API server");
+        fails(&["run", "--bpffs", pins, "--manifests", "/nowhere"], "--manifests /nowhere: No such file");
+        fails(&["run", "--config", "/nowhere"], "--config /nowhere: No such file");
+        fails(&["run", "--kubeconfig", "/nowhere"], "kubeconfig /nowhere: ");
+        fails(&["run", "--log-level", "x=loud"], "--log-level \"x=loud\"");
+        fails(&["run", "--manifests", manifests, "--bpffs", "/tmp/not-a-bpffs"], "not on a BPF file system");
+        assert_eq!(files(&node.pins()), Vec::<std::path::PathBuf>::new());
+
+        let agent = node.start();
+        // The port is taken, and so is the directory.
+        fails(&["run", "--manifests", manifests, "--bpffs", pins], "--healthz-bind-address 0.0.0.0:10256");
+        let again = ["run", "--manifests", manifests, "--bpffs", pins, "--healthz-bind-address="];
+        fails(&again, "another agent is running");
+        fails(&["cleanup", "--bpffs", pins], "an agent is running");
+        drop(agent);
+    });
+}
+
+#[test]
+fn wrong_usage_is_exit_status_2() {
+    for arguments in [
+        &["run", "--no-such-flag"][..],
+        &["run", "--xdp", "fast"],
+        &["no-such-command"],
+        &["services", "-o", "xml"],
+        &["explain"],
+    ] {
+        let output = fairlead().args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure() {
+    Node::with(|node| {
+        let agent = node.start();
+        let script = format!(
+            "set -o pipefail; {} status --bpffs {} | head -n 1",
+            env!("CARGO_BIN_EXE_fairlead"),
+            node.pins().display()
+        );
+        let output = std::process::Command::new("bash").args(["-c", &script]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        for subcommand in ["status", "services", "backends", "flows"] {
+            assert!(node.fairlead(&[subcommand]).status.success());
+            assert!(!node.read(subcommand).is_null());
+        }
+        drop(agent);
+    });
+}

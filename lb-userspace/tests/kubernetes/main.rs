@@ -1,0 +1,271 @@
+//! The Kubernetes source on the wire, against a double of the API server.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod double;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use double::{Double, Mood, NODES, SERVICES, SLICES};
+use fairlead::model::Change;
+use fairlead::source::kubernetes::{Options, client, follow_with};
+use fairlead::source::{CHANNEL, Event};
+use kube::runtime::utils::Backoff;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+/// Machines are shared and slow.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Impatient;
+
+impl Iterator for Impatient {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        Some(Duration::from_millis(10))
+    }
+}
+
+impl Backoff for Impatient {
+    fn reset(&mut self) {}
+}
+
+struct World {
+    double: Double,
+    events: mpsc::Receiver<Event>,
+    tasks: JoinSet<()>,
+}
+
+impl World {
+    async fn start(double: Double) -> Self {
+        let options = Options {
+            kubeconfig: None,
+            master: Some(format!("http://{}", double.addr)),
+            node_name: "node-a".into(),
+        };
+        let client = client(&options).await.unwrap();
+        let (sender, events) = mpsc::channel(CHANNEL);
+        let tasks = follow_with(&client, &options.node_name, &sender, || Box::new(Impatient));
+        Self { double, events, tasks }
+    }
+
+    /// Takes events until all of `expected` came, in whatever order; nothing else may come.
+    async fn expect(&mut self, expected: &[&str]) {
+        let mut left: Vec<&str> = expected.to_vec();
+        while !left.is_empty() {
+            let event = tokio::time::timeout(PATIENCE, self.events.recv()).await;
+            let event = show(&event.unwrap_or_else(|_| panic!("{left:?} did not come")).unwrap());
+            let place = left.iter().position(|expected| *expected == event);
+            left.remove(place.unwrap_or_else(|| panic!("{event} came, of {left:?}")));
+        }
+    }
+
+    /// Takes the initial lists, which hold `expected`.
+    async fn listed(&mut self, expected: &[&str]) {
+        let marks = ["listed Services", "listed EndpointSlices", "listed Nodes"];
+        self.expect(&[expected, &marks].concat()).await;
+        self.watching().await;
+    }
+
+    async fn watching(&self) {
+        let watching = || [SERVICES, SLICES, NODES].iter().all(|path| self.double.watches(path) == 1);
+        let wait = async {
+            while !watching() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.expect("watches on all three");
+    }
+}
+
+fn show(event: &Event) -> String {
+    match event {
+        Event::Listed(kind) => format!("listed {kind}"),
+        Event::Changed(Change::Service(service)) => match service.ports.first() {
+            Some(port) => format!("{}:{}", service.name.name, port.port),
+            None => service.name.name.clone(),
+        },
+        Event::Changed(Change::ServiceGone(name)) => format!("-{}", name.name),
+        Event::Changed(Change::Slice(slice)) => format!("slice {}", slice.name.name),
+        Event::Changed(Change::SliceGone(name)) => format!("-slice {}", name.name),
+        Event::Changed(Change::Node(node)) => {
+            format!("node {} {}", node.name, node.zone.as_deref().unwrap_or("?"))
+        }
+        Event::Changed(Change::NodeGone(name)) => format!("-node {name}"),
+    }
+}
+
+fn service(name: &str, port: u16) -> Value {
+    json!({
+        "metadata": { "name": name, "namespace": "ns", "managedFields": [{ "manager": "x" }] },
+        "spec": { "clusterIP": "172.30.0.1", "ports": [{ "port": port }] },
+    })
+}
+
+fn slice(name: &str) -> Value {
+    json!({
+        "addressType": "IPv4",
+        "metadata": { "name": name, "namespace": "ns", "labels": { "kubernetes.io/service-name": "a" } },
+        "endpoints": [{ "addresses": ["10.0.0.1"] }],
+    })
+}
+
+fn node(name: &str, zone: &str) -> Value {
+    json!({ "metadata": { "name": name, "labels": { "topology.kubernetes.io/zone": zone } } })
+}
+
+#[tokio::test]
+async fn lists_page_by_page_and_then_watches() {
+    let double = Double::start().await;
+    for (name, port) in [("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", 5)] {
+        double.set(SERVICES, service(name, port));
+    }
+    double.set(SLICES, slice("s"));
+    double.set(NODES, node("node-a", "z1"));
+    double.set(NODES, node("node-b", "z2"));
+    let mut world = World::start(double).await;
+    let all = ["a:1", "b:2", "c:3", "d:4", "e:5", "slice s", "node node-a z1"];
+    world.listed(&all).await;
+    world.double.set(SERVICES, service("a", 80));
+    world.expect(&["a:80"]).await;
+    world.double.delete(SERVICES, "b");
+    world.double.delete(SLICES, "s");
+    world.expect(&["-b", "-slice s"]).await;
+    assert_eq!(world.tasks.len(), 3);
+}
+
+#[tokio::test]
+async fn asks_only_for_what_it_uses() {
+    let mut world = World::start(Double::start().await).await;
+    world.listed(&[]).await;
+    let requests = world.double.requests();
+    let paths: BTreeSet<&str> = requests.iter().map(|(request, _)| request.as_str()).collect();
+    let expected = BTreeSet::from([
+        "GET /api/v1/services",
+        "GET /api/v1/nodes",
+        "GET /apis/discovery.k8s.io/v1/endpointslices",
+    ]);
+    assert_eq!(paths, expected);
+    for (request, parameters) in &requests {
+        if request.ends_with("nodes") {
+            assert_eq!(parameters["fieldSelector"], "metadata.name=node-a");
+        } else {
+            let labels = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
+            assert_eq!(parameters["labelSelector"], labels);
+        }
+        if parameters.contains_key("watch") {
+            assert_eq!(parameters["allowWatchBookmarks"], "true");
+        } else {
+            assert!(parameters["limit"].parse::<u32>().unwrap() <= 500);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_broken_connection_goes_on_where_it_was() {
+    let double = Double::start().await;
+    double.set(SERVICES, service("a", 1));
+    let mut world = World::start(double).await;
+    world.listed(&["a:1"]).await;
+    let lists = |world: &World| {
+        world.double.requests().iter().filter(|(_, parameters)| !parameters.contains_key("watch")).count()
+    };
+    let before = lists(&world);
+    world.double.disconnect();
+    world.double.set(SERVICES, service("a", 2));
+    world.double.delete(SERVICES, "a");
+    world.double.set(SERVICES, service("b", 1));
+    world.expect(&["a:2", "-a", "b:1"]).await;
+    world.watching().await;
+    assert_eq!(lists(&world), before, "nothing is listed again");
+}
+
+async fn relists(mood: Mood) {
+    let double = Double::start().await;
+    for (name, port) in [("a", 1), ("b", 1), ("c", 1)] {
+        double.set(SERVICES, service(name, port));
+    }
+    double.set(SLICES, slice("s"));
+    double.set(NODES, node("node-a", "z1"));
+    let mut world = World::start(double).await;
+    world.listed(&["a:1", "b:1", "c:1", "slice s", "node node-a z1"]).await;
+    world.double.be(mood);
+    world.double.disconnect();
+    // It is gone for good: nobody will be told of these one by one.
+    world.double.delete(SERVICES, "b");
+    world.double.set(SERVICES, service("a", 2));
+    world.double.delete(SLICES, "s");
+    let (mut b, mut s) = (false, false);
+    while !(b && s) {
+        let event = tokio::time::timeout(PATIENCE, world.events.recv()).await.unwrap().unwrap();
+        match show(&event).as_str() {
+            "-b" => b = true,
+            "-slice s" => s = true,
+            "b:1" | "slice s" => panic!("it is not there any more"),
+            _ => {}
+        }
+    }
+    world.double.be(Mood::Well);
+    world.watching().await;
+    world.double.set(SERVICES, service("after", 1));
+    loop {
+        let event = tokio::time::timeout(PATIENCE, world.events.recv()).await.unwrap().unwrap();
+        let text = show(&event);
+        assert!(!text.starts_with('-'), "{text}: everything else is still there");
+        if text == "after:1" {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn history_gone_within_a_watch_means_another_list() {
+    relists(Mood::GoneInStream).await;
+}
+
+#[tokio::test]
+async fn history_gone_before_a_watch_means_another_list() {
+    relists(Mood::GoneAtStart).await;
+}
+
+#[tokio::test]
+async fn a_refusal_is_asked_again() {
+    let double = Double::start().await;
+    double.be(Mood::Forbidden);
+    double.set(SERVICES, service("a", 1));
+    let mut world = World::start(double).await;
+    let wait = async {
+        while world.double.requests().len() < 9 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.unwrap();
+    assert!(world.events.try_recv().is_err(), "nothing is listed");
+    world.double.be(Mood::Well);
+    world.listed(&["a:1"]).await;
+}
+
+#[tokio::test]
+async fn followers_end_when_nobody_listens() {
+    let mut world = World::start(Double::start().await).await;
+    world.listed(&[]).await;
+    drop(world.events);
+    // Each notices with its next event, or while it waits to ask again.
+    world.double.set(SERVICES, service("a", 1));
+    world.double.set(SLICES, slice("s"));
+    world.double.set(NODES, node("node-a", "z1"));
+    let end = async { while world.tasks.join_next().await.is_some() {} };
+    tokio::time::timeout(PATIENCE, end).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_the_configuration_is_said() {
+    let error = |options: Options| async move { client(&options).await.err().unwrap().to_string() };
+    let nowhere = Options { kubeconfig: Some("/nowhere/config".into()), ..Options::default() };
+    let text = error(nowhere).await;
+    assert!(text.starts_with("kubeconfig /nowhere/config: "), "{text}");
+    let text = error(Options { master: Some("not a url".into()), ..Options::default() }).await;
+    assert!(text.starts_with("--master \"not a url\" is not a URL"), "{text}");
+}
