@@ -6,11 +6,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Result;
-use lb_common::Reason;
+use lb_common::{Hook, Reason};
 
 use super::scene::Scene;
 use super::table::{Row, Table};
 use crate::lab::counters::Edge;
+use crate::lab::wire::Introduction;
 use crate::lab::{Call, Caller, Counters, Family, Node, Outcome, Pod, Protocol};
 
 /// Somebody who calls.
@@ -43,9 +44,9 @@ impl<'a> Who<'a> {
 }
 
 impl Target {
-    pub(super) fn node_port(node: &Node, service: &str, family: Family, port: u16) -> Self {
+    pub(super) fn node_port(node: &Node, family: Family, port: u16) -> Self {
         let addr = node.at(family, port);
-        Self { protocol: Protocol::Tcp, addr, text: format!("{service} {addr} ({})", node.name) }
+        Self { protocol: Protocol::Tcp, addr, text: format!("NodePort {addr}") }
     }
 
     pub(super) fn loopback(name: &str, addr: IpAddr, port: u16) -> Self {
@@ -55,7 +56,7 @@ impl Target {
 
     pub(super) fn pod(pod: &Pod, family: Family, port: u16) -> Self {
         let addr = pod.at(family, port);
-        Self { protocol: Protocol::Tcp, addr, text: format!("{} {addr}", pod.name()) }
+        Self { protocol: Protocol::Tcp, addr, text: format!("pod {addr}") }
     }
 
     pub(super) fn udp(self) -> Self {
@@ -65,7 +66,7 @@ impl Target {
 
 impl Expect<'_> {
     /// Calls; what came back, in words, and whether it is this.
-    fn ask(&self, caller: &Caller, call: Call) -> Result<(String, bool)> {
+    fn ask(&self, scene: &Scene, caller: &Caller, call: Call) -> Result<(String, bool)> {
         if let Self::Spread(pods, count) = self {
             let tally = caller.ask_many(call, *count)?;
             let mut parts: Vec<_> = tally.answers.iter().map(|(pod, n)| format!("{n} x {pod}")).collect();
@@ -85,7 +86,8 @@ impl Expect<'_> {
         };
         let text = match &outcome {
             Outcome::Answer(answer) => {
-                format!("{} saw {}", answer.introduction.server, answer.introduction.saw)
+                let Introduction { server, saw, .. } = &answer.introduction;
+                format!("{server} on {} saw {}", scene.pod(server)?.node, saw.ip())
             }
             other => other.to_string(),
         };
@@ -106,21 +108,16 @@ impl fmt::Display for Expect<'_> {
     }
 }
 
-/// What the datapath did between two looks at its counters, by node and edge: the hooks, in their order on
-/// the node, with what they did where it is not plain translation.
+/// What the datapath did between two looks at its counters, by node and edge.
 #[derive(Default)]
-struct Way(BTreeMap<(String, Edge), BTreeSet<String>>);
+struct Way(BTreeMap<(String, Edge), BTreeSet<(Hook, Reason)>>);
 
 impl Way {
     fn between(before: &[(String, Counters)], after: &[(String, Counters)]) -> Self {
         let mut way = Self::default();
         for ((node, before), (_, after)) in before.iter().zip(after) {
             for (hook, reason, _) in after.since(before).deeds() {
-                let deed = match reason {
-                    Reason::Translated => hook.name().to_owned(),
-                    _ => format!("{} {}", hook.name(), reason.name()),
-                };
-                way.0.entry((node.clone(), Edge::of(hook))).or_default().insert(deed);
+                way.0.entry((node.clone(), Edge::of(hook))).or_default().insert((hook, reason));
             }
         }
         way
@@ -137,7 +134,13 @@ impl fmt::Display for Way {
             return f.write_str("not translated");
         }
         for (i, ((node, edge), deeds)) in self.0.iter().enumerate() {
-            let deeds: Vec<_> = deeds.iter().map(String::as_str).collect();
+            let deeds: Vec<_> = deeds
+                .iter()
+                .map(|(hook, reason)| match reason {
+                    Reason::Translated => hook.name().to_owned(),
+                    _ => format!("{} {}", hook.name(), reason.name()),
+                })
+                .collect();
             write!(f, "{}{node} {edge}: {}", if i > 0 { "; " } else { "" }, deeds.join(", "))?;
         }
         Ok(())
@@ -162,7 +165,7 @@ impl Stage<'_> {
     ) -> Result<()> {
         let before = self.counters()?;
         let call = Call::new(target.protocol, target.addr).patience(Duration::from_secs(5));
-        let (came_back, as_expected) = expect.ask(who.caller, call)?;
+        let (came_back, as_expected) = expect.ask(self.scene, who.caller, call)?;
         let way = Way::between(&before, &self.counters()?);
         let wanted: BTreeSet<_> = edges.iter().map(|(node, edge)| (node.name.clone(), *edge)).collect();
         let surprise = if as_expected && way.edges() == wanted {

@@ -112,7 +112,7 @@ impl Scene {
         let service = self.service(name)?;
         let ip = service.cluster_ips.iter().find(|ip| ip.is_ipv4() == (family == Family::V4));
         let addr = SocketAddr::new(*ip.context("a Service of one family")?, port);
-        Ok(Target { protocol: Protocol::Tcp, addr, text: format!("{name} {addr}") })
+        Ok(Target { protocol: Protocol::Tcp, addr, text: format!("ClusterIP {addr}") })
     }
 
     pub(super) fn pod(&self, name: &str) -> Result<&Pod> {

@@ -54,7 +54,7 @@ impl Stage<'_> {
         let target = scene.cluster_ip(PRODUCTPAGE, Family::V4, 9999)?;
         self.call(&scene.client("client-a")?, &target, &answer, &[(scene.node_a(), Pod)])?;
         for node in scene.cluster.lab.nodes() {
-            let target = Target::node_port(node, PRODUCTPAGE, Family::V4, 30066);
+            let target = Target::node_port(node, Family::V4, 30066);
             self.call(&scene.outside(), &target, &answer, &[(node, Nic)])?;
         }
         for target in [
@@ -75,9 +75,9 @@ impl Stage<'_> {
         let cluster_ip = scene.cluster_ip(FB_BACKENDS, Family::V4, 5001)?;
         self.call(&scene.client("client-b")?, &cluster_ip, &answer, &[(node_b, Pod)])?;
         self.call(&Who::process(node_b), &cluster_ip, &answer, &[(node_b, Socket)])?;
-        let target = Target::node_port(node_a, FB_BACKENDS, Family::V4, 30904);
+        let target = Target::node_port(node_a, Family::V4, 30904);
         self.call(&scene.outside(), &target, &answer, &[(node_a, Nic)])?;
-        let target = Target::node_port(node_b, FB_BACKENDS, Family::V6, 30904);
+        let target = Target::node_port(node_b, Family::V6, 30904);
         self.call(&scene.far(), &target, &answer, &[(node_b, Nic)])?;
         self.call(&scene.client("client-a")?, &cluster_ip, &Expect::Spread(&pods, 100), &[(node_a, Pod)])
     }
@@ -92,7 +92,7 @@ impl Stage<'_> {
         let target = scene.cluster_ip(NGINX, Family::V6, 8222)?;
         self.call(&scene.client("client-b")?, &target, &answer, &[(node_b, Pod)])?;
         for node in [node_a, node_b] {
-            let target = Target::node_port(node, NGINX, Family::V4, 30333);
+            let target = Target::node_port(node, Family::V4, 30333);
             self.call(&scene.far(), &target, &answer, &[(node, Nic)])?;
         }
         self.call(&scene.client("nginx-1")?, &cluster_ip, &answer, &[(node_a, Pod)])?;
@@ -107,7 +107,7 @@ impl Stage<'_> {
         for (port, node_port) in [(80, 31000), (8080, 31001)] {
             let target = scene.cluster_ip(WEB, Family::V4, port)?;
             self.call(&scene.client("client-a")?, &target, &answer, &[(scene.node_a(), Pod)])?;
-            let target = Target::node_port(scene.node_a(), WEB, Family::V4, node_port);
+            let target = Target::node_port(scene.node_a(), Family::V4, node_port);
             self.call(&scene.outside(), &target, &answer, &[(scene.node_a(), Nic)])?;
         }
         Ok(())
@@ -121,9 +121,9 @@ impl Stage<'_> {
         let client = scene.client("client-b")?;
         let target = scene.cluster_ip(BACKEND, Family::V4, 3000)?;
         self.call(&client, &target, &answer, &[(node_b, Pod)])?;
-        let own = Target::node_port(node_b, BACKEND, Family::V4, 31263);
+        let own = Target::node_port(node_b, Family::V4, 31263);
         self.call(&client, &own, &answer, &[(node_b, Pod)])?;
-        let other = Target::node_port(node_a, BACKEND, Family::V4, 31263);
+        let other = Target::node_port(node_a, Family::V4, 31263);
         self.call(&client, &other, &answer, &[(node_a, Nic)])?;
         self.call(&scene.outside(), &own, &answer, &[(node_b, Nic)])
     }
@@ -137,7 +137,7 @@ impl Stage<'_> {
         self.call(&scene.client("client-a")?, &target, &answer, &[(node_a, Pod)])?;
         self.call(&Who::process(node_a), &target, &answer, &[(node_a, Socket)])?;
         for node in scene.cluster.lab.nodes() {
-            let target = Target::node_port(node, DNS, Family::V6, 30053).udp();
+            let target = Target::node_port(node, Family::V6, 30053).udp();
             self.call(&scene.outside(), &target, &answer, &[(node, Nic)])?;
         }
         Ok(())
@@ -180,7 +180,7 @@ impl Stage<'_> {
         let target = scene.cluster_ip(EMPTY, Family::V4, 80)?;
         self.call(&scene.client("client-a")?, &target, &Expect::Refused, &[(node_a, Pod)])?;
         self.call(&Who::process(node_a), &target, &Expect::Refused, &[(node_a, Socket)])?;
-        let target = Target::node_port(node_a, EMPTY, Family::V4, 30080);
+        let target = Target::node_port(node_a, Family::V4, 30080);
         self.call(&scene.outside(), &target, &Expect::Refused, &[(node_a, Nic)])
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 /// Widths of the columns but the last.
-const WIDTHS: [usize; 3] = [28, 44, 46];
+const WIDTHS: [usize; 3] = [24, 30, 50];
 
 /// A table that is being printed.
 pub(super) struct Table {
@@ -35,7 +35,8 @@ impl Table {
     pub(super) fn chapter(&self, title: &str) {
         println!("\n{}", self.paint("1", title));
         if self.rows == 0 {
-            println!("{}", self.paint("2", &line(["who", "calls", "what came back"], "which way")));
+            let head = line(["who", "calls", "what came back"], "translated at (node, edge: hooks)");
+            println!("     {}", self.paint("2", &head));
         }
     }
 

@@ -18,6 +18,8 @@ use crate::setup::{self, BPFFS};
 
 /// Where labs keep their files.
 const RUN: &str = "/run/fairlead-lab";
+/// Where agents note what `fairlead cleanup` has to undo, in a file named after their pins.
+const AGENT_STATE: &str = "/run/fairlead";
 /// What shells report for a process that Ctrl-C ended.
 const EXIT_ON_SIGNAL: i32 = 130;
 /// In a lab's directory: locked for as long as its process lives.
@@ -121,8 +123,14 @@ pub fn is_kept(prefix: &str) -> bool {
 pub fn tear_down(prefix: &str) -> Result<()> {
     cgroup::remove_tree(&setup::cgroup2()?.join(prefix))?;
     for pins in named_with_prefix(Path::new(BPFFS), prefix) {
-        fs::remove_dir_all(&pins).with_context(|| format!("cannot remove {}", pins.display()))?;
+        let removed = if pins.is_dir() { fs::remove_dir_all(&pins) } else { fs::remove_file(&pins) };
+        removed.with_context(|| format!("cannot remove {}", pins.display()))?;
+        // What the agent wrote down to undo lies in the namespaces that go now.
+        let notes = pins.to_string_lossy().trim_matches('/').replace('-', "--").replace('/', "-");
+        let _ = fs::remove_file(Path::new(AGENT_STATE).join(notes + ".json"));
     }
+    // Works if no other agent has notes there.
+    let _ = fs::remove_dir(AGENT_STATE);
     netns::delete(&netns::list(&format!("{prefix}-")))?;
     match fs::remove_dir_all(directory(prefix)) {
         Err(err) if err.kind() != ErrorKind::NotFound => {

@@ -28,6 +28,7 @@ pub mod custody;
 pub mod manifests;
 pub mod netns;
 pub mod server;
+mod veth;
 pub mod wire;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -40,7 +41,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{process, setup};
+use crate::setup;
 
 pub use self::agent::{Agent, AgentOptions, Xdp};
 pub use self::client::{Call, Caller, Outcome};
@@ -199,7 +200,7 @@ impl Lab {
         let names = ["switch", "outside", "far", "node-a", "node-b"].map(|name| format!("{prefix}-{name}"));
         let all = Netns::create(&names)?;
         let [switch, outside, far, node_a, node_b] = all.as_slice() else { bail!("five were made") };
-        wire_up(switch, outside, far, [node_a, node_b])?;
+        wire_up(switch, outside, far, [node_a, node_b], custody.dir())?;
         let cgroups = setup::cgroup2()?.join(prefix);
         let machine = |name: &str, ns: &Netns, addrs| -> Result<Machine> {
             Ok(Machine { addrs, ns: ns.clone(), caller: Caller::in_thread(name, ns, &stop)? })
@@ -431,7 +432,7 @@ fn node_addrs(number: u8) -> Addrs {
 }
 
 /// Connects machines and nodes with the switch, which is also their router.
-fn wire_up(switch: &Netns, outside: &Netns, far: &Netns, nodes: [&Netns; 2]) -> Result<()> {
+fn wire_up(switch: &Netns, outside: &Netns, far: &Netns, nodes: [&Netns; 2], scratch: &Path) -> Result<()> {
     switch.sysctl(&[NO_DAD, FORWARDING].concat())?;
     for machine in [outside, far] {
         machine.sysctl(&NO_DAD)?;
@@ -466,7 +467,8 @@ fn wire_up(switch: &Netns, outside: &Netns, far: &Netns, nodes: [&Netns; 2]) -> 
         port("node-a", nodes[0]),
         port("node-b", nodes[1]),
     ))?;
-    like_wires(switch, &["outside", "far", "node-a", "node-b"])?;
+    veth::like_wires(switch, &["outside", "far", "node-a", "node-b"])?;
+    veth::take_xdp_frames(switch, &["node-a", "node-b"], scratch)?;
     let ends = [
         (outside, OUTSIDE, ROUTER),
         (far, FAR, FAR_ROUTER),
@@ -483,20 +485,9 @@ fn wire_up(switch: &Netns, outside: &Netns, far: &Netns, nodes: [&Netns; 2]) -> 
              route add default via {}\n",
             addrs.v4, addrs.v6, router.v4, router.v6
         ))?;
-        like_wires(ns, &["eth0"])?;
+        veth::like_wires(ns, &["eth0"])?;
     }
     Ok(())
-}
-
-/// Makes the devices of a namespace behave like wires: every packet leaves them with its checksums complete
-/// (an XDP program at the other end could not complete them), and frames that an XDP program at the other
-/// end sends are received (a veth does that only with NAPI, which GRO switches on).
-fn like_wires(ns: &Netns, devices: &[&str]) -> Result<()> {
-    ns.run(|| {
-        devices.iter().try_for_each(|device| {
-            process::output(Command::new("ethtool").args(["-K", device, "tx", "off", "gro", "on"])).map(drop)
-        })
-    })?
 }
 
 /// Tries until it works or `limit` has passed; the last error then.

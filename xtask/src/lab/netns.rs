@@ -61,7 +61,8 @@ impl Netns {
 
     /// Runs lines of `ip` commands inside the namespace.
     pub fn ip(&self, script: &str) -> Result<()> {
-        ip(&["-n", &self.name, "-batch", "-"], script).with_context(|| format!("in {}", self.name))
+        // `ip -n` would hide what is mounted below /sys, such as bpffs.
+        self.run(|| ip(&["-batch", "-"], script))?.with_context(|| format!("in {}", self.name))
     }
 
     /// Sets sysctls of the namespace, given by their path below `/proc/sys/net`.
