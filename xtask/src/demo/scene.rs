@@ -66,7 +66,7 @@ impl Scene {
             }));
             pods.insert(part.name, pod);
         }
-        lab.serve_by_itself(xtask, &sites)?;
+        lab.serve_by_itself(&sites)?;
         let scene = Self {
             services: services(&pods),
             pods,

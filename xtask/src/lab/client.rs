@@ -41,12 +41,14 @@ pub struct Call {
     pub from_port: Option<u16>,
     /// UDP: whether the socket is connected to its target.
     pub connected: bool,
+    /// TCP: closing resets the connection, so that its port is free at once.
+    pub abrupt: bool,
     pub patience: Duration,
 }
 
 impl Call {
     pub fn new(protocol: Protocol, target: SocketAddr) -> Self {
-        Self { protocol, target, from_port: None, connected: true, patience: PATIENCE }
+        Self { protocol, target, from_port: None, connected: true, abrupt: false, patience: PATIENCE }
     }
 
     pub fn tcp(target: SocketAddr) -> Self {
@@ -66,6 +68,12 @@ impl Call {
     #[must_use]
     pub fn unconnected(self) -> Self {
         Self { connected: false, ..self }
+    }
+
+    /// TCP: the connection ends with a reset.
+    #[must_use]
+    pub fn abrupt(self) -> Self {
+        Self { abrupt: true, ..self }
     }
 
     #[must_use]
@@ -99,6 +107,9 @@ impl Call {
             };
             socket.set_reuse_address(true)?;
             socket.bind(&SocketAddr::new(any, self.from_port.unwrap_or(0)).into())?;
+        }
+        if self.abrupt {
+            socket.set_linger(Some(Duration::ZERO))?;
         }
         match self.protocol {
             Protocol::Tcp => socket.connect_timeout(&self.target.into(), self.patience)?,

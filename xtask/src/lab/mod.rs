@@ -129,6 +129,8 @@ pub struct Lab {
     /// Agents and servers: not below the nodes' cgroups.
     processes: Cgroup,
     stop: Stop,
+    /// This program, for the processes.
+    xtask: PathBuf,
     // Last, so that threads and processes have ended when it takes everything down.
     custody: Custody,
 }
@@ -230,6 +232,7 @@ impl Lab {
             far: machine("far", far, FAR)?,
             processes: Cgroup::create(cgroups.join("processes"))?,
             stop,
+            xtask: xtask.to_owned(),
             custody,
         })
     }
@@ -315,8 +318,8 @@ impl Lab {
     }
 
     /// Starts servers that go on when this process ends, for a lab that is kept.
-    pub fn serve_by_itself(&self, xtask: &Path, sites: &[Site]) -> Result<()> {
-        let mut command = Command::new(xtask);
+    pub fn serve_by_itself(&self, sites: &[Site]) -> Result<()> {
+        let mut command = Command::new(&self.xtask);
         command.arg("lab-sites").arg(serde_json::to_string(sites)?);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut servers = {
@@ -330,6 +333,16 @@ impl Lab {
             bail!("the servers did not start: {said:?}, {:?}", servers.wait());
         }
         Ok(())
+    }
+
+    /// A process in a pod: in its namespace, and in the cgroup of its node as under a container runtime. The
+    /// pod as a caller is a thread of this process, whose sockets no agent sees.
+    pub fn process_in_pod(&self, node: &Node, pod: &Pod) -> Result<Caller> {
+        let _making = making();
+        let cgroup = Cgroup::create(node.cgroup.path().join(pod.name()))?;
+        let mut desk = Command::new(&self.xtask);
+        desk.arg("lab-desk").arg("--cgroup").arg(cgroup.path());
+        Caller::in_process(pod.name(), &pod.ns, &mut desk)
     }
 
     /// Removes a pod: its namespace and both ends of its veth.

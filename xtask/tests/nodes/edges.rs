@@ -1,11 +1,12 @@
 //! What each edge owes its clients beside the plain way: loopback, hairpin, refusal, distribution, and
 //! changes that are followed.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
+use xtask::lab::counters::Edge;
 use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Protocol, Xdp};
 
 use crate::world::{
@@ -311,6 +312,93 @@ fn pods_that_come_while_the_agent_runs_are_served() -> Result<()> {
     // An agent that lost a device still follows its manifests.
     world.cluster.manifests.apply(&service(2, [&world.b1]))?;
     until(&world.a2, &Call::tcp(at_vip(2, Family::V4, PORT)), |outcome| outcome.server() == Some("b1"))?;
+    Ok(())
+}
+
+/// Rule 1: a reverse key belongs to one flow.
+#[test]
+fn one_client_port_through_many_frontends_to_one_backend() -> Result<()> {
+    const FROM: u16 = 40000;
+    let world = World::with_services(options(), |world| {
+        let (a1, b1) = (&world.a1, &world.b1);
+        vec![service(1, [a1]), service(2, [a1]), service(3, [b1]), service(4, [b1])]
+    })?;
+    let (node_a, node_b) = (world.node_a(), world.node_b());
+    for (family, protocol) in families_and_protocols() {
+        let mut open = Vec::new();
+        for number in 1..=4 {
+            let server = if number <= 2 { "a1" } else { "b1" };
+            let calls: [(&Caller, SocketAddr); 5] = [
+                (&world.lab().outside, node_a.at(family, node_port(number))),
+                (&world.lab().outside, node_b.at(family, node_port(number))),
+                (&world.a2, at_vip(number, family, PORT)),
+                (&world.a2, node_a.at(family, node_port(number))),
+                (&world.b2, at_vip(number, family, PORT)),
+            ];
+            for (caller, target) in calls {
+                let what = format!("{} -> {target}, {protocol}", caller.name());
+                let (call, first) = caller.open(Call::new(protocol, target).from_port(FROM).abrupt())?;
+                assert_eq!(first.server(), Some(server), "{what}: {first}");
+                open.push((what, call, first));
+            }
+        }
+        for _ in 0..3 {
+            for (what, call, first) in &open {
+                assert_eq!(call.again()?, *first, "{what}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Rule 5: a new SYN on an old tuple is a new connection.
+#[test]
+fn a_client_port_is_used_again_at_once() -> Result<()> {
+    let world =
+        World::with_services(options(), |world| vec![service(1, [&world.a1]), service(2, [&world.b1])])?;
+    let mut findings = Findings::default();
+    for family in Family::ALL {
+        for (number, server) in [(1, "a1"), (2, "b1")] {
+            let calls: [(&Caller, SocketAddr); 3] = [
+                (&world.lab().outside, world.node_a().at(family, node_port(number))),
+                (&world.a2, at_vip(number, family, PORT)),
+                (&world.b2, at_vip(number, family, PORT)),
+            ];
+            for (caller, target) in calls {
+                let tally = caller.ask_many(Call::tcp(target).from_port(40000).abrupt(), 50)?;
+                let all = BTreeMap::from([(server.to_owned(), 50)]);
+                findings.check(tally.answers == all, || format!("{} -> {target}: {tally:?}", caller.name()));
+            }
+        }
+    }
+    findings.report();
+    Ok(())
+}
+
+/// Socket programs see every process below their cgroup, also those of pods.
+#[test]
+fn sockets_of_pods_are_translated_only_if_asked_for() -> Result<()> {
+    for (socket_lb, edge) in [("host", Edge::Pod), ("all", Edge::Socket), ("off", Edge::Pod)] {
+        let mut options = options();
+        options.args.extend(["--socket-lb".to_owned(), socket_lb.to_owned()]);
+        let world = World::with_services(options, |world| vec![service(1, [&world.b1])])?;
+        let process = world.lab().process_in_pod(world.node_a(), &world.a2)?;
+        for (family, protocol) in families_and_protocols() {
+            let agent = world.cluster.agent(world.node_a())?;
+            let before = agent.counters()?;
+            let outcome = process.ask(Call::new(protocol, at_vip(1, family, PORT)))?;
+            assert_eq!(outcome.server(), Some("b1"), "--socket-lb={socket_lb}: {outcome}");
+            let saw = outcome.seen_as().map(|saw| saw.ip());
+            assert_eq!(saw, Some(world.a2.addrs.of(family)), "--socket-lb={socket_lb}");
+            let deeds: Vec<_> = agent.counters()?.since(&before).deeds().collect();
+            let at: BTreeSet<_> = deeds.iter().map(|(hook, ..)| Edge::of(*hook)).collect();
+            assert_eq!(at, BTreeSet::from([edge]), "--socket-lb={socket_lb}: {deeds:?}");
+        }
+        // Without socket programs, a node's process is on its own.
+        let call = Call::tcp(at_vip(1, Family::V4, PORT)).patience(SILENCE);
+        let answered = world.node_a().ask(call)?.server().is_some();
+        assert_eq!(answered, socket_lb != "off", "--socket-lb={socket_lb}");
+    }
     Ok(())
 }
 
