@@ -95,6 +95,23 @@ impl Call {
 
     /// Like [`UdpSocket::bind`] and [`TcpStream::connect`], as the call wants it.
     fn connect(&self) -> io::Result<Socket> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.try_connect() {
+                // A process that another thread is starting holds what was closed just now, until its exec.
+                Err(err)
+                    if err.kind() == ErrorKind::AddrNotAvailable
+                        && self.from_port.is_some()
+                        && Instant::now() < deadline =>
+                {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn try_connect(&self) -> io::Result<Socket> {
         let kind = match self.protocol {
             Protocol::Tcp => Type::STREAM,
             Protocol::Udp => Type::DGRAM,

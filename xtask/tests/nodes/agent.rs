@@ -143,7 +143,7 @@ fn cleanup_leaves_nothing() -> Result<()> {
         agent.stop()?;
     }
     for node in world.lab().nodes() {
-        world.cluster.fairlead(node, &["cleanup", "--cgroup-root", &node.cgroup.path().to_string_lossy()])?;
+        world.cluster.fairlead(node, &["cleanup"])?;
         let pins = world.lab().pins(node);
         ensure!(!pins.exists(), "{} is still there", pins.display());
     }
