@@ -187,11 +187,11 @@ pub struct Frontend {
     pub external: Target,
 }
 
-/// Name of a Service.
+/// Name of a Service. Many places keep it; they share it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ServiceName {
-    pub namespace: String,
-    pub name: String,
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
 }
 
 impl fmt::Display for ServiceName {

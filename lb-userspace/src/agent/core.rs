@@ -147,6 +147,7 @@ impl<M: Maps> Agent<M> {
         if !self.unlisted.is_empty() || self.addresses.is_none() {
             return;
         }
+        let (before, start) = (self.stats, Instant::now());
         let mut patience = 3;
         while let Err(error) = self.try_to_settle(now) {
             patience -= 1;
@@ -157,6 +158,10 @@ impl<M: Maps> Agent<M> {
                 self.health.note_waiting(now);
                 return;
             }
+        }
+        let (services, operations) = (self.stats.compiled - before.compiled, self.stats.ops - before.ops);
+        if services > 0 || operations > 0 {
+            tracing::debug!(services, operations, took = ?start.elapsed(), "settled");
         }
     }
 

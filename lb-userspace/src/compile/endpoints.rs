@@ -99,11 +99,11 @@ impl<'a> Narrow<'a> {
         let usable = |hints: fn(&Endpoint) -> &[Box<str>], ours: &str| {
             ready.iter().all(|e| !hints(e).is_empty()) && ready.iter().any(|e| names(hints(e), ours))
         };
-        if usable(|e| &e.node_hints, &facts.node_name) {
+        if usable(Endpoint::node_hints, &facts.node_name) {
             return Self::ToNode;
         }
         match facts.zone.as_deref() {
-            Some(zone) if !zone.is_empty() && usable(|e| &e.zone_hints, zone) => Self::ToZone(zone),
+            Some(zone) if !zone.is_empty() && usable(Endpoint::zone_hints, zone) => Self::ToZone(zone),
             _ => Self::No,
         }
     }
@@ -111,8 +111,8 @@ impl<'a> Narrow<'a> {
     fn takes(&self, endpoint: &Endpoint, facts: &Facts) -> bool {
         match self {
             Self::No => true,
-            Self::ToNode => names(&endpoint.node_hints, &facts.node_name),
-            Self::ToZone(zone) => names(&endpoint.zone_hints, zone),
+            Self::ToNode => names(endpoint.node_hints(), &facts.node_name),
+            Self::ToZone(zone) => names(endpoint.zone_hints(), zone),
         }
     }
 }

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::entries::{Keep, Protocol, ServiceName};
-use crate::model::{Endpoint, SliceName, SlicePort};
+use crate::model::{Endpoint, Hints, SliceName, SlicePort};
 
 const HERE: &str = "node-a";
 
@@ -22,17 +22,18 @@ fn endpoint(addr: &str, node: &str, flags: &str) -> Endpoint {
         serving: flags.contains('S') || flags.contains('R'),
         terminating: flags.contains('T'),
         node: (!node.is_empty()).then(|| node.into()),
-        zone_hints: vec![],
-        node_hints: vec![],
+        hints: None,
     }
 }
 
 fn zoned(addr: &str, node: &str, flags: &str, zones: &[&str]) -> Endpoint {
-    Endpoint { zone_hints: zones.iter().map(|z| (*z).into()).collect(), ..endpoint(addr, node, flags) }
+    let zones = zones.iter().map(|z| (*z).into()).collect();
+    Endpoint { hints: Some(Box::new(Hints { zones, nodes: vec![] })), ..endpoint(addr, node, flags) }
 }
 
 fn noded(addr: &str, node: &str, nodes: &[&str]) -> Endpoint {
-    Endpoint { node_hints: nodes.iter().map(|n| (*n).into()).collect(), ..endpoint(addr, node, "R") }
+    let nodes = nodes.iter().map(|n| (*n).into()).collect();
+    Endpoint { hints: Some(Box::new(Hints { zones: vec![], nodes })), ..endpoint(addr, node, "R") }
 }
 
 fn slice(endpoints: Vec<Endpoint>) -> EndpointSlice {
@@ -337,7 +338,10 @@ fn node_hints_go_before_zone_hints() {
     let bare = endpoint("10.0.0.3", "c", "R");
     assert_eq!(at_cluster_ip(&cluster_ip(), vec![e1.clone(), e2.clone(), bare]), both("1 2 3"));
     assert_eq!(at_cluster_ip(&cluster_ip(), vec![e2.clone()]), both("2"));
-    let with_zone = |e: Endpoint, zone: &str| Endpoint { zone_hints: vec![zone.into()], ..e };
+    let with_zone = |mut e: Endpoint, zone: &str| {
+        e.hints.as_mut().unwrap().zones.push(zone.into());
+        e
+    };
     // None for this node: the zone decides.
     let b = with_zone(noded("10.0.0.2", "b", &["b"]), "z1");
     let c = with_zone(noded("10.0.0.3", "c", &["c"]), "z2");

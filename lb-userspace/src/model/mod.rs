@@ -4,9 +4,11 @@
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 pub use types::{
-    Endpoint, EndpointSlice, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName, SlicePort,
+    Endpoint, EndpointSlice, Hints, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName,
+    SlicePort,
 };
 
 use crate::entries::ServiceName;
@@ -14,9 +16,9 @@ use crate::entries::ServiceName;
 /// One change of one object.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Change {
-    Service(Box<Service>),
+    Service(Arc<Service>),
     ServiceGone(ServiceName),
-    Slice(Box<EndpointSlice>),
+    Slice(Arc<EndpointSlice>),
     SliceGone(SliceName),
     Node(Box<Node>),
     NodeGone(String),
@@ -35,9 +37,9 @@ pub struct Touched {
 #[derive(Debug)]
 pub struct Model {
     node_name: String,
-    services: BTreeMap<ServiceName, Service>,
-    /// By Service, then by the slice's own name.
-    slices: BTreeMap<ServiceName, BTreeMap<String, EndpointSlice>>,
+    services: BTreeMap<ServiceName, Arc<Service>>,
+    /// By Service; its slices in the order of their names.
+    slices: BTreeMap<ServiceName, Vec<Arc<EndpointSlice>>>,
     /// The Service that a slice is indexed under.
     slice_service: BTreeMap<SliceName, ServiceName>,
     /// Services with a hint in one of their slices: the only ones that care about this node's zone.
@@ -63,9 +65,9 @@ impl Model {
         let mut touched = Touched::default();
         match change {
             Change::Service(service) => {
-                if self.services.get(&service.name) != Some(&*service) {
+                if self.services.get(&service.name) != Some(&service) {
                     touched.services.insert(service.name.clone());
-                    self.services.insert(service.name.clone(), *service);
+                    self.services.insert(service.name.clone(), service);
                 }
             }
             Change::ServiceGone(name) => {
@@ -73,7 +75,7 @@ impl Model {
                     touched.services.insert(name);
                 }
             }
-            Change::Slice(slice) => self.set_slice(*slice, &mut touched.services),
+            Change::Slice(slice) => self.set_slice(slice, &mut touched.services),
             Change::SliceGone(name) => self.remove_slice(&name, &mut touched.services),
             Change::Node(node) => self.set_node(Some(*node), &mut touched),
             Change::NodeGone(name) => {
@@ -87,17 +89,17 @@ impl Model {
 
     /// The Service of this name.
     pub fn service(&self, name: &ServiceName) -> Option<&Service> {
-        self.services.get(name)
+        self.services.get(name).map(|service| &**service)
     }
 
     /// Every Service.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values()
+        self.services.values().map(|service| &**service)
     }
 
     /// The slices of a Service, in the order of their names.
     pub fn slices(&self, name: &ServiceName) -> impl Iterator<Item = &EndpointSlice> {
-        self.slices.get(name).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(name).into_iter().flatten().map(|slice| &**slice)
     }
 
     /// The Node object of this node, if there is one.
@@ -105,7 +107,7 @@ impl Model {
         self.node.as_ref()
     }
 
-    fn set_slice(&mut self, slice: EndpointSlice, touched: &mut BTreeSet<ServiceName>) {
+    fn set_slice(&mut self, slice: Arc<EndpointSlice>, touched: &mut BTreeSet<ServiceName>) {
         let Some(service) = slice.service.clone() else {
             // Belongs to nobody (any more).
             self.remove_slice(&slice.name, touched);
@@ -115,11 +117,14 @@ impl Model {
             self.remove_slice(&slice.name, touched);
         }
         let of_service = self.slices.entry(service.clone()).or_default();
-        if of_service.get(&slice.name.name) == Some(&slice) {
-            return;
+        match of_service.binary_search_by(|other| other.name.cmp(&slice.name)) {
+            Ok(place) if of_service[place] == slice => return,
+            Ok(place) => of_service[place] = slice,
+            Err(place) => {
+                self.slice_service.insert(slice.name.clone(), service.clone());
+                of_service.insert(place, slice);
+            }
         }
-        self.slice_service.insert(slice.name.clone(), service.clone());
-        of_service.insert(slice.name.name.clone(), slice);
         self.note_hints(&service);
         touched.insert(service);
     }
@@ -127,7 +132,7 @@ impl Model {
     fn remove_slice(&mut self, name: &SliceName, touched: &mut BTreeSet<ServiceName>) {
         let Some(service) = self.slice_service.remove(name) else { return };
         if let Some(of_service) = self.slices.get_mut(&service) {
-            of_service.remove(&name.name);
+            of_service.retain(|slice| slice.name != *name);
             if of_service.is_empty() {
                 self.slices.remove(&service);
             }
@@ -176,11 +181,11 @@ mod tests {
     }
 
     fn apply(model: &mut Model, change: Change) -> Vec<String> {
-        model.apply(change).services.into_iter().map(|n| n.name).collect()
+        model.apply(change).services.into_iter().map(|n| n.name.to_string()).collect()
     }
 
     fn set(model: &mut Model, slice: &EndpointSlice) -> Vec<String> {
-        apply(model, Change::Slice(Box::new(slice.clone())))
+        apply(model, Change::Slice(Arc::new(slice.clone())))
     }
 
     /// Rule 86.
@@ -190,7 +195,7 @@ mod tests {
         assert_eq!(set(&mut model, &slice("a", "svc", "10.0.0.1")), ["svc"]);
         assert_eq!(set(&mut model, &slice("a", "svc", "10.0.0.1")), [""; 0]);
         assert_eq!(set(&mut model, &slice("a", "svc", "10.0.0.2")), ["svc"]);
-        let service = Change::Service(Box::new(Service::named(name("svc"))));
+        let service = Change::Service(Arc::new(Service::named(name("svc"))));
         assert_eq!(apply(&mut model, service.clone()), ["svc"]);
         assert_eq!(apply(&mut model, service), [""; 0]);
     }
@@ -224,7 +229,7 @@ mod tests {
     fn only_hinted_services_care_about_the_zone() {
         let mut model = Model::new("node");
         let mut hinted = slice("a", "hinted", "10.0.0.1");
-        hinted.endpoints[0].zone_hints.push("z1".into());
+        hinted.endpoints[0].hints = Some(Box::new(Hints { zones: vec!["z1".into()], nodes: vec![] }));
         set(&mut model, &hinted);
         set(&mut model, &slice("b", "plain", "10.0.0.2"));
         let node = Node { zone: Some("z1".into()), ..Node::named("node") };
@@ -235,7 +240,7 @@ mod tests {
         assert!(!model.apply(Change::Node(Box::new(Node::named("other")))).node);
         assert_eq!(apply(&mut model, Change::NodeGone("other".into())), [""; 0]);
         assert_eq!(apply(&mut model, Change::NodeGone("node".into())), ["hinted"]);
-        hinted.endpoints[0].zone_hints.clear();
+        hinted.endpoints[0].hints = None;
         set(&mut model, &hinted);
         let node = Node { zone: Some("z1".into()), ..Node::named("node") };
         assert_eq!(apply(&mut model, Change::Node(Box::new(node))), [""; 0]);

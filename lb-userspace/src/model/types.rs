@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
@@ -102,8 +103,8 @@ pub enum Policy {
 /// Name of an EndpointSlice.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SliceName {
-    pub namespace: String,
-    pub name: String,
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
 }
 
 impl fmt::Display for SliceName {
@@ -128,7 +129,7 @@ pub struct EndpointSlice {
 impl EndpointSlice {
     /// Whether any endpoint has a topology hint.
     pub fn has_hints(&self) -> bool {
-        self.endpoints.iter().any(|e| !e.zone_hints.is_empty() || !e.node_hints.is_empty())
+        self.endpoints.iter().any(|e| e.hints.is_some())
     }
 }
 
@@ -149,22 +150,31 @@ pub struct Endpoint {
     pub serving: bool,
     pub terminating: bool,
     pub node: Option<Box<str>>,
-    pub zone_hints: Vec<Box<str>>,
-    pub node_hints: Vec<Box<str>>,
+    /// Most have none, and there are many endpoints.
+    pub hints: Option<Box<Hints>>,
+}
+
+/// Whom an endpoint is meant for.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Hints {
+    pub zones: Vec<Box<str>>,
+    pub nodes: Vec<Box<str>>,
 }
 
 impl Endpoint {
     /// A ready endpoint on no node in particular.
     pub fn ready(addr: IpAddr) -> Self {
-        Self {
-            addr,
-            ready: true,
-            serving: true,
-            terminating: false,
-            node: None,
-            zone_hints: vec![],
-            node_hints: vec![],
-        }
+        Self { addr, ready: true, serving: true, terminating: false, node: None, hints: None }
+    }
+
+    /// The zones it is meant for.
+    pub fn zone_hints(&self) -> &[Box<str>] {
+        self.hints.as_ref().map(|hints| &*hints.zones).unwrap_or_default()
+    }
+
+    /// The nodes it is meant for.
+    pub fn node_hints(&self) -> &[Box<str>] {
+        self.hints.as_ref().map(|hints| &*hints.nodes).unwrap_or_default()
     }
 }
 

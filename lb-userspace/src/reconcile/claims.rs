@@ -19,18 +19,17 @@ impl Reconciler {
     /// Notes which frontends the Service claims.
     pub(super) fn claim(&mut self, name: &ServiceName, desired: &Desired) -> Claimed {
         let mut claimed = Claimed::default();
-        let old = self.services.get(name).map(|service| &service.desired);
         let mut gone: Vec<(FrontendKey, i64)> = vec![];
-        if let Some(old) = old {
+        if let Some(old) = self.services.get(name) {
             let stays = |key: &&FrontendKey| {
                 old.created == desired.created && desired.compiled.frontends.contains_key(key)
             };
-            let keys = old.compiled.frontends.keys();
+            let keys = old.frontends.iter().map(|(key, _)| key);
             gone.extend(keys.filter(|key| !stays(key)).map(|key| (*key, old.created)));
         }
         for (key, created) in gone {
             if let Some(claims) = self.claims.get_mut(&key) {
-                claims.remove(&(created, name.clone()));
+                claims.retain(|(when, who)| (*when, who) != (created, name));
                 claimed.heirs.extend(claims.iter().map(|(_, other)| other.clone()));
                 if claims.is_empty() {
                     self.claims.remove(&key);
@@ -39,7 +38,9 @@ impl Reconciler {
         }
         for key in desired.compiled.frontends.keys() {
             let claims = self.claims.entry(*key).or_default();
-            if claims.insert((desired.created, name.clone())) {
+            let claim = (desired.created, name.clone());
+            if let Err(place) = claims.binary_search(&claim) {
+                claims.insert(place, claim);
                 claimed.rivals.extend(claims.iter().map(|(_, other)| other.clone()));
             }
         }
@@ -48,7 +49,7 @@ impl Reconciler {
     }
 
     pub(super) fn owner(&self, key: &FrontendKey) -> Option<&ServiceName> {
-        self.claims.get(key).and_then(BTreeSet::first).map(|(_, name)| name)
+        self.claims.get(key).and_then(|claims| claims.first()).map(|(_, name)| name)
     }
 
     /// A number for a new Service: the one its frontends have in the maps already, if nobody else has it.

@@ -8,9 +8,7 @@ use std::time::Instant;
 use lb_common::abi::{self, service_flags};
 
 use super::{Batch, Choices, Content, Installed, Reconciler, Service, Steps, Window, maglev};
-use crate::entries::{
-    Algorithm, Compiled, Family, Frontend, FrontendKey, FrontendKind, Op, ServiceName, WhenEmpty,
-};
+use crate::entries::{Algorithm, Family, Frontend, FrontendKey, FrontendKind, Op, ServiceName, WhenEmpty};
 use crate::finding::Finding;
 
 /// When frontends that a Service lost are removed.
@@ -48,7 +46,7 @@ impl Reconciler {
     ) {
         let Some(mut service) = self.services.remove(name) else { return };
         let mut steps = Steps::default();
-        let wanted = self.wanted(name, &service.desired.compiled, &mut steps);
+        let wanted = self.wanted(name, &service.frontends, &mut steps);
         self.unfit.remove(name);
         let mut removed: Vec<FrontendKey> = vec![];
         if removals == Removals::Now {
@@ -81,11 +79,11 @@ impl Reconciler {
     fn wanted(
         &self,
         name: &ServiceName,
-        compiled: &Compiled,
+        frontends: &[(FrontendKey, Frontend)],
         steps: &mut Steps,
     ) -> BTreeMap<FrontendKey, Frontend> {
         let mut wanted = BTreeMap::new();
-        for (key, frontend) in &compiled.frontends {
+        for (key, frontend) in frontends {
             match self.owner(key) {
                 Some(owner) if owner != name => {
                     steps.findings.push(Finding::Taken { key: *key, owner: owner.clone() });
@@ -274,7 +272,7 @@ impl Reconciler {
         // References to windows that frontends gave up.
         let mut left = vec![];
         for key in removed {
-            service.keys.remove(key);
+            service.remove_key(key);
             left.extend(self.uninstall(*key, steps));
         }
         for (place, window) in plan.windows {
@@ -315,7 +313,7 @@ impl Reconciler {
     ) {
         let mut left = vec![];
         for key in removed {
-            service.keys.remove(key);
+            service.remove_key(key);
             left.extend(self.uninstall(*key, steps));
         }
         self.leave_windows(left, now, steps);
@@ -371,7 +369,7 @@ impl Reconciler {
     fn own(&mut self, key: FrontendKey, name: &ServiceName, service: &mut Service, steps: &mut Steps) {
         let Some(installed) = self.installed.get_mut(&key) else { return };
         installed.owner = Some(name.clone());
-        service.keys.insert(key);
+        service.add_key(key);
         if installed.entry.kind == FrontendKind::ClusterIP.number() {
             self.addresses.add_frontend(key.addr);
         }
@@ -388,7 +386,7 @@ impl Reconciler {
         let chosen: BTreeSet<(Family, u32)> =
             left.flat_map(|window| window.ids.iter().map(|id| (window.family, *id))).collect();
         let old = std::mem::take(&mut service.kept);
-        for (backend, keep) in &service.desired.compiled.kept {
+        for (backend, keep) in &service.to_keep {
             let family = Family::of(backend.addr.ip());
             let backends = self.backends_mut(family);
             let id = backends.id(backend);

@@ -30,7 +30,8 @@ use self::claims::{Claimed, ServiceIds};
 use self::install::Removals;
 use self::ranges::Ranges;
 use crate::entries::{
-    Algorithm, Backend, Compiled, Family, FrontendKey, FrontendKind, Keep, Limits, Op, ServiceName, Snapshot,
+    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Keep, Limits, Op, ServiceName,
+    Snapshot,
 };
 use crate::finding::Finding;
 
@@ -59,7 +60,8 @@ pub struct Reconciler {
     services: BTreeMap<ServiceName, Service>,
     /// Services that did not fit when last looked at.
     unfit: BTreeSet<ServiceName>,
-    claims: BTreeMap<FrontendKey, BTreeSet<(i64, ServiceName)>>,
+    /// Who claims a frontend, the first in line first.
+    claims: BTreeMap<FrontendKey, Vec<(i64, ServiceName)>>,
     installed: BTreeMap<FrontendKey, Installed>,
     /// How many of `installed` are of IPv6.
     installed_v6: u32,
@@ -74,11 +76,29 @@ pub struct Reconciler {
 #[derive(Debug)]
 struct Service {
     id: u32,
-    desired: Desired,
-    /// Frontends of ours in the maps.
-    keys: BTreeSet<FrontendKey>,
-    /// Backends whose flows we keep.
+    created: i64,
+    /// What it should have, in the order of the keys. Slices instead of maps: most Services have one or two.
+    frontends: Box<[(FrontendKey, Frontend)]>,
+    /// Backends whose flows it wants kept.
+    to_keep: Box<[(Backend, Keep)]>,
+    /// Frontends of its own in the maps, sorted.
+    keys: Vec<FrontendKey>,
+    /// Backends whose flows are kept.
     kept: BTreeMap<Backend, Keep>,
+}
+
+impl Service {
+    fn add_key(&mut self, key: FrontendKey) {
+        if let Err(place) = self.keys.binary_search(&key) {
+            self.keys.insert(place, key);
+        }
+    }
+
+    fn remove_key(&mut self, key: &FrontendKey) {
+        if let Ok(place) = self.keys.binary_search(key) {
+            self.keys.remove(place);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -192,13 +212,18 @@ impl Reconciler {
         let Claimed { heirs, rivals } = self.claim(name, &desired);
         let id = self.services.get(name).map(|service| service.id);
         let id = id.unwrap_or_else(|| self.identify(name, &desired.compiled));
+        let Desired { created, compiled } = desired;
         let service = self.services.entry(name.clone()).or_insert_with(|| Service {
             id,
-            desired: Desired::default(),
-            keys: BTreeSet::new(),
+            created,
+            frontends: Box::default(),
+            to_keep: Box::default(),
+            keys: Vec::new(),
             kept: BTreeMap::new(),
         });
-        service.desired = desired;
+        service.created = created;
+        service.frontends = compiled.frontends.into_iter().collect();
+        service.to_keep = compiled.kept.into_iter().collect();
         let mut batch = Batch::default();
         // Whoever gets a frontend overwrites it before the other would remove it.
         for heir in &heirs {
@@ -322,7 +347,7 @@ impl Reconciler {
             self.addresses.remove_frontend(key.addr);
         }
         if let Some(owner) = self.services.get_mut(&owner) {
-            owner.keys.remove(&key);
+            owner.remove_key(&key);
         }
     }
 

@@ -472,7 +472,7 @@ fn service_numbers_are_small_distinct_and_survive_a_restart() {
     world.set("a", desired(&[(VIP, &[])]));
     world.set("b", desired(&[("172.30.0.2:80", &[])]));
     let ids = |world: &World| {
-        world.reconciler.service_ids().map(|(id, n)| (n.name.clone(), id)).collect::<Vec<_>>()
+        world.reconciler.service_ids().map(|(id, n)| (n.name.to_string(), id)).collect::<Vec<_>>()
     };
     assert_eq!(ids(&world), [("a".into(), 1), ("b".into(), 2)]);
     world.restart();

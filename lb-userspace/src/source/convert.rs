@@ -2,6 +2,7 @@
 //! rest of it is used.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
@@ -10,7 +11,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
 use crate::model::{
-    Endpoint, EndpointSlice, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName, SlicePort,
+    Endpoint, EndpointSlice, Hints, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName,
+    SlicePort,
 };
 
 /// On Services and EndpointSlices: another proxy serves them.
@@ -127,7 +129,8 @@ pub fn slice(object: discovery::EndpointSlice) -> EndpointSlice {
         return slice;
     }
     let Some(service) = labels.get(SERVICE_NAME_LABEL).filter(|name| !name.is_empty()) else { return slice };
-    slice.service = Some(ServiceName { namespace: slice.name.namespace.clone(), name: service.clone() });
+    slice.service =
+        Some(ServiceName { namespace: slice.name.namespace.clone(), name: service.as_str().into() });
 
     let prefix = format!("EndpointSlice {} ", slice.name.name);
     let mut findings = Findings { prefix, found: vec![] };
@@ -143,6 +146,7 @@ pub fn slice(object: discovery::EndpointSlice) -> EndpointSlice {
     for (i, endpoint) in object.endpoints.unwrap_or_default().into_iter().enumerate() {
         slice.endpoints.extend(convert_endpoint(i, endpoint, family, &mut findings));
     }
+    slice.endpoints.shrink_to_fit();
     slice.findings = findings.found;
     slice
 }
@@ -162,14 +166,17 @@ fn convert_endpoint(
     }
     let conditions = endpoint.conditions.unwrap_or_default();
     let hints = endpoint.hints.unwrap_or_default();
+    let hints = Hints {
+        zones: hints.for_zones.unwrap_or_default().into_iter().map(|zone| zone.name.into()).collect(),
+        nodes: hints.for_nodes.unwrap_or_default().into_iter().map(|node| node.name.into()).collect(),
+    };
     Some(Endpoint {
         addr,
         ready: conditions.ready.unwrap_or(true),
         serving: conditions.serving.unwrap_or(true),
         terminating: conditions.terminating.unwrap_or(false),
         node: endpoint.node_name.map(String::into_boxed_str),
-        zone_hints: hints.for_zones.unwrap_or_default().into_iter().map(|zone| zone.name.into()).collect(),
-        node_hints: hints.for_nodes.unwrap_or_default().into_iter().map(|node| node.name.into()).collect(),
+        hints: (hints != Hints::default()).then(|| Box::new(hints)),
     })
 }
 
@@ -190,16 +197,20 @@ pub fn node(object: core::Node) -> Node {
 
 /// Name of a Service.
 pub fn service_name(metadata: &ObjectMeta) -> ServiceName {
-    ServiceName { namespace: namespace(metadata), name: metadata.name.clone().unwrap_or_default() }
+    ServiceName { namespace: namespace(metadata), name: own_name(metadata) }
 }
 
 /// Name of an EndpointSlice.
 pub fn slice_name(metadata: &ObjectMeta) -> SliceName {
-    SliceName { namespace: namespace(metadata), name: metadata.name.clone().unwrap_or_default() }
+    SliceName { namespace: namespace(metadata), name: own_name(metadata) }
 }
 
-fn namespace(metadata: &ObjectMeta) -> String {
-    metadata.namespace.clone().unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned())
+fn own_name(metadata: &ObjectMeta) -> Arc<str> {
+    metadata.name.as_deref().unwrap_or_default().into()
+}
+
+fn namespace(metadata: &ObjectMeta) -> Arc<str> {
+    metadata.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE).into()
 }
 
 fn protocol(name: Option<&str>) -> Option<Protocol> {
@@ -511,8 +522,10 @@ mod tests {
         assert_eq!(slice.ports, [port("http", 8080, Protocol::Tcp), port("", 53, Protocol::Udp)]);
         let expected = Endpoint {
             node: Some("node-a".into()),
-            zone_hints: vec!["z1".into(), "z2".into()],
-            node_hints: vec!["node-a".into()],
+            hints: Some(Box::new(Hints {
+                zones: vec!["z1".into(), "z2".into()],
+                nodes: vec!["node-a".into()],
+            })),
             ..Endpoint::ready("10.0.0.1".parse().unwrap())
         };
         assert_eq!(slice.endpoints, [expected]);

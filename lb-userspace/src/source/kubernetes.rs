@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::fmt::Debug;
 use std::path::PathBuf;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -151,7 +152,7 @@ impl Watched for Service {
     }
 
     fn changed(self) -> Change {
-        Change::Service(Box::new(self))
+        Change::Service(Arc::new(self))
     }
 
     fn gone(name: ServiceName) -> Change {
@@ -173,7 +174,7 @@ impl Watched for EndpointSlice {
     }
 
     fn changed(self) -> Change {
-        Change::Slice(Box::new(self))
+        Change::Slice(Arc::new(self))
     }
 
     fn gone(name: SliceName) -> Change {

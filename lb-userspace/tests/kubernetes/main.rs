@@ -85,7 +85,7 @@ fn show(event: &Event) -> String {
         Event::Listed(kind) => format!("listed {kind}"),
         Event::Changed(Change::Service(service)) => match service.ports.first() {
             Some(port) => format!("{}:{}", service.name.name, port.port),
-            None => service.name.name.clone(),
+            None => service.name.name.to_string(),
         },
         Event::Changed(Change::ServiceGone(name)) => format!("-{}", name.name),
         Event::Changed(Change::Slice(slice)) => format!("slice {}", slice.name.name),

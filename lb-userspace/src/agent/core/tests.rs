@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use super::*;
 use crate::datapath::fake::FakeMaps;
 use crate::entries::{Algorithm, FrontendKey, Limits, Protocol};
@@ -7,7 +9,7 @@ use crate::source::Kind;
 const LIMITS: Limits = Limits { services: 5000, backends: 5000, slots: 80_000, addresses: 5000 };
 
 fn name(n: usize) -> ServiceName {
-    ServiceName { namespace: "ns".into(), name: format!("svc{n}") }
+    ServiceName { namespace: "ns".into(), name: format!("svc{n}").into() }
 }
 
 fn vip(n: usize) -> IpAddr {
@@ -17,12 +19,12 @@ fn vip(n: usize) -> IpAddr {
 fn service(n: usize) -> Event {
     let port = ServicePort { name: String::new(), port: 80, protocol: Protocol::Tcp, node_port: None };
     let service = Service { cluster_ips: vec![vip(n)], ports: vec![port], ..Service::named(name(n)) };
-    Event::Changed(Change::Service(Box::new(service)))
+    Event::Changed(Change::Service(Arc::new(service)))
 }
 
 fn slice(n: usize, addrs: &[&str]) -> Event {
-    Event::Changed(Change::Slice(Box::new(EndpointSlice {
-        name: SliceName { namespace: "ns".into(), name: format!("svc{n}-1") },
+    Event::Changed(Change::Slice(Arc::new(EndpointSlice {
+        name: SliceName { namespace: "ns".into(), name: format!("svc{n}-1").into() },
         service: Some(name(n)),
         ports: vec![SlicePort { name: String::new(), port: 8080, protocol: Protocol::Tcp }],
         endpoints: addrs.iter().map(|addr| Endpoint::ready(addr.parse().unwrap())).collect(),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -44,8 +45,8 @@ impl std::fmt::Display for Key {
 /// An object.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Object {
-    Service(Box<Service>),
-    Slice(Box<EndpointSlice>),
+    Service(Arc<Service>),
+    Slice(Arc<EndpointSlice>),
     Node(Box<Node>),
 }
 
@@ -163,11 +164,11 @@ fn object(document: Value, parsed: &mut Parsed, problems: &mut Vec<String>) {
     };
     let converted = match (head.api_version.as_str(), head.kind.as_str()) {
         ("v1", "Service") => {
-            convert(document, convert::service).map(|service| Object::Service(Box::new(service)))
+            convert(document, convert::service).map(|service| Object::Service(Arc::new(service)))
         }
         ("v1", "Node") => convert(document, convert::node).map(|node| Object::Node(Box::new(node))),
         ("discovery.k8s.io/v1", "EndpointSlice") => {
-            convert(document, convert::slice).map(|slice| Object::Slice(Box::new(slice)))
+            convert(document, convert::slice).map(|slice| Object::Slice(Arc::new(slice)))
         }
         (_, kind) if kind.ends_with("List") => {
             items(document, &head, parsed, problems);

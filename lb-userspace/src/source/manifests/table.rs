@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
 
 use super::parse::{Key, Object, Parsed};
 use crate::model::Change;
@@ -9,9 +10,10 @@ use crate::model::Change;
 /// The objects of all files.
 #[derive(Debug, Default)]
 pub(super) struct Table {
-    files: BTreeMap<OsString, BTreeMap<Key, Object>>,
-    /// The files that define an object; the first counts.
-    holders: BTreeMap<Key, BTreeSet<OsString>>,
+    /// By file, in the order of their keys: there may be many files of few objects.
+    files: BTreeMap<OsString, Box<[(Key, Object)]>>,
+    /// The files that define an object, in the order of their names; the first counts.
+    holders: BTreeMap<Key, Vec<Arc<OsStr>>>,
 }
 
 impl Table {
@@ -37,7 +39,7 @@ impl Table {
 
     fn set(&mut self, name: &OsStr, parsed: Parsed, touched: &mut BTreeSet<Key>, new: &mut BTreeSet<Key>) {
         let Parsed { mut objects, broken } = parsed;
-        let old = self.files.remove(name).unwrap_or_default();
+        let old: BTreeMap<Key, Object> = self.files.remove(name).unwrap_or_default().into_iter().collect();
         if broken > 0 {
             // Any of these may be in what could not be read.
             for (key, object) in &old {
@@ -53,27 +55,31 @@ impl Table {
                 None => {
                     touched.insert(key.clone());
                     if let Some(holders) = self.holders.get_mut(key) {
-                        holders.remove(name);
+                        holders.retain(|holder| **holder != *name);
                     }
                 }
             }
         }
+        let shared: Arc<OsStr> = name.into();
         for key in objects.keys().filter(|key| !old.contains_key(key)) {
             touched.insert(key.clone());
             new.insert(key.clone());
-            self.holders.entry(key.clone()).or_default().insert(name.to_owned());
+            let holders = self.holders.entry(key.clone()).or_default();
+            let place = holders.partition_point(|holder| *holder < shared);
+            holders.insert(place, Arc::clone(&shared));
         }
         if !objects.is_empty() {
-            self.files.insert(name.to_owned(), objects);
+            self.files.insert(name.to_owned(), objects.into_iter().collect());
         }
     }
 
     /// What is to be said of an object now.
     fn change(&mut self, key: Key) -> Change {
-        let first = self.holders.get(&key).and_then(BTreeSet::first);
-        let object = first.and_then(|name| self.files.get(name)).and_then(|objects| objects.get(&key));
-        if let Some(object) = object {
-            return object.clone().changed();
+        let first = self.holders.get(&key).and_then(|holders| holders.first());
+        if let Some(objects) = first.and_then(|name| self.files.get(&**name))
+            && let Ok(place) = objects.binary_search_by(|(own, _)| own.cmp(&key))
+        {
+            return objects[place].1.clone().changed();
         }
         self.holders.remove(&key);
         key.gone()
