@@ -58,8 +58,7 @@ pub async fn run(config: Config) -> Result<()> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, "fairlead starts");
     // What can be refused without touching the node comes first.
     let source = Source::start(&config).await?;
-    let needs_node = matches!(config.source, SourceOptions::Kubernetes(_));
-    let health = Health::new(needs_node);
+    let health = Health::new(source.needs_node);
     if let Some(addr) = config.healthz {
         let addr = health::serve(addr, health.clone()).await;
         let addr = addr.with_context(|| {
@@ -76,7 +75,7 @@ pub async fn run(config: Config) -> Result<()> {
     let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
     let agent = Agent::new(facts, datapath.maps()?, health)?;
 
-    let outcome = follow(agent, source, edges.view(), &config.nodeport_addresses, stop).await;
+    let outcome = follow(agent, source, edges.view(), &config, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.
     drop(edges);
     outcome
@@ -109,7 +108,9 @@ fn attach(config: &Config, datapath: &Datapath) -> Result<Edges> {
 /// Where events come from; ends when it is dropped.
 struct Source {
     events: mpsc::Receiver<Event>,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
+    /// The API server should have an object for this node.
+    needs_node: bool,
 }
 
 impl Source {
@@ -127,7 +128,8 @@ impl Source {
                 kubernetes::follow(&client, &options.node_name, &sender)
             }
         };
-        Ok(Self { events, _tasks: tasks })
+        let needs_node = matches!(config.source, SourceOptions::Kubernetes(_));
+        Ok(Self { events, tasks, needs_node })
     }
 }
 
@@ -136,10 +138,11 @@ async fn follow(
     mut agent: Agent<KernelMaps>,
     mut source: Source,
     mut view: watch::Receiver<Option<Arc<View>>>,
-    nodeports: &NodePortAddresses,
+    config: &Config,
     stop: impl Future<Output = &'static str>,
 ) -> Result<()> {
     let mut stop = std::pin::pin!(stop);
+    let mut first = true;
     loop {
         let wake = agent.next_wake();
         let sleep = async {
@@ -161,9 +164,13 @@ async fn follow(
                 }
                 addresses = true;
             }
+            Some(ended) = source.tasks.join_next() => {
+                // They end only when we do.
+                bail!("following the API server has ended: {ended:?}");
+            }
             event = source.events.recv() => {
                 let Some(event) = event else {
-                    bail!("the source of Services has ended; see the log");
+                    bail!("following the manifests has ended; see the log");
                 };
                 let now = Instant::now();
                 addresses |= agent.take(event, now);
@@ -176,8 +183,28 @@ async fn follow(
             () = sleep => {}
         }
         if addresses && let Some(view) = view.borrow_and_update().as_deref() {
-            agent.set_addresses(nodeports::flags(&view.addresses, nodeports, agent.node()));
+            agent.set_addresses(nodeports::flags(&view.addresses, &config.nodeport_addresses, agent.node()));
         }
         agent.settle(Instant::now());
+        if first && agent.unlisted().is_empty() {
+            first = false;
+            if agent.node().is_none() {
+                warn_without_node(config, source.needs_node);
+            }
+        }
+    }
+}
+
+/// What does not work without the Node object of this node.
+fn warn_without_node(config: &Config, needs_node: bool) {
+    let node = &config.node_name;
+    if needs_node {
+        tracing::warn!(
+            node,
+            "the API server knows no such Node: no endpoint is local; is --node-name right?"
+        );
+    }
+    if config.nodeport_addresses == NodePortAddresses::Primary {
+        tracing::warn!(node, "no Node object names the primary addresses: NodePorts answer nowhere");
     }
 }

@@ -3,14 +3,20 @@
 
 mod double;
 
-use std::collections::BTreeSet;
-use std::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use double::{Double, Mood, NODES, SERVICES, SLICES};
+use fairlead::agent::Agent;
+use fairlead::compile::Facts;
+use fairlead::datapath::fake::FakeMaps;
+use fairlead::entries::{Algorithm, Family, Limits};
+use fairlead::health::Health;
 use fairlead::model::Change;
 use fairlead::source::kubernetes::{Options, client, follow_with};
 use fairlead::source::{CHANNEL, Event};
 use kube::runtime::utils::Backoff;
+use lb_common::abi::Window;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -268,4 +274,100 @@ async fn what_is_wrong_with_the_configuration_is_said() {
     assert!(text.starts_with("kubeconfig /nowhere/config: "), "{text}");
     let text = error(Options { master: Some("not a url".into()), ..Options::default() }).await;
     assert!(text.starts_with("--master \"not a url\" is not a URL"), "{text}");
+}
+
+/// The agent between the wire and maps that are no kernel's.
+struct Whole {
+    world: World,
+    agent: Agent<FakeMaps>,
+}
+
+impl Whole {
+    async fn start(double: Double, maps: FakeMaps) -> Self {
+        let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+        let mut agent = Agent::new(facts, maps, Health::new(true)).unwrap();
+        agent.set_addresses(BTreeMap::new());
+        Self { world: World::start(double).await, agent }
+    }
+
+    /// Lets the agent work until the frontends and their backends are these.
+    async fn until(&mut self, expected: &[(&str, &[&str])]) {
+        let expected: Vec<(String, Vec<String>)> = expected
+            .iter()
+            .map(|(key, addrs)| ((*key).into(), addrs.iter().map(ToString::to_string).collect()))
+            .collect();
+        let mut view = vec![];
+        while view != expected {
+            let event = tokio::time::timeout(PATIENCE, self.world.events.recv()).await;
+            let event = event.unwrap_or_else(|_| panic!("{view:?} instead of {expected:?}")).unwrap();
+            self.agent.take(event, Instant::now());
+            self.agent.settle(Instant::now());
+            let snapshot = self.agent.maps().snapshot();
+            let backends = |window: Window| -> Vec<String> {
+                let slots = if window.len > 0 { &snapshot.slots[&window.base][..] } else { &[] };
+                slots.iter().map(|id| snapshot.backends[&(Family::V4, *id)].addr.to_string()).collect()
+            };
+            let frontends = snapshot.frontends.iter();
+            view = frontends.map(|(key, entry)| (key.to_string(), backends(entry.internal))).collect();
+        }
+    }
+}
+
+fn complete(name: &str, n: u8) -> Value {
+    json!({
+        "metadata": { "name": name, "namespace": "ns" },
+        "spec": { "clusterIP": format!("172.30.0.{n}"), "ports": [{ "name": "http", "port": 80 }] },
+    })
+}
+
+fn endpoints(service: &str, addrs: &[&str]) -> Value {
+    let endpoints: Vec<Value> = addrs.iter().map(|addr| json!({ "addresses": [addr] })).collect();
+    json!({
+        "addressType": "IPv4",
+        "metadata": {
+            "name": format!("{service}-x"), "namespace": "ns",
+            "labels": { "kubernetes.io/service-name": service },
+        },
+        "ports": [{ "name": "http", "port": 8080 }],
+        "endpoints": endpoints,
+    })
+}
+
+#[tokio::test]
+async fn from_the_wire_to_the_maps_through_outages_and_restarts() {
+    let limits = Limits { services: 100, backends: 100, slots: 1600, addresses: 100 };
+    let double = Double::start().await;
+    for (name, n) in [("a", 1), ("b", 2), ("c", 3)] {
+        double.set(SERVICES, complete(name, n));
+        double.set(SLICES, endpoints(name, &[&format!("10.0.0.{n}")]));
+    }
+    double.set(NODES, node("node-a", "z1"));
+    let mut whole = Whole::start(double.clone(), FakeMaps::new(limits)).await;
+    let (a, b, c) = ("172.30.0.1:80/TCP", "172.30.0.2:80/TCP", "172.30.0.3:80/TCP");
+    whole.until(&[(a, &["10.0.0.1:8080"]), (b, &["10.0.0.2:8080"]), (c, &["10.0.0.3:8080"])]).await;
+    double.set(SLICES, endpoints("a", &["10.0.0.1", "10.0.0.9"]));
+    let more: &[&str] = &["10.0.0.1:8080", "10.0.0.9:8080"];
+    whole.until(&[(a, more), (b, &["10.0.0.2:8080"]), (c, &["10.0.0.3:8080"])]).await;
+
+    // The server is away; half of it is another when it comes back, and its history is gone.
+    whole.world.watching().await;
+    double.be(Mood::Forbidden);
+    double.disconnect();
+    double.delete(SERVICES, "b");
+    double.delete(SLICES, "b-x");
+    double.set(SLICES, endpoints("c", &[]));
+    double.set(SERVICES, complete("d", 4));
+    double.be(Mood::GoneInStream);
+    let d = "172.30.0.4:80/TCP";
+    whole.until(&[(a, more), (c, &[]), (d, &[])]).await;
+
+    // And so is another agent's start.
+    double.be(Mood::Well);
+    let maps = whole.agent.maps().clone();
+    drop(whole);
+    double.set(SLICES, endpoints("d", &["10.0.0.4"]));
+    let mut whole = Whole::start(double, maps).await;
+    whole.until(&[(a, more), (c, &[]), (d, &["10.0.0.4:8080"])]).await;
+    // One backend, one window, one frontend; and what the predecessor had no time to free.
+    assert!(whole.agent.stats().ops < 8, "{:?}", whole.agent.stats());
 }
