@@ -377,11 +377,11 @@ fn slices_have_their_own_port_numbers() {
 /// Rule 84.
 #[test]
 fn of_two_sightings_the_one_that_lives_counts() {
-    let alive = slice(vec![endpoint("10.0.0.1", HERE, "R")]);
+    let alive = slice(vec![endpoint("10.0.0.1", HERE, "R"), endpoint("10.0.0.2", HERE, "R")]);
     let dying = slice(vec![endpoint("10.0.0.1", HERE, "ST")]);
     for slices in [[&alive, &dying], [&dying, &alive]] {
         let (compiled, _) = compile(&cluster_ip(), &slices, &facts());
-        assert_eq!(show(&compiled.frontends[&key("172.30.0.41", 80, Protocol::Tcp)].internal), "1");
+        assert_eq!(show(&compiled.frontends[&key("172.30.0.41", 80, Protocol::Tcp)].internal), "1 2");
         assert_eq!(compiled.kept.len(), 0);
     }
 }

@@ -91,19 +91,26 @@ impl World {
 
 #[test]
 fn nothing_is_written_before_everything_is_listed_and_the_addresses_are_known() {
-    let mut world = World::new(FakeMaps::new(LIMITS));
-    world.take(service(0));
-    for kind in Kind::ALL {
+    for addresses_first in [false, true] {
+        let mut world = World::new(FakeMaps::new(LIMITS));
+        if addresses_first {
+            world.agent.set_addresses(BTreeMap::new());
+        }
+        world.take(service(0));
+        for kind in Kind::ALL {
+            world.settle();
+            assert!(!world.health.is_synced() && world.keys().is_empty());
+            world.take(Event::Listed(kind));
+        }
+        if !addresses_first {
+            world.settle();
+            assert!(!world.health.is_synced() && world.keys().is_empty());
+            world.agent.set_addresses(BTreeMap::new());
+        }
         world.settle();
-        assert!(!world.health.is_synced() && world.keys().is_empty());
-        world.take(Event::Listed(kind));
+        assert_eq!(world.keys(), [key(0)]);
+        assert!(world.health.is_synced());
     }
-    world.settle();
-    assert!(!world.health.is_synced() && world.keys().is_empty());
-    world.agent.set_addresses(BTreeMap::new());
-    world.settle();
-    assert_eq!(world.keys(), [key(0)]);
-    assert!(world.health.is_synced());
 }
 
 /// The work of a change does not depend on how many Services there are.
