@@ -13,7 +13,7 @@ mod parse;
 mod table;
 mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -136,8 +136,14 @@ impl Follower {
 
     /// Reads the files that are not what they were, or all of them `anyway`.
     fn look_at(&mut self, names: impl IntoIterator<Item = OsString>, anyway: bool) -> Result<(), Closed> {
-        let names = names.into_iter().filter(is_manifest);
-        let said = names.filter_map(|name| self.read(&name, anyway).map(|parsed| (name, parsed))).collect();
+        let names: BTreeSet<OsString> = names.into_iter().filter(is_manifest).collect();
+        let mut said: Vec<_> =
+            names.iter().filter_map(|name| Some((name.clone(), self.read(name, anyway)?))).collect();
+        if names.iter().any(|name| !self.files.contains_key(name)) {
+            // It may have another name already, of which we are told in a moment: its objects shall not go and come.
+            let others = self.names().unwrap_or_default().into_iter().filter(|name| !names.contains(name));
+            said.extend(others.filter_map(|name| self.read(&name, false).map(|parsed| (name, parsed))));
+        }
         for change in self.table.update(said) {
             self.send(Event::Changed(change))?;
         }

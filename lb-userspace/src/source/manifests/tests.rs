@@ -105,6 +105,28 @@ fn a_renamed_file_counts_at_once() {
     world.quiet();
 }
 
+/// The news of the old name may come before that of the new one.
+#[test]
+fn a_file_that_has_another_name_by_now_takes_nothing_along() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.yaml"), node("a", "1")).unwrap();
+    let (events, mut received) = mpsc::channel(CHANNEL);
+    let mut follower = Follower {
+        path: dir.path().to_owned(),
+        files: BTreeMap::new(),
+        table: Table::default(),
+        events,
+        unreadable: None,
+    };
+    follower.look_at_all().unwrap();
+    fs::rename(dir.path().join("a.yaml"), dir.path().join("b.yaml")).unwrap();
+    follower.look_at([OsString::from("a.yaml")], true).unwrap();
+    follower.look_at([OsString::from("b.yaml")], true).unwrap();
+    while let Ok(event) = received.try_recv() {
+        assert!(matches!(event, Event::Changed(Change::Node(_))), "{event:?}");
+    }
+}
+
 /// As the kubelet mounts a ConfigMap.
 #[test]
 fn a_swapped_symbolic_link_counts() {
