@@ -83,11 +83,12 @@ pub fn choose<F: Family, T: Tables<F>>(
     Ok(Choice { id, service: service.id, backend })
 }
 
-/// Whether the backend a flow was given is still there.
+/// Whether the backend a flow was given is still there and takes more: one that is about to go keeps its TCP
+/// connections, but UDP, which nobody opens, is better off elsewhere.
 #[inline(always)]
 pub fn is_alive<F: Family, T: Tables<F>>(tables: &T, id: u32, generation: u32) -> bool {
     match tables.backend(id) {
-        Some(backend) => backend.state != backend_state::UNUSED && backend.generation == generation,
+        Some(backend) => backend.state == backend_state::ACTIVE && backend.generation == generation,
         None => false,
     }
 }

@@ -429,7 +429,20 @@ fn udp_leaves_a_dead_backend_with_its_next_packet<F: TestFamily>() {
         if answered {
             node.send(Side::NicOut, udp(backend, client, b"2")).seen(Verdict::Pass, Reason::Translated);
         }
+        // It is about to go; its window has another one already.
+        node.tables.backends.get_mut(&3).expect("backend 3").state = backend_state::TERMINATING;
+        node.tables.slots.insert(3, 4);
+        let moved = node.send(Side::PodIn, udp(at(F::OTHER_POD, 1), at(F::VIP, ports::DNS), b"x"));
+        assert_eq!(moved.seen(Verdict::Pass, Reason::Translated).ends().1, at(F::FAR_POD, ports::TARGET_UDP));
+        let moved = node.send(Side::NicIn, udp(client, frontend, b"3"));
+        assert_eq!(
+            moved.seen(Verdict::Forward, Reason::Forwarded).ends().1,
+            at(F::FAR_POD, ports::TARGET_UDP)
+        );
         // The id was given to another backend.
+        node.tables.backends.get_mut(&4).expect("backend 4").state = backend_state::UNUSED;
+        node.tables.backends.get_mut(&3).expect("backend 3").state = backend_state::ACTIVE;
+        node.tables.slots.insert(3, 3);
         let other = at(F::OTHER_POD, ports::TARGET_UDP);
         let entry = node.tables.backends.get_mut(&3).expect("backend 3");
         entry.addr = F::wire(other.ip());
@@ -452,9 +465,11 @@ fn tcp_stays_with_a_backend_that_is_gone<F: TestFamily>() {
         (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
     node.send(Side::NicIn, tcp(client, frontend, SYN));
     node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
-    node.tables.backends.get_mut(&1).expect("backend 1").state = backend_state::UNUSED;
-    let ack = node.send(Side::NicIn, tcp(client, frontend, ACK));
-    assert_eq!(ack.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+    for state in [backend_state::TERMINATING, backend_state::UNUSED] {
+        node.tables.backends.get_mut(&1).expect("backend 1").state = state;
+        let ack = node.send(Side::NicIn, tcp(client, frontend, ACK));
+        assert_eq!(ack.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+    }
 }
 
 fn a_backend_may_open_connections_from_its_service_port<F: TestFamily>() {
