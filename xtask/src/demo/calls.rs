@@ -89,6 +89,7 @@ impl Expect<'_> {
                 let Introduction { server, saw, .. } = &answer.introduction;
                 format!("{server} on {} saw {}", scene.pod(server)?.node, saw.ip())
             }
+            Outcome::Unreachable(_) => "no route".to_owned(),
             other => other.to_string(),
         };
         Ok((text, as_expected))
