@@ -11,6 +11,7 @@ use lb_common::{Hook, Reason};
 use super::scene::Scene;
 use super::table::{Row, Table};
 use crate::lab::counters::Edge;
+use crate::lab::custody::making;
 use crate::lab::wire::Introduction;
 use crate::lab::{Call, Caller, Counters, Family, Node, Outcome, Pod, Protocol};
 
@@ -89,6 +90,7 @@ impl Expect<'_> {
                 let Introduction { server, saw, .. } = &answer.introduction;
                 format!("{server} on {} saw {}", scene.pod(server)?.node, saw.ip())
             }
+            Outcome::Unreachable(_) => "no route".to_owned(),
             other => other.to_string(),
         };
         Ok((text, as_expected))
@@ -176,6 +178,8 @@ impl Stage<'_> {
             let edges: Vec<_> = wanted.iter().map(|(node, edge)| format!("{node} {edge}")).collect();
             Some(format!("{expect}, translated at {}", edges.join(" and ")))
         };
+        // What a signal has broken is not shown: this waits for the end then.
+        let _making = making();
         let (who, calls) = (who.text.clone(), target.text.clone());
         self.table.row(&Row { who, calls, came_back, way: way.to_string(), surprise });
         Ok(())

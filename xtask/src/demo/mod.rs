@@ -26,6 +26,17 @@ use crate::{build_ebpf, host};
 /// Everything that the demo makes is called this, or this and more.
 const PREFIX: &str = "fairlead-demo";
 
+const INTRODUCTION: &str = "
+Made of network namespaces, with an agent on each node and Services from manifests:
+
+  outside        outside, behind a router
+     |                   |
+  ---+---------+---------+-------+---
+               |                 |
+            node-a            node-b
+            192.0.2.1         192.0.2.2
+            pods routed       pods on a bridge";
+
 /// Show two nodes, pods and clients on this machine, and which way each call goes.
 ///
 /// Sets up what is missing, builds, makes network namespaces, starts an agent on each node and prints who
@@ -67,12 +78,13 @@ pub fn command(args: &Args) -> Result<()> {
     })?;
     let xtask = env::current_exe().context("cannot tell which program this is")?;
     let scene = Scene::build(&xtask, &agent)?;
+    println!("{INTRODUCTION}");
     let mut table = Table::begin();
     Stage { scene: &scene, table: &mut table }.play()?;
     frontend::show(&scene)?;
     let verdict = table.end(begin.elapsed());
     if args.keep {
-        scene.keep()?;
+        scene.keep(&agent)?;
         std::mem::forget(bpffs);
     }
     verdict

@@ -81,7 +81,7 @@ impl Scene {
         Ok(scene)
     }
 
-    pub(super) fn keep(self) -> Result<()> {
+    pub(super) fn keep(self, agent: &Path) -> Result<()> {
         let lab = &self.cluster.lab;
         let (manifests, cgroup) =
             (self.cluster.manifests.dir().display(), lab.node_a.cgroup.path().display());
@@ -94,11 +94,15 @@ impl Scene {
              exec ip netns exec {PREFIX}-node-a curl http://localhost:30066'\n  \
              packets             ip netns exec {PREFIX}-node-a tcpdump -ni any\n  \
              maps                bpftool map dump pinned {}\n  \
+             the agent's view    {agent} services --bpffs {pins}\n                      \
+             {agent} flows --bpffs {pins}\n  \
              agents' logs        {dir}/node-a.log, {dir}/node-b.log\n  \
              Services            edit the files in {manifests}; the agents follow\n\
              To remove it:         cargo xtask demo --down",
             counters::find(&pins, "SERVICES4")?.display(),
             dir = lab.dir().display(),
+            agent = agent.display(),
+            pins = pins.display(),
         );
         self.cluster.keep()
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 /// Widths of the columns but the last.
-const WIDTHS: [usize; 3] = [24, 30, 50];
+const WIDTHS: [usize; 3] = [24, 34, 50];
 
 /// A table that is being printed.
 pub(super) struct Table {

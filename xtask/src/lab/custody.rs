@@ -90,6 +90,8 @@ impl Custody {
 
     /// Removes everything that carries the prefix, if the lab is not kept.
     fn release(&self) -> Result<()> {
+        // After a signal this waits for the process's end: somebody else takes everything down.
+        let _making = making();
         live().retain(|prefix| *prefix != self.prefix);
         if is_kept(&self.prefix) { Ok(()) } else { tear_down(&self.prefix) }
     }

@@ -31,6 +31,7 @@ pub mod server;
 mod veth;
 pub mod wire;
 
+use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -321,7 +322,10 @@ impl Lab {
     pub fn serve_by_itself(&self, sites: &[Site]) -> Result<()> {
         let mut command = Command::new(&self.xtask);
         command.arg("lab-sites").arg(serde_json::to_string(sites)?);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        // Not our standard error: whoever waits for its end would wait for the servers.
+        let log = self.dir().join("servers.log");
+        let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut servers = {
             let _making = making();
             let servers = self.outside.ns.spawn(&mut command)?;

@@ -39,6 +39,7 @@ pub(super) fn take_xdp_frames(ns: &Netns, devices: &[&str], scratch: &Path) -> R
         script + &format!("link set dev {device} xdpdrv pinned {}\n", pin.display())
     });
     let attached = ns.ip(&script);
+    fs::remove_file(&object).with_context(|| format!("cannot remove {}", object.display()))?;
     fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
     attached
 }

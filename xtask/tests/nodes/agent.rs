@@ -2,12 +2,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use xtask::lab::client::OpenCall;
-use xtask::lab::{Agent, Call, Caller, Family, Outcome, counters, eventually};
+use xtask::lab::{Agent, AgentOptions, Call, Caller, Family, Node, Outcome, counters, eventually};
 
 use crate::world::{PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service, until};
 
@@ -130,31 +129,61 @@ fn a_restart_breaks_no_call() -> Result<()> {
 
 #[test]
 fn cleanup_leaves_nothing() -> Result<()> {
-    let world = World::with_services(options(), two_services)?;
-    let mut loaded = Vec::new();
+    cleanup_leaves_a_plain_node(options())
+}
+
+#[test]
+fn cleanup_leaves_nothing_of_clsact() -> Result<()> {
+    cleanup_leaves_a_plain_node(AgentOptions { clsact: true, ..options() })
+}
+
+fn cleanup_leaves_a_plain_node(options: AgentOptions) -> Result<()> {
+    let clsact = options.clsact;
+    let world = World::with_services(options, two_services)?;
+    let mut before = Vec::new();
     for node in world.lab().nodes() {
-        loaded.push(Loaded::by(&*world.cluster.agent(node)?)?);
-    }
-    for one in &loaded {
-        ensure!(!one.maps.is_empty() && !one.programs.is_empty(), "nothing was loaded: {one:?}");
-        one.still_there()?;
+        let loaded = Loaded::by(&*world.cluster.agent(node)?)?;
+        // As long as a program is attached somewhere, it is there.
+        let all = 5 + lb_common::maps::programs::SOCKETS.len();
+        ensure!(loaded.programs.len() == all, "not every program is loaded: {loaded:?}");
+        ensure!(loaded.now()? == loaded, "it cannot be seen: {:?} of {loaded:?}", loaded.now()?);
+        let devices = if clsact { 3 } else { 0 };
+        ensure!(clsact_qdiscs(node)? == devices, "not on {devices} devices: {}", clsact_qdiscs(node)?);
+        ensure!(!reserved_ports(node)?.is_empty(), "no source ports are reserved");
+        before.push(loaded);
     }
     for agent in world.cluster.take_agents() {
         agent.stop()?;
     }
-    for node in world.lab().nodes() {
+    for (node, loaded) in world.lab().nodes().into_iter().zip(&before) {
         world.cluster.fairlead(node, &["cleanup"])?;
         let pins = world.lab().pins(node);
         ensure!(!pins.exists(), "{} is still there", pins.display());
-    }
-    for one in &loaded {
-        eventually(SOON, || one.ensure_gone())?;
+        eventually(SOON, || {
+            let now = loaded.now()?;
+            ensure!(now.maps.is_empty() && now.programs.is_empty(), "still there: {now:?}");
+            Ok(())
+        })?;
+        ensure!(clsact_qdiscs(node)? == 0, "{} qdiscs are left", clsact_qdiscs(node)?);
+        ensure!(reserved_ports(node)?.is_empty(), "still reserved: {}", reserved_ports(node)?);
     }
     // Without Fairlead the nodes are plain nodes again.
-    let call = Call::tcp(at_vip(1, Family::V4, PORT)).patience(Duration::from_millis(500));
-    assert!(!matches!(world.a2.ask(call)?, Outcome::Answer(_)));
+    let outcome = world.a2.ask(Call::tcp(at_vip(1, Family::V4, PORT)).patience(SILENCE))?;
+    assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome}");
     assert_eq!(world.a2.ask(Call::tcp(world.b1.at(Family::V4, TARGET_PORT)))?.server(), Some("b1"));
     Ok(())
+}
+
+/// The clsact qdiscs of a node, which hold filters.
+fn clsact_qdiscs(node: &Node) -> Result<usize> {
+    let output = node.ns.run(|| Command::new("tc").args(["qdisc", "show"]).output())??;
+    ensure!(output.status.success(), "tc: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).matches("clsact").count())
+}
+
+fn reserved_ports(node: &Node) -> Result<String> {
+    let read = || std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
+    Ok(node.ns.run(read)??.trim().to_owned())
 }
 
 /// What an agent has in the kernel.
@@ -184,17 +213,6 @@ impl Loaded {
     fn now(&self) -> Result<Self> {
         let ids = |kind| -> Result<BTreeSet<u64>> { list(kind)?.iter().map(id_of).collect() };
         Ok(Self { maps: &ids("map")? & &self.maps, programs: &ids("prog")? & &self.programs })
-    }
-
-    fn still_there(&self) -> Result<()> {
-        ensure!(self.now()? == *self, "{:?} of {self:?}", self.now()?);
-        Ok(())
-    }
-
-    fn ensure_gone(&self) -> Result<()> {
-        let now = self.now()?;
-        ensure!(now.maps.is_empty() && now.programs.is_empty(), "still there: {now:?}");
-        Ok(())
     }
 }
 

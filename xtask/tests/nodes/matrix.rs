@@ -8,29 +8,30 @@ use xtask::lab::{AgentOptions, Call, Caller, Family, Node, Pod, Protocol, Xdp};
 
 use crate::world::{Findings, PORT, World, at_vip, node_port, options, service};
 
-/// "20 MB through each path".
-const BULK: u64 = 20_000_000;
-/// Datagrams go one system call at a time.
-const BULK_UDP: u64 = 2_000_000;
+/// Bytes through each path over TCP.
+const MUCH: u64 = 20_000_000;
+/// The same where another test takes the same programs through the same paths; and over UDP, where datagrams
+/// go one system call at a time.
+const SOME: u64 = 2_000_000;
 
 #[test]
 fn xdp_and_tcx() -> Result<()> {
-    every_cell(AgentOptions { xdp: Xdp::Native, ..options() })
+    every_cell(AgentOptions { xdp: Xdp::Native, ..options() }, MUCH)
 }
 
 #[test]
 fn tcx_alone() -> Result<()> {
-    every_cell(AgentOptions { xdp: Xdp::Off, ..options() })
+    every_cell(AgentOptions { xdp: Xdp::Off, ..options() }, SOME)
 }
 
 #[test]
 fn clsact_alone() -> Result<()> {
-    every_cell(AgentOptions { xdp: Xdp::Off, clsact: true, ..options() })
+    every_cell(AgentOptions { xdp: Xdp::Off, clsact: true, ..options() }, MUCH)
 }
 
 #[test]
 fn xdp_and_clsact() -> Result<()> {
-    every_cell(AgentOptions { xdp: Xdp::Native, clsact: true, ..options() })
+    every_cell(AgentOptions { xdp: Xdp::Native, clsact: true, ..options() }, SOME)
 }
 
 /// Who calls; it decides which source address the backend must see.
@@ -49,7 +50,7 @@ enum Frontend<'a> {
     NodePort(&'a Node),
 }
 
-fn every_cell(options: AgentOptions) -> Result<()> {
+fn every_cell(options: AgentOptions, bytes: u64) -> Result<()> {
     let world =
         World::with_services(options, |world| vec![service(1, [&world.a1]), service(2, [&world.b1])])?;
     let mut findings = Findings::default();
@@ -66,7 +67,8 @@ fn every_cell(options: AgentOptions) -> Result<()> {
         for (number, backend, backend_node) in [(1, &world.a1, node_a), (2, &world.b1, node_b)] {
             for protocol in Protocol::ALL {
                 let mut cell = |client: Client<'_>, frontend: Frontend<'_>| {
-                    let cell = Cell { client, frontend, number, backend, backend_node, protocol, family };
+                    let cell =
+                        Cell { client, frontend, number, backend, backend_node, protocol, family, bytes };
                     cell.check(&mut findings);
                 };
                 for client in clients {
@@ -96,6 +98,8 @@ struct Cell<'a> {
     backend_node: &'a Node,
     protocol: Protocol,
     family: Family,
+    /// To transfer over TCP.
+    bytes: u64,
 }
 
 impl Cell<'_> {
@@ -113,8 +117,8 @@ impl Cell<'_> {
             format!("{}: seen as {saw}, not {sources:?}", self.describe())
         });
         let len = match self.protocol {
-            Protocol::Tcp => BULK,
-            Protocol::Udp => BULK_UDP,
+            Protocol::Tcp => self.bytes,
+            Protocol::Udp => SOME,
         };
         let transfer = findings.take(self.caller().transfer(call, len), || self.describe());
         findings.check(transfer.is_none_or(|transfer| transfer.server == self.backend.name()), || {
