@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use serde_json::json;
 use xtask::lab::counters::Edge;
-use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Protocol, Xdp};
+use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Protocol, Xdp, eventually};
 
 use crate::world::{
     AT_ONCE, Findings, PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service, until,
@@ -42,6 +42,9 @@ fn node_processes_reach_node_ports_on_loopback_and_by_mapped_addresses() -> Resu
                     Call::new(protocol, at_vip(number, family, PORT)).unconnected(),
                 ];
                 for call in calls {
+                    if findings.enough() {
+                        break;
+                    }
                     let what = format!("{} -> {call:?}", node.name);
                     let Some(outcome) = findings.take(node.ask(call), || what.clone()) else { continue };
                     findings.check(outcome.server() == Some(server), || format!("{what}: {outcome}"));
@@ -65,6 +68,9 @@ fn a_pod_reaches_itself_through_its_service() -> Result<()> {
     for (family, protocol) in families_and_protocols() {
         for (pod, node, number) in [(&world.a1, world.node_a(), 1), (&world.b1, world.node_b(), 2)] {
             for target in [at_vip(number, family, PORT), node.at(family, node_port(number))] {
+                if findings.enough() {
+                    break;
+                }
                 let call = Call::new(protocol, target);
                 let outcome = pod.ask(call.clone())?;
                 let what = || format!("{} -> itself by {call:?}: {outcome}", pod.name());
@@ -92,6 +98,9 @@ fn clients(world: &World) -> [(&Caller, &str); 5] {
 }
 
 fn refused_at_once(findings: &mut Findings, client: (&Caller, &str), call: Call) {
+    if findings.enough() {
+        return;
+    }
     let (caller, who) = client;
     let what = format!("{who} -> {call:?}");
     let begin = Instant::now();
@@ -228,7 +237,7 @@ fn changes_of_endpoints_are_followed() -> Result<()> {
     manifests.apply(&service(1, [&world.b1]))?;
     for family in Family::ALL {
         for (caller, target) in calls(family) {
-            xtask::lab::eventually(SOON, || {
+            eventually(SOON, || {
                 let tally = caller.ask_many(Call::tcp(target), 20)?;
                 ensure!(tally.answers.get("b1") == Some(&20), "{} -> {target}: {tally:?}", caller.name());
                 Ok(())
@@ -284,7 +293,7 @@ fn a_udp_client_that_keeps_its_port_moves_to_a_living_backend() -> Result<()> {
     }
     world.cluster.manifests.apply(&service(1, [&world.a1]))?;
     for (caller, call) in &open {
-        xtask::lab::eventually(SOON, || {
+        eventually(SOON, || {
             let outcome = call.again()?;
             ensure!(outcome.server() == Some("a1"), "{}: {outcome}", caller.name());
             Ok(())
@@ -425,6 +434,44 @@ fn endpoints_that_are_not_ready_get_nothing() -> Result<()> {
     })?;
     let tally = world.a2.ask_many(Call::tcp(at_vip(1, Family::V4, PORT)), 50)?;
     assert_eq!(tally.answers, BTreeMap::from([("b1".to_owned(), 50)]), "{tally:?}");
+    Ok(())
+}
+
+#[test]
+fn connections_to_a_terminating_backend_go_on() -> Result<()> {
+    let world = World::with_services(options(), |world| vec![service(1, [&world.b1])])?;
+    let clients: [(&Caller, SocketAddr); 4] = [
+        (&world.lab().outside, world.node_a().at(Family::V4, node_port(1))),
+        (&world.lab().far, world.node_b().at(Family::V6, node_port(1))),
+        (&world.a2, at_vip(1, Family::V6, PORT)),
+        (world.node_a(), at_vip(1, Family::V4, PORT)),
+    ];
+    let mut open = Vec::new();
+    for (caller, target) in clients {
+        let (call, first) = caller.open(Call::tcp(target))?;
+        assert_eq!(first.server(), Some("b1"), "{}: {first}", caller.name());
+        open.push((caller, call, first));
+    }
+    let mut draining = service(1, [&world.b1, &world.a1]);
+    draining.endpoints[0].ready = false;
+    draining.endpoints[0].terminating = true;
+    world.cluster.manifests.apply(&draining)?;
+    for (caller, target) in clients {
+        eventually(SOON, || {
+            let tally = caller.ask_many(Call::tcp(target), 10)?;
+            ensure!(tally.answers.get("a1") == Some(&10), "{} -> {target}: {tally:?}", caller.name());
+            Ok(())
+        })?;
+    }
+    for (caller, call, first) in &open {
+        assert_eq!(call.again()?, *first, "{}", caller.name());
+    }
+    // With nobody else left, those that still serve are better than nobody.
+    draining.endpoints.truncate(1);
+    world.cluster.manifests.apply(&draining)?;
+    for (caller, target) in clients {
+        until(caller, &Call::tcp(target), |outcome| outcome.server() == Some("b1"))?;
+    }
     Ok(())
 }
 

@@ -141,11 +141,16 @@ pub(crate) fn until(caller: &Caller, call: &Call, expected: impl Fn(&Outcome) ->
     })
 }
 
-/// Collects what is wrong, so that one run shows everything.
+/// Collects what is wrong, so that one run shows more than the first.
 #[derive(Default)]
 pub(crate) struct Findings(Vec<String>);
 
 impl Findings {
+    /// So much is wrong that it need not be looked at any further: every call may wait for its answer in vain.
+    pub(crate) fn enough(&self) -> bool {
+        self.0.len() >= 8
+    }
+
     pub(crate) fn check(&mut self, fine: bool, what: impl FnOnce() -> String) {
         if !fine {
             self.0.push(what());
