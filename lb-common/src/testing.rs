@@ -165,6 +165,8 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
             pad: 0,
             internal,
             external,
+            affinity: 0,
+            port: 0,
         };
         tables.services.insert(ServiceKey { addr: addr(F::VIP), port, proto, pad: 0 }, entry);
         let any = ServiceKey { addr: F::Addr::default(), port: node_port, proto, pad: 0 };
