@@ -659,6 +659,7 @@ fn affinity_is_shared_by_the_frontends_of_a_port<F: TestFamily>() {
 /// Contract, rule 14.
 fn unallocated_addresses_of_a_service_cidr_are_dropped<F: TestFamily>() {
     let mut node = Node::<F>::new();
+    node.tables.networks.clear();
     let vip = F::wire(at(F::VIP, 0).ip());
     // A network of which only the last bit is free, and which the Service's neighbour is in.
     let neighbour = if F::HEADER_LEN == 20 { "10.96.0.11" } else { "fd00:10:96::b" };
