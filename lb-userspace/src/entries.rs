@@ -1,11 +1,12 @@
 //! The plain types between the two halves of the agent: what `compile` makes of a Service, and what
 //! `reconcile` asks of the datapath. No Kubernetes type and no BPF map appears on either side of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use lb_common::abi;
 
 /// IP protocol of a frontend.
@@ -181,6 +182,8 @@ pub enum Algorithm {
 pub struct Frontend {
     pub kind: FrontendKind,
     pub algorithm: Algorithm,
+    /// Only the sources of its Service may ask ([`Compiled::sources`]).
+    pub restricted: bool,
     /// For pods and processes of the node.
     pub internal: Target,
     /// For everybody else.
@@ -204,6 +207,8 @@ impl fmt::Display for ServiceName {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Compiled {
     pub frontends: BTreeMap<FrontendKey, Frontend>,
+    /// Who may ask for its restricted frontends, by family.
+    pub sources: BTreeMap<Family, BTreeSet<IpNet>>,
     /// Endpoints that no frontend chooses now: not ready, terminating, elsewhere. Flows they have from
     /// earlier outlive the choice.
     pub kept: BTreeMap<Backend, Keep>,
@@ -220,6 +225,10 @@ pub enum Op {
     SetFrontend { key: FrontendKey, entry: abi::Service },
     /// Removes `SERVICES4/6[key]`; fine if it is not there.
     RemoveFrontend { key: FrontendKey },
+    /// Adds a network to `SOURCES4/6`: it may ask for the restricted frontends of the Service.
+    SetSource { service: u32, net: IpNet },
+    /// Removes a network from `SOURCES4/6`; fine if it is not there.
+    RemoveSource { service: u32, net: IpNet },
     /// `ADDRESSES4/6[addr].flags = flags` ([`abi::address_flags`]).
     SetAddress { addr: IpAddr, flags: u32 },
     /// Removes `ADDRESSES4/6[addr]`; fine if it is not there.
@@ -248,6 +257,8 @@ pub struct Snapshot {
     /// Every window that a frontend refers to, by its base.
     pub slots: BTreeMap<u32, Vec<u32>>,
     pub addresses: BTreeMap<IpAddr, u32>,
+    /// By the number of the Service.
+    pub sources: BTreeMap<u32, BTreeSet<IpNet>>,
 }
 
 /// How many entries the maps take.
@@ -260,4 +271,6 @@ pub struct Limits {
     /// Slots for both families together; index 0 is not used.
     pub slots: u32,
     pub addresses: u32,
+    /// Networks that may ask for restricted frontends, per family.
+    pub sources: u32,
 }

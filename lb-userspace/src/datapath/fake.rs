@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use ipnet::IpNet;
 use lb_common::abi::{self, backend_state};
 
 use super::{ApplyError, MapError, Maps};
@@ -146,6 +147,23 @@ impl FakeMaps {
             }
             Op::RemoveAddress { addr } => {
                 self.state.addresses.remove(addr);
+            }
+            Op::SetSource { service, net } => {
+                let of_family = |other: &&IpNet| other.addr().is_ipv4() == net.addr().is_ipv4();
+                let held = self.state.sources.values().flatten().filter(of_family).count();
+                let known = self.state.sources.get(service).is_some_and(|nets| nets.contains(net));
+                if held >= self.limits.sources as usize && !known {
+                    return Err(MapError::Full { map: "SOURCES".into(), capacity: self.limits.sources });
+                }
+                self.state.sources.entry(*service).or_default().insert(*net);
+            }
+            Op::RemoveSource { service, net } => {
+                if let Some(nets) = self.state.sources.get_mut(service) {
+                    nets.remove(net);
+                    if nets.is_empty() {
+                        self.state.sources.remove(service);
+                    }
+                }
             }
         }
         Ok(())

@@ -1,8 +1,11 @@
 //! The objects of Kubernetes reduced to what this node needs of them, with every default filled in.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
+
+use ipnet::IpNet;
 
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
@@ -23,6 +26,8 @@ pub struct Service {
     pub external_ips: Vec<IpAddr>,
     /// `status.loadBalancer.ingress` with `ipMode: VIP` (the default).
     pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`: who may ask for the load-balancer IPs of a family; not there: everybody.
+    pub source_ranges: BTreeMap<Family, BTreeSet<IpNet>>,
     pub ports: Vec<ServicePort>,
     pub internal_policy: Policy,
     pub external_policy: Policy,
@@ -47,6 +52,7 @@ impl Service {
             cluster_ips: vec![],
             external_ips: vec![],
             load_balancer_ips: vec![],
+            source_ranges: BTreeMap::new(),
             ports: vec![],
             internal_policy: Policy::Cluster,
             external_policy: Policy::Cluster,

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Instant;
 
+use ipnet::IpNet;
 use lb_common::abi::{self, service_flags};
 
-use super::{Batch, Choices, Content, Installed, Reconciler, Service, Steps, Window, maglev};
+use super::{Batch, Choices, Content, Installed, Reconciler, Retired, Service, Steps, Window, maglev};
 use crate::entries::{Algorithm, Family, Frontend, FrontendKey, FrontendKind, Op, ServiceName, WhenEmpty};
 use crate::finding::Finding;
 
@@ -27,6 +28,8 @@ struct NoRoom(Finding);
 struct Plan {
     windows: Vec<(Place, abi::Window)>,
     entries: BTreeMap<FrontendKey, abi::Service>,
+    /// Who may ask for the restricted ones.
+    sources: BTreeSet<IpNet>,
 }
 
 struct Place {
@@ -106,6 +109,7 @@ impl Reconciler {
     ) -> Result<Plan, NoRoom> {
         self.room_for_frontends(wanted, removed)?;
         let mut plan = Plan::default();
+        let node_allowed = self.admit(service, wanted, &mut plan)?;
         for (key, frontend) in wanted {
             let algorithm = algorithm.unwrap_or(frontend.algorithm);
             let mut entry = abi::Service {
@@ -114,6 +118,12 @@ impl Reconciler {
                 kind: frontend.kind.number(),
                 ..abi::Service::default()
             };
+            if frontend.restricted {
+                entry.flags |= service_flags::SOURCE_RANGES;
+                if node_allowed.contains(&Family::of(key.addr)) {
+                    entry.flags |= service_flags::NODE_ALLOWED;
+                }
+            }
             for (target, window, drop) in [
                 (&frontend.internal, &mut entry.internal, service_flags::INTERNAL_DROP),
                 (&frontend.external, &mut entry.external, service_flags::EXTERNAL_DROP),
@@ -140,6 +150,34 @@ impl Reconciler {
             return Err(no_room);
         }
         Ok(plan)
+    }
+
+    /// Who may ask for the restricted frontends, and of which families the node itself may. Packets of its own that
+    /// come back to a load-balancer IP have that as source: where the node may ask, they may.
+    fn admit(
+        &self,
+        service: &Service,
+        wanted: &BTreeMap<FrontendKey, Frontend>,
+        plan: &mut Plan,
+    ) -> Result<BTreeSet<Family>, NoRoom> {
+        let mut node_allowed = BTreeSet::new();
+        for (family, ranges) in &service.sources {
+            let restricted = wanted.iter().filter(|(_, frontend)| frontend.restricted);
+            let mut addrs = restricted.map(|(key, _)| key.addr).filter(|addr| Family::of(*addr) == *family);
+            let Some(first) = addrs.next() else { continue };
+            plan.sources.extend(ranges);
+            if self.addresses.is_node_within(ranges) {
+                node_allowed.insert(*family);
+                plan.sources.extend([first].into_iter().chain(addrs).map(IpNet::from));
+            }
+        }
+        match self.sources.lacks(service.id, &plan.sources) {
+            None => Ok(node_allowed),
+            Some((need, free)) => {
+                let limit = self.sources.limit().into();
+                Err(NoRoom(Finding::NoRoomFor { what: "source ranges", need, free, limit }))
+            }
+        }
     }
 
     fn abandon(&mut self, plan: &Plan) {
@@ -274,6 +312,12 @@ impl Reconciler {
         for key in removed {
             service.remove_key(key);
             left.extend(self.uninstall(*key, steps));
+        }
+        let sources = self.sources.set(service.id, plan.sources);
+        steps.sources.extend(sources.before);
+        if !sources.after.is_empty() {
+            steps.retire.extend(sources.after);
+            self.retire(Retired::Room, now);
         }
         for (place, window) in plan.windows {
             self.fill_window(place, window, now, steps);

@@ -10,7 +10,8 @@ use crate::datapath::fake::FakeMaps;
 use crate::entries::{BackendEntry, Frontend, Protocol, Target, WhenEmpty};
 
 const GRACE: Duration = Duration::from_secs(10);
-const ROOMY: Limits = Limits { services: 1000, backends: 1000, slots: 16_000, addresses: 1000 };
+const ROOMY: Limits =
+    Limits { services: 1000, backends: 1000, slots: 16_000, addresses: 1000, sources: 1000 };
 
 fn name(name: &str) -> ServiceName {
     ServiceName { namespace: "ns".into(), name: name.into() }
@@ -36,9 +37,9 @@ fn desired(frontends: &[(&str, &[&str])]) -> Desired {
         let kind = if key.addr.is_unspecified() { FrontendKind::NodePort } else { FrontendKind::ClusterIP };
         let target = target(backends);
         let algorithm = Algorithm::Random;
-        (key, Frontend { kind, algorithm, internal: target.clone(), external: target })
+        (key, Frontend { kind, algorithm, restricted: false, internal: target.clone(), external: target })
     });
-    Desired { created: 0, compiled: Compiled { frontends: frontends.collect(), kept: BTreeMap::new() } }
+    Desired { created: 0, compiled: Compiled { frontends: frontends.collect(), ..Compiled::default() } }
 }
 
 /// A reconciler, its maps, and a clock.
@@ -147,6 +148,8 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
             Op::WriteSlots { .. } => "slots",
             Op::SetFrontend { .. } => "frontend",
             Op::RemoveFrontend { .. } => "-frontend",
+            Op::SetSource { .. } => "source",
+            Op::RemoveSource { .. } => "-source",
             Op::SetAddress { .. } => "address",
             Op::RemoveAddress { .. } => "-address",
         })
@@ -328,7 +331,7 @@ fn addresses_of_services_and_of_the_node_merge() {
 
 #[test]
 fn who_does_not_fit_is_named_and_the_others_work() {
-    let limits = Limits { services: 2, backends: 4, slots: 8, addresses: 2 };
+    let limits = Limits { services: 2, backends: 4, slots: 8, addresses: 2, ..ROOMY };
     let mut world = World::new(limits);
     world.set("a", desired(&[(VIP, &[ONE])]));
     let batch = world.set("wide", desired(&[("172.30.0.2:80", &[]), ("172.30.0.2:81", &[])]));
@@ -358,7 +361,7 @@ fn who_does_not_fit_is_named_and_the_others_work() {
 
 #[test]
 fn a_change_that_does_not_fit_leaves_what_there_was() {
-    let mut world = World::new(Limits { services: 10, backends: 3, slots: 100, addresses: 10 });
+    let mut world = World::new(Limits { services: 10, backends: 3, slots: 100, addresses: 10, ..ROOMY });
     world.set("a", desired(&[(VIP, &[ONE])]));
     let before = world.view();
     let batch = world.set("a", desired(&[(VIP, &[TWO, THREE])]));
@@ -485,6 +488,68 @@ fn service_numbers_are_small_distinct_and_survive_a_restart() {
     assert_eq!(ids(&world), [("b".into(), 2), ("c".into(), 3), ("d".into(), 1)]);
 }
 
+/// Rules 16 to 22.
+#[test]
+fn sources_are_there_before_a_frontend_relies_on_them() {
+    let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<BTreeSet<IpNet>>();
+    let restricted = |texts: &[&str]| {
+        let mut desired = desired(&[(VIP, &[]), ("172.30.0.1:81", &[])]);
+        desired.compiled.frontends.get_mut(&key(VIP)).unwrap().restricted = true;
+        desired.compiled.sources.insert(Family::V4, nets(texts));
+        desired
+    };
+    let flags = |world: &World, addr: &str| world.maps.snapshot().frontends[&key(addr)].flags;
+    let mut world = World::new(ROOMY);
+    world.set("svc", desired(&[(VIP, &[]), ("172.30.0.1:81", &[])]));
+    let batch = world.set("svc", restricted(&["203.0.113.0/24"]));
+    assert_eq!(kinds(&batch.ops), ["source", "frontend"]);
+    assert_eq!((flags(&world, VIP), flags(&world, "172.30.0.1:81")), (service_flags::SOURCE_RANGES, 0));
+    // Changed ranges do not touch the frontend, and nobody who stays is shut out meanwhile.
+    let wider = restricted(&["203.0.113.0/24", "198.51.100.0/24"]);
+    assert_eq!(kinds(&world.set("svc", wider.clone()).ops), ["source"]);
+    assert_eq!(kinds(&world.set("svc", restricted(&["198.51.100.0/24"])).ops), ["-source"]);
+    world.set("svc", wider.clone());
+    // The node is told apart, as soon as it has an address in the ranges.
+    let node = BTreeMap::from([("198.51.100.7".parse().unwrap(), address_flags::NODE)]);
+    let (ops, _) = world.reconciler.set_node_addresses(&node);
+    world.maps.apply(&ops).unwrap();
+    let batch = world.reconciler.review_sources(world.now);
+    world.apply(&batch);
+    assert_eq!(kinds(&batch.ops), ["source", "frontend"]);
+    assert_eq!(flags(&world, VIP), service_flags::SOURCE_RANGES | service_flags::NODE_ALLOWED);
+    let id = world.maps.snapshot().frontends[&key(VIP)].id;
+    let held = nets(&["203.0.113.0/24", "198.51.100.0/24", "172.30.0.1/32"]);
+    assert_eq!(world.maps.snapshot().sources, BTreeMap::from([(id, held)]));
+    // A restart finds all of it right; what is stale goes.
+    world.maps.apply(&[Op::SetSource { service: 99, net: "10.0.0.0/8".parse().unwrap() }]).unwrap();
+    world.restart();
+    assert_eq!(world.reconciler.set_node_addresses(&node).0, []);
+    assert_eq!(world.set("svc", wider).ops, []);
+    assert_eq!(kinds(&world.finish()), ["-source"]);
+    let batch = world.set("svc", desired(&[(VIP, &[]), ("172.30.0.1:81", &[])]));
+    assert_eq!(kinds(&batch.ops), ["frontend", "-source", "-source", "-source"]);
+    assert_eq!(world.maps.snapshot().sources, BTreeMap::new());
+}
+
+#[test]
+fn sources_that_do_not_fit_leave_the_service_as_it_was() {
+    let mut world = World::new(Limits { sources: 1, ..ROOMY });
+    let restricted = |addr: &str, nets: &[&str]| {
+        let mut desired = desired(&[(addr, &[])]);
+        desired.compiled.frontends.get_mut(&key(addr)).unwrap().restricted = true;
+        let nets = nets.iter().map(|net| net.parse().unwrap()).collect();
+        desired.compiled.sources.insert(Family::V4, nets);
+        desired
+    };
+    world.set("a", restricted(VIP, &["10.0.0.0/8"]));
+    let batch = world.set("b", restricted("172.30.0.2:80", &["10.0.0.0/8"]));
+    let finding = Finding::NoRoomFor { what: "source ranges", need: 1, free: 0, limit: 1 };
+    assert_eq!((batch.ops, batch.findings[&name("b")].clone()), (vec![], vec![finding]));
+    world.set("a", restricted(VIP, &[]));
+    let batch = world.pass(GRACE);
+    assert_eq!(kinds(&batch.ops), ["source", "frontend", "address"]);
+}
+
 /// One step of a history.
 #[derive(Clone, Debug)]
 enum Step {
@@ -521,11 +586,11 @@ fn any_target(v6: bool) -> impl Strategy<Value = Target> {
 }
 
 fn any_frontend(v6: bool) -> impl Strategy<Value = Frontend> {
-    (any_target(v6), any_target(v6), any::<bool>(), any::<bool>()).prop_map(
-        |(internal, external, same, maglev)| {
+    (any_target(v6), any_target(v6), any::<[bool; 3]>()).prop_map(
+        |(internal, external, [same, maglev, restricted])| {
             let external = if same { internal.clone() } else { external };
             let algorithm = if maglev { Algorithm::Maglev } else { Algorithm::Random };
-            Frontend { kind: FrontendKind::ClusterIP, algorithm, internal, external }
+            Frontend { kind: FrontendKind::ClusterIP, algorithm, restricted, internal, external }
         },
     )
 }
@@ -535,7 +600,11 @@ fn any_desired() -> impl Strategy<Value = Desired> {
     let v4 = prop::collection::btree_map(0usize..6, any_frontend(false), 0..3);
     let v6 = prop::collection::btree_map(0usize..3, any_frontend(true), 0..2);
     let kept = prop::collection::btree_map(0usize..8, any::<bool>(), 0..4);
-    (0i64..3, v4, v6, kept).prop_map(|(created, v4, v6, kept)| {
+    let sources = prop_oneof![
+        Just(vec![]),
+        subsequence(vec!["10.0.0.0/8", "10.0.0.0/16", "192.168.0.0/24", "fd01::/64", "fd02::/64"], 0..=5),
+    ];
+    (0i64..3, v4, v6, kept, sources).prop_map(|(created, v4, v6, kept, nets)| {
         let mut frontends = BTreeMap::new();
         for (i, mut frontend) in v4 {
             let addr = [
@@ -567,7 +636,19 @@ fn any_desired() -> impl Strategy<Value = Desired> {
                 .values()
                 .any(|f: &Frontend| f.internal.backends.contains(b) || f.external.backends.contains(b))
         });
-        Desired { created, compiled: Compiled { frontends, kept } }
+        let mut sources: BTreeMap<Family, BTreeSet<IpNet>> = BTreeMap::new();
+        for (key, frontend) in &frontends {
+            if frontend.restricted {
+                sources.entry(Family::of(key.addr)).or_default();
+            }
+        }
+        for net in nets {
+            let net: IpNet = net.parse().unwrap();
+            if let Some(of_family) = sources.get_mut(&Family::of(net.addr())) {
+                of_family.insert(net);
+            }
+        }
+        Desired { created, compiled: Compiled { frontends, sources, kept } }
     })
 }
 
@@ -598,6 +679,53 @@ fn expected(services: &BTreeMap<usize, Desired>) -> BTreeMap<FrontendKey, Fronte
         }
     }
     frontends
+}
+
+/// The naive model: who may ask for a restricted frontend, and whether the node may.
+fn admitted(
+    services: &BTreeMap<usize, Desired>,
+    node: &[bool],
+    key: &FrontendKey,
+) -> Option<(BTreeSet<IpNet>, bool)> {
+    let claims = services.iter().filter(|(_, d)| d.compiled.frontends.contains_key(key));
+    let (owner, desired) = claims.min_by_key(|(i, d)| (d.created, **i))?;
+    if !desired.compiled.frontends[key].restricted {
+        return None;
+    }
+    let nets = &desired.compiled.sources[&Family::of(key.addr)];
+    let node_allowed = node_addresses(node).keys().any(|addr| nets.iter().any(|net| net.contains(addr)));
+    let mut nets = nets.clone();
+    if node_allowed {
+        for (other, _) in expected(services).iter().filter(|(_, frontend)| frontend.restricted) {
+            let claims = services.iter().filter(|(_, d)| d.compiled.frontends.contains_key(other));
+            let who = claims.min_by_key(|(i, d)| (d.created, **i)).map(|(i, _)| i);
+            if who == Some(owner) && Family::of(other.addr) == Family::of(key.addr) {
+                nets.insert(other.addr.into());
+            }
+        }
+    }
+    Some((nets, node_allowed))
+}
+
+/// Compares who may ask in the maps with the naive model.
+fn check_sources(snapshot: &Snapshot, services: &BTreeMap<usize, Desired>, node: &[bool]) {
+    let mut total: BTreeMap<u32, BTreeSet<IpNet>> = BTreeMap::new();
+    for (key, entry) in &snapshot.frontends {
+        let flags = entry.flags & (service_flags::SOURCE_RANGES | service_flags::NODE_ALLOWED);
+        match admitted(services, node, key) {
+            None => assert_eq!(flags, 0, "{key}"),
+            Some((nets, node_allowed)) => {
+                let want = if node_allowed { service_flags::NODE_ALLOWED } else { 0 };
+                assert_eq!(flags, service_flags::SOURCE_RANGES | want, "{key}");
+                let of_family = |net: &&IpNet| Family::of(net.addr()) == Family::of(key.addr);
+                let held = snapshot.sources.get(&entry.id).into_iter().flatten().filter(of_family);
+                assert_eq!(held.copied().collect::<BTreeSet<_>>(), nets, "{key}");
+                total.entry(entry.id).or_default().extend(nets);
+            }
+        }
+    }
+    total.retain(|_, nets| !nets.is_empty());
+    assert_eq!(snapshot.sources, total);
 }
 
 /// When a slot or a backend id was last to be met by a packet.
@@ -665,7 +793,9 @@ fn play(limits: Limits, steps: &[Step]) -> (World, BTreeMap<usize, Desired>, Vec
             }
             Step::Node(which) => {
                 node.clone_from(which);
-                world.reconciler.set_node_addresses(&node_addresses(which)).0
+                let mut ops = world.reconciler.set_node_addresses(&node_addresses(which)).0;
+                ops.extend(world.reconciler.review_sources(world.now).ops);
+                ops
             }
             Step::Pass(seconds) => {
                 world.now += Duration::from_secs(*seconds);
@@ -716,12 +846,16 @@ proptest! {
             }
         }
 
+        check_sources(&snapshot, &services, &node);
+
         // From scratch it would be the same, slot by slot.
         let mut scratch = World::new(ROOMY);
         for (i, desired) in &services {
             scratch.set(&i.to_string(), desired.clone());
         }
         let (ops, _) = scratch.reconciler.set_node_addresses(&node_addresses(&node));
+        scratch.maps.apply(&ops).unwrap();
+        let ops = scratch.reconciler.review_sources(scratch.now).ops;
         scratch.maps.apply(&ops).unwrap();
         prop_assert_eq!(scratch.view(), view);
         prop_assert_eq!(scratch.maps.snapshot().addresses, snapshot.addresses);
@@ -755,6 +889,7 @@ proptest! {
         world.pass(GRACE);
         let snapshot = world.maps.snapshot();
         prop_assert!(snapshot.frontends.is_empty() && snapshot.addresses.is_empty());
+        prop_assert!(snapshot.sources.is_empty());
         prop_assert!(snapshot.backends.values().all(|b| b.state == backend_state::UNUSED));
         prop_assert_eq!(world.reconciler.free_slots(), u64::from(ROOMY.slots) - 1);
     }
@@ -767,8 +902,9 @@ proptest! {
         backends in 1u32..8,
         slots in 1u32..600,
         addresses in 1u32..4,
+        sources in 0u32..6,
     ) {
-        let limits = Limits { services, backends, slots, addresses };
+        let limits = Limits { services, backends, slots, addresses, sources };
         let (world, services, _) = play(limits, &steps);
         let wanted = expected(&services);
         for key in world.view().keys() {
