@@ -184,6 +184,10 @@ pub struct Frontend {
     pub algorithm: Algorithm,
     /// Only the sources of its Service may ask ([`Compiled::sources`]).
     pub restricted: bool,
+    /// The number of the Service's port: frontends of one port share what is known of a client.
+    pub port: u16,
+    /// How many seconds a client is remembered that opens no connection; 0: it is not.
+    pub affinity: u32,
     /// For pods and processes of the node.
     pub internal: Target,
     /// For everybody else.
@@ -225,6 +229,10 @@ pub enum Op {
     SetFrontend { key: FrontendKey, entry: abi::Service },
     /// Removes `SERVICES4/6[key]`; fine if it is not there.
     RemoveFrontend { key: FrontendKey },
+    /// Adds a backend to those that a window of a frontend with affinity holds.
+    AddMember { window: u32, backend: u32 },
+    /// Removes a backend from them; fine if it is not there.
+    RemoveMember { window: u32, backend: u32 },
     /// Adds a network to `SOURCES4/6`: it may ask for the restricted frontends of the Service.
     SetSource { service: u32, net: IpNet },
     /// Removes a network from `SOURCES4/6`; fine if it is not there.
@@ -257,6 +265,8 @@ pub struct Snapshot {
     /// Every window that a frontend refers to, by its base.
     pub slots: BTreeMap<u32, Vec<u32>>,
     pub addresses: BTreeMap<IpAddr, u32>,
+    /// Backends by the base of the window.
+    pub members: BTreeMap<u32, BTreeSet<u32>>,
     /// By the number of the Service.
     pub sources: BTreeMap<u32, BTreeSet<IpNet>>,
 }
@@ -273,4 +283,6 @@ pub struct Limits {
     pub addresses: u32,
     /// Networks that may ask for restricted frontends, per family.
     pub sources: u32,
+    /// Backends in windows of frontends with affinity, for both families together.
+    pub members: u32,
 }

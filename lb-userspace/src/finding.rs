@@ -22,6 +22,9 @@ pub enum Finding {
     /// A port number outside 1 to 65535.
     #[error("{field}: {value} is no port number; it is left out")]
     BadPort { field: String, value: i64 },
+    /// A time-out that is none.
+    #[error("{field}: {value} is no time-out; {taken} is used")]
+    BadTimeout { field: String, value: i64, taken: u32 },
     /// A protocol that is not translated.
     #[error("port {port}: protocol {protocol} is not supported; the port is left out")]
     UnsupportedProtocol { port: String, protocol: String },

@@ -92,7 +92,9 @@ impl Output {
             let key = FrontendKey { addr, port: number, protocol: port.protocol };
             let restricted =
                 kind == FrontendKind::LoadBalancer && service.source_ranges.contains_key(&family);
-            let frontend = Frontend { kind, algorithm, restricted, internal, external };
+            let affinity = service.affinity.unwrap_or(0);
+            let frontend =
+                Frontend { kind, algorithm, restricted, port: port.port, affinity, internal, external };
             match self.compiled.frontends.entry(key) {
                 Entry::Vacant(entry) => {
                     entry.insert(frontend);

@@ -9,7 +9,7 @@ use aya::Pod;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, IterableMap, Map, MapData, MapError as AyaError};
 use ipnet::IpNet;
-use lb_common::abi::{self, Addr4, Addr6, AddressInfo, ServiceKey, Source};
+use lb_common::abi::{self, Addr4, Addr6, AddressInfo, MemberKey, ServiceKey, Source};
 use lb_common::maps::{MAPS, MapSpec};
 
 use super::error::OpenError;
@@ -35,6 +35,7 @@ pub struct KernelMaps {
     slots: Array<MapData, u32>,
     addresses4: HashMap<MapData, Addr4, AddressInfo>,
     addresses6: HashMap<MapData, Addr6, AddressInfo>,
+    members: HashMap<MapData, MemberKey, u32>,
     sources4: LpmTrie<MapData, Source<Addr4>, u32>,
     sources6: LpmTrie<MapData, Source<Addr6>, u32>,
     limits: Limits,
@@ -49,6 +50,7 @@ impl KernelMaps {
         let backends4 = typed("BACKENDS4", &open)?;
         let slots = typed("SLOTS", &open)?;
         let addresses4 = typed("ADDRESSES4", &open)?;
+        let members = typed("MEMBERS", &open)?;
         let sources4 = typed("SOURCES4", &open)?;
         let limits = Limits {
             services: entries("SERVICES4", &services4)?,
@@ -56,6 +58,7 @@ impl KernelMaps {
             slots: entries("SLOTS", &slots)?,
             addresses: entries("ADDRESSES4", &addresses4)?,
             sources: entries("SOURCES4", &sources4)?,
+            members: entries("MEMBERS", &members)?,
         };
         Ok(Self {
             services4,
@@ -65,6 +68,7 @@ impl KernelMaps {
             slots,
             addresses4,
             addresses6: typed("ADDRESSES6", &open)?,
+            members,
             sources4,
             sources6: typed("SOURCES6", &open)?,
             limits,
@@ -120,6 +124,17 @@ impl KernelMaps {
                     _ => None,
                 });
                 write(&mut self.addresses6, "ADDRESSES6", run, ops)
+            }
+            Op::AddMember { .. } => {
+                let run = run(ops, |op| match *op {
+                    Op::AddMember { window, backend } => Some((MemberKey { window, backend }, PRESENT)),
+                    _ => None,
+                });
+                write(&mut self.members, "MEMBERS", run, ops)
+            }
+            Op::RemoveMember { window, backend } => {
+                let key = MemberKey { window: *window, backend: *backend };
+                remove(&mut self.members, "MEMBERS", &key, first)
             }
             Op::SetSource { net: IpNet::V4(_), .. } => {
                 let run = run(ops, |op| match op {
@@ -284,12 +299,17 @@ impl Maps for KernelMaps {
         walk("ADDRESSES6", fd(&self.addresses6), |addr: Addr6, info: AddressInfo| {
             addresses.insert(IpAddr::from(addr.octets), info.flags);
         })?;
+        let mut members: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
+        walk("MEMBERS", fd(&self.members), |key: MemberKey, _: u32| {
+            members.entry(key.window).or_default().insert(key.backend);
+        })?;
         Ok(Snapshot {
             slots: self.read_slots(frontends.values())?,
             backends: self.read_backends()?,
             frontends,
             addresses,
             sources: self.read_sources()?,
+            members,
         })
     }
 
@@ -380,6 +400,9 @@ fn subject(op: &Op) -> String {
         Op::SetBackend { id, entry, .. } => format!("backend {id} ({})", entry.addr),
         Op::WriteSlots { base, slots } => format!("window of {} slots at {base}", slots.len()),
         Op::SetFrontend { key, .. } | Op::RemoveFrontend { key } => format!("frontend {key}"),
+        Op::AddMember { window, backend } | Op::RemoveMember { window, backend } => {
+            format!("backend {backend} of the window at {window}")
+        }
         Op::SetSource { service, net } | Op::RemoveSource { service, net } => {
             format!("source range {net} of Service {service}")
         }

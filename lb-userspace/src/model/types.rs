@@ -29,6 +29,8 @@ pub struct Service {
     /// `spec.loadBalancerSourceRanges`: who may ask for the load-balancer IPs of a family; not there: everybody.
     pub source_ranges: BTreeMap<Family, BTreeSet<IpNet>>,
     pub ports: Vec<ServicePort>,
+    /// `sessionAffinity: ClientIP`: how many seconds a client is remembered.
+    pub affinity: Option<u32>,
     pub internal_policy: Policy,
     pub external_policy: Policy,
     /// The annotation [`Service::ALGORITHM`].
@@ -40,6 +42,9 @@ pub struct Service {
 impl Service {
     /// The annotation that chooses the algorithm of one Service: `random` or `maglev`.
     pub const ALGORITHM: &str = "fairlead.io/algorithm";
+
+    /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+    pub const AFFINITY_SECONDS: u32 = 10_800;
 
     /// A ClusterIP Service without addresses or ports.
     pub fn named(name: ServiceName) -> Self {
@@ -54,6 +59,7 @@ impl Service {
             load_balancer_ips: vec![],
             source_ranges: BTreeMap::new(),
             ports: vec![],
+            affinity: None,
             internal_policy: Policy::Cluster,
             external_policy: Policy::Cluster,
             algorithm: None,

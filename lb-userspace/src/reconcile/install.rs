@@ -28,6 +28,8 @@ struct NoRoom(Finding);
 struct Plan {
     windows: Vec<(Place, abi::Window)>,
     entries: BTreeMap<FrontendKey, abi::Service>,
+    /// Windows of those with affinity.
+    sticky: BTreeSet<u32>,
     /// Who may ask for the restricted ones.
     sources: BTreeSet<IpNet>,
 }
@@ -55,6 +57,7 @@ impl Reconciler {
         if removals == Removals::Now {
             removed.extend(service.keys.iter().filter(|key| !wanted.contains_key(key)));
         }
+        self.number_ports(&mut service, &wanted);
         let planned = self.plan(&service, &wanted, &removed, None).or_else(|no_room| {
             self.unfit.insert(name.clone());
             // A list needs fewer slots than a table.
@@ -70,6 +73,7 @@ impl Reconciler {
                 self.make_do(name, &mut service, &wanted, &removed, now, &mut steps);
             }
         }
+        self.release_ports(&mut service, &wanted, now);
         self.services.insert(name.clone(), service);
         let touched = std::mem::take(&mut steps.touched);
         let findings = self.settle_addresses(touched, &mut steps.addresses);
@@ -116,6 +120,8 @@ impl Reconciler {
                 id: service.id,
                 flags: if algorithm == Algorithm::Maglev { service_flags::MAGLEV } else { 0 },
                 kind: frontend.kind.number(),
+                affinity: frontend.affinity,
+                port: service.ports.get(&(frontend.port, key.protocol)).copied().unwrap_or_default(),
                 ..abi::Service::default()
             };
             if frontend.restricted {
@@ -143,9 +149,13 @@ impl Reconciler {
                     }
                 };
             }
+            if entry.affinity > 0 {
+                let windows = [entry.internal, entry.external];
+                plan.sticky.extend(windows.iter().filter(|window| window.len > 0).map(|window| window.base));
+            }
             plan.entries.insert(*key, entry);
         }
-        if let Err(no_room) = self.room_for_backends(&plan) {
+        if let Err(no_room) = self.room_for_backends(&plan).and_then(|()| self.room_for_members(&plan)) {
             self.abandon(&plan);
             return Err(no_room);
         }
@@ -298,6 +308,19 @@ impl Reconciler {
         Ok(())
     }
 
+    fn room_for_members(&self, plan: &Plan) -> Result<(), NoRoom> {
+        let sticky = plan.windows.iter().filter(|(_, window)| plan.sticky.contains(&window.base));
+        let need = sticky.map(|(place, window)| {
+            place.choices.backends.len().saturating_sub(self.members.of_window(window.base)) as u64
+        });
+        let (need, free) = (need.sum(), self.members.available());
+        if need > free {
+            let limit = self.members.limit().into();
+            return Err(NoRoom(Finding::NoRoomFor { what: "backends with affinity", need, free, limit }));
+        }
+        Ok(())
+    }
+
     fn carry_out(
         &mut self,
         name: &ServiceName,
@@ -321,6 +344,11 @@ impl Reconciler {
         }
         for (place, window) in plan.windows {
             self.fill_window(place, window, now, steps);
+            if plan.sticky.contains(&window.base)
+                && let Some(have) = self.windows.get(&window.base)
+            {
+                steps.windows.extend(self.members.set(window.base, have.ids.iter().copied().collect()));
+            }
         }
         for (key, entry) in plan.entries {
             for window in [entry.internal, entry.external].iter().filter(|window| window.len > 0) {

@@ -14,6 +14,7 @@ mod backends;
 mod claims;
 mod install;
 mod maglev;
+mod members;
 mod ranges;
 mod sources;
 
@@ -30,11 +31,12 @@ use self::adopt::NOWHERE;
 use self::backends::{Backends, Settled};
 use self::claims::{Claimed, ServiceIds};
 use self::install::Removals;
+use self::members::Members;
 use self::ranges::Ranges;
 use self::sources::Sources;
 use crate::entries::{
-    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Keep, Limits, Op, ServiceName,
-    Snapshot,
+    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Keep, Limits, Op, Protocol,
+    ServiceName, Snapshot,
 };
 use crate::finding::Finding;
 
@@ -73,6 +75,9 @@ pub struct Reconciler {
     backends: [Backends; 2],
     ids: ServiceIds,
     addresses: Addresses,
+    /// Numbers of Service ports.
+    ports: ServiceIds,
+    members: Members,
     sources: Sources,
     /// Services with source ranges: they care about the node's addresses.
     restricted: BTreeSet<ServiceName>,
@@ -87,6 +92,8 @@ struct Service {
     frontends: Box<[(FrontendKey, Frontend)]>,
     /// Backends whose flows it wants kept.
     to_keep: Box<[(Backend, Keep)]>,
+    /// Numbers of its ports that have frontends.
+    ports: BTreeMap<(u16, Protocol), u32>,
     /// Who may ask for its restricted frontends.
     sources: BTreeMap<Family, BTreeSet<IpNet>>,
     /// Frontends of its own in the maps, sorted.
@@ -156,6 +163,7 @@ enum Retired {
         retired: Instant,
     },
     ServiceId(u32),
+    Port(u32),
     /// Room in a map that needs no grace.
     Room,
 }
@@ -204,6 +212,8 @@ impl Reconciler {
             ],
             ids: ServiceIds::default(),
             addresses: Addresses::new(limits.addresses, snapshot.addresses.clone()),
+            ports: ServiceIds::default(),
+            members: Members::new(limits.members, snapshot.members.clone()),
             sources: Sources::new(limits.sources, snapshot.sources.clone()),
             restricted: BTreeSet::new(),
             retired: VecDeque::new(),
@@ -216,6 +226,7 @@ impl Reconciler {
                 }
             }
             this.ids.adopt(entry.id);
+            this.ports.adopt(entry.port);
             this.count_installed(key, 1);
             this.installed.insert(key, Installed { entry, owner: None });
         }
@@ -239,6 +250,7 @@ impl Reconciler {
             created,
             frontends: Box::default(),
             to_keep: Box::default(),
+            ports: BTreeMap::new(),
             sources: BTreeMap::new(),
             keys: Vec::new(),
             kept: BTreeMap::new(),
@@ -317,6 +329,17 @@ impl Reconciler {
         }
         let known: BTreeSet<u32> = self.services.values().map(|service| service.id).collect();
         steps.retire.extend(self.sources.finish(&known));
+        let retired = |base: u32| {
+            self.retired
+                .iter()
+                .any(|(_, r)| matches!(r, Retired::Window { base: other, .. } if *other == base))
+        };
+        let windows = &self.windows;
+        let is_window = |base: u32| windows.contains_key(&base) || retired(base);
+        steps.retire.extend(self.members.finish(is_window));
+        for id in std::mem::take(&mut self.ports.found) {
+            self.retire(Retired::Port(id), now);
+        }
         for id in std::mem::take(&mut self.ids.found) {
             self.retire(Retired::ServiceId(id), now);
         }
@@ -335,11 +358,15 @@ impl Reconciler {
             self.retired.pop_front();
             freed = true;
             match retired {
-                Retired::Window { base, len } => self.space.give(base, len),
+                Retired::Window { base, len } => {
+                    batch.ops.extend(self.members.set(base, BTreeSet::new()));
+                    self.space.give(base, len);
+                }
                 Retired::Backend { family, id, retired } => {
                     batch.ops.extend(self.backends_mut(family).release(id, retired));
                 }
                 Retired::ServiceId(id) => self.ids.give(id),
+                Retired::Port(id) => self.ports.give(id),
                 Retired::Room => {}
             }
         }

@@ -11,7 +11,7 @@ use crate::entries::{BackendEntry, Frontend, Protocol, Target, WhenEmpty};
 
 const GRACE: Duration = Duration::from_secs(10);
 const ROOMY: Limits =
-    Limits { services: 1000, backends: 1000, slots: 16_000, addresses: 1000, sources: 1000 };
+    Limits { services: 1000, backends: 1000, slots: 16_000, addresses: 1000, sources: 1000, members: 1000 };
 
 fn name(name: &str) -> ServiceName {
     ServiceName { namespace: "ns".into(), name: name.into() }
@@ -37,7 +37,8 @@ fn desired(frontends: &[(&str, &[&str])]) -> Desired {
         let kind = if key.addr.is_unspecified() { FrontendKind::NodePort } else { FrontendKind::ClusterIP };
         let target = target(backends);
         let algorithm = Algorithm::Random;
-        (key, Frontend { kind, algorithm, restricted: false, internal: target.clone(), external: target })
+        let (port, restricted, internal) = (key.port, false, target.clone());
+        (key, Frontend { kind, algorithm, restricted, port, affinity: 0, internal, external: target })
     });
     Desired { created: 0, compiled: Compiled { frontends: frontends.collect(), ..Compiled::default() } }
 }
@@ -148,6 +149,8 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
             Op::WriteSlots { .. } => "slots",
             Op::SetFrontend { .. } => "frontend",
             Op::RemoveFrontend { .. } => "-frontend",
+            Op::AddMember { .. } => "member",
+            Op::RemoveMember { .. } => "-member",
             Op::SetSource { .. } => "source",
             Op::RemoveSource { .. } => "-source",
             Op::SetAddress { .. } => "address",
@@ -532,6 +535,46 @@ fn sources_are_there_before_a_frontend_relies_on_them() {
 }
 
 #[test]
+fn affinity_knows_the_members_of_its_windows() {
+    let sticky = |backends: &[&str], affinity: u32| {
+        let mut desired =
+            desired(&[(VIP, backends), ("172.30.0.1:81", backends), ("0.0.0.0:30080", backends)]);
+        for frontend in desired.compiled.frontends.values_mut() {
+            frontend.affinity = affinity;
+        }
+        desired.compiled.frontends.get_mut(&key("0.0.0.0:30080")).unwrap().port = 80;
+        desired
+    };
+    let port = |world: &World, addr: &str| world.maps.snapshot().frontends[&key(addr)].port;
+    let mut world = World::new(ROOMY);
+    let batch = world.set("svc", sticky(&[ONE, TWO], 10));
+    let expected = ["active", "active", "slots", "member", "member", "frontend", "frontend", "frontend"];
+    assert_eq!(kinds(&batch.ops)[..8], expected);
+    assert_eq!(port(&world, VIP), port(&world, "0.0.0.0:30080"));
+    assert_ne!(port(&world, VIP), port(&world, "172.30.0.1:81"));
+    world.set("other", desired(&[("172.30.0.2:80", &[ONE])]));
+    assert!(![VIP, "172.30.0.1:81"].map(|addr| port(&world, addr)).contains(&port(&world, "172.30.0.2:80")));
+    // Another window has members of its own; those of the old one go when nobody can ask it any more.
+    let batch = world.set("svc", sticky(&[TWO], 10));
+    assert_eq!(kinds(&batch.ops)[..2], ["slots", "member"]);
+    assert_eq!(kinds(&world.pass(GRACE).ops), ["-member", "-member", "unused"][..2]);
+    // Another time-out, and none: the same window.
+    assert_eq!(kinds(&world.set("svc", sticky(&[TWO], 20)).ops), ["frontend"; 3]);
+    assert_eq!(kinds(&world.set("svc", sticky(&[TWO], 0)).ops), ["frontend"; 3]);
+    assert_eq!(kinds(&world.set("svc", sticky(&[TWO], 10)).ops), ["frontend"; 3]);
+    // A restart keeps numbers and members; what is stale goes.
+    let before = world.maps.snapshot();
+    world.maps.apply(&[Op::AddMember { window: 77, backend: 7 }]).unwrap();
+    world.restart();
+    assert_eq!(world.set("svc", sticky(&[TWO], 10)).ops, []);
+    assert_eq!(world.set("other", desired(&[("172.30.0.2:80", &[ONE])])).ops, []);
+    assert_eq!(kinds(&world.finish()), ["-member"]);
+    assert_eq!(world.maps.snapshot(), before);
+    world.remove("svc");
+    assert_eq!(kinds(&world.pass(GRACE).ops), ["-member", "unused"]);
+}
+
+#[test]
 fn sources_that_do_not_fit_leave_the_service_as_it_was() {
     let mut world = World::new(Limits { sources: 1, ..ROOMY });
     let restricted = |addr: &str, nets: &[&str]| {
@@ -586,11 +629,20 @@ fn any_target(v6: bool) -> impl Strategy<Value = Target> {
 }
 
 fn any_frontend(v6: bool) -> impl Strategy<Value = Frontend> {
-    (any_target(v6), any_target(v6), any::<[bool; 3]>()).prop_map(
-        |(internal, external, [same, maglev, restricted])| {
+    let affinity = prop_oneof![Just(0u32), Just(10), Just(10_800)];
+    (any_target(v6), any_target(v6), any::<[bool; 3]>(), affinity).prop_map(
+        |(internal, external, [same, maglev, restricted], affinity)| {
             let external = if same { internal.clone() } else { external };
             let algorithm = if maglev { Algorithm::Maglev } else { Algorithm::Random };
-            Frontend { kind: FrontendKind::ClusterIP, algorithm, restricted, internal, external }
+            Frontend {
+                kind: FrontendKind::ClusterIP,
+                algorithm,
+                restricted,
+                port: 80,
+                affinity,
+                internal,
+                external,
+            }
         },
     )
 }
@@ -618,9 +670,11 @@ fn any_desired() -> impl Strategy<Value = Desired> {
             if i == 0 {
                 frontend.kind = FrontendKind::NodePort;
             }
+            frontend.port = if i == 2 { 81 } else { 80 };
             frontends.insert(key(addr), frontend);
         }
-        for (i, frontend) in v6 {
+        for (i, mut frontend) in v6 {
+            frontend.port = if i == 1 { 81 } else { 80 };
             frontends.insert(key(["[fd01::1]:80", "[fd01::1]:81", "[fd01::2]:80"][i]), frontend);
         }
         let mut kept: BTreeMap<Backend, Keep> = kept
@@ -726,6 +780,19 @@ fn check_sources(snapshot: &Snapshot, services: &BTreeMap<usize, Desired>, node:
     }
     total.retain(|_, nets| !nets.is_empty());
     assert_eq!(snapshot.sources, total);
+}
+
+/// Frontends of one port of a Service, and no others, share what is known of clients.
+fn check_affinity(snapshot: &Snapshot, wanted: &BTreeMap<FrontendKey, Frontend>) {
+    let mut ports: BTreeMap<u32, (u32, u16, Protocol)> = BTreeMap::new();
+    for (key, entry) in &snapshot.frontends {
+        assert_eq!(entry.affinity, wanted[key].affinity, "{key}");
+        let port = (entry.id, wanted[key].port, key.protocol);
+        assert_eq!(*ports.entry(entry.port).or_insert(port), port, "{key}");
+    }
+    let distinct: BTreeSet<_> = ports.values().collect();
+    assert_eq!(distinct.len(), ports.len());
+    assert!(!ports.contains_key(&0));
 }
 
 /// When a slot or a backend id was last to be met by a packet.
@@ -847,6 +914,7 @@ proptest! {
         }
 
         check_sources(&snapshot, &services, &node);
+        check_affinity(&snapshot, &wanted);
 
         // From scratch it would be the same, slot by slot.
         let mut scratch = World::new(ROOMY);
@@ -889,7 +957,7 @@ proptest! {
         world.pass(GRACE);
         let snapshot = world.maps.snapshot();
         prop_assert!(snapshot.frontends.is_empty() && snapshot.addresses.is_empty());
-        prop_assert!(snapshot.sources.is_empty());
+        prop_assert!(snapshot.sources.is_empty() && snapshot.members.is_empty());
         prop_assert!(snapshot.backends.values().all(|b| b.state == backend_state::UNUSED));
         prop_assert_eq!(world.reconciler.free_slots(), u64::from(ROOMY.slots) - 1);
     }
@@ -903,8 +971,9 @@ proptest! {
         slots in 1u32..600,
         addresses in 1u32..4,
         sources in 0u32..6,
+        members in 0u32..12,
     ) {
-        let limits = Limits { services, backends, slots, addresses, sources };
+        let limits = Limits { services, backends, slots, addresses, sources, members };
         let (world, services, _) = play(limits, &steps);
         let wanted = expected(&services);
         for key in world.view().keys() {

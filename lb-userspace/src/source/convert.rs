@@ -54,6 +54,11 @@ pub fn service(object: core::Service) -> Service {
         findings.one_of("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref(), &policies);
     service.external_policy =
         findings.one_of("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref(), &policies);
+    let affinity = [("None", false), ("ClientIP", true)];
+    if findings.one_of("spec.sessionAffinity", spec.session_affinity.as_deref(), &affinity) {
+        let timeout = spec.session_affinity_config.and_then(|config| config.client_ip);
+        service.affinity = Some(findings.timeout(timeout.and_then(|client_ip| client_ip.timeout_seconds)));
+    }
     service.algorithm = findings.one_of(
         Service::ALGORITHM,
         annotations.get(Service::ALGORITHM).map(String::as_str),
@@ -318,6 +323,16 @@ impl Findings {
         port
     }
 
+    fn timeout(&mut self, seconds: Option<i32>) -> u32 {
+        let taken = Service::AFFINITY_SECONDS;
+        let Some(value) = seconds else { return taken };
+        u32::try_from(value).ok().filter(|seconds| *seconds > 0).unwrap_or_else(|| {
+            let field = self.field("spec.sessionAffinityConfig.clientIP.timeoutSeconds");
+            self.found.push(Finding::BadTimeout { field, value: value.into(), taken });
+            taken
+        })
+    }
+
     fn protocol(&mut self, port: String, name: Option<String>) -> Option<Protocol> {
         let converted = protocol(name.as_deref());
         if converted.is_none() {
@@ -476,6 +491,33 @@ mod tests {
             assert_eq!((shown, findings), (vec!["V4 ".to_owned()], vec![text]));
         }
         assert_eq!(ranges(&["fd00::/129", "10.0.0.0/8"]).0, ["V4 10.0.0.0/8", "V6 "]);
+    }
+
+    #[test]
+    fn clients_are_remembered_for_three_hours_if_nothing_else_is_said() {
+        let affinity = |spec: &Value| {
+            let service = a_service(spec);
+            (service.affinity, texts_of(&service))
+        };
+        let config = |seconds: i32| {
+            json!({
+                "clusterIP": "172.30.0.41", "sessionAffinity": "ClientIP",
+                "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": seconds } },
+            })
+        };
+        assert_eq!(affinity(&json!({ "clusterIP": "172.30.0.41" })), (None, vec![]));
+        assert_eq!(affinity(&json!({ "sessionAffinity": "None" })), (None, vec![]));
+        assert_eq!(affinity(&json!({ "sessionAffinity": "ClientIP" })), (Some(10_800), vec![]));
+        assert_eq!(affinity(&config(5)), (Some(5), vec![]));
+        for seconds in [0, -1] {
+            let text = format!(
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds: {seconds} is no time-out; 10800 is used"
+            );
+            assert_eq!(affinity(&config(seconds)), (Some(10_800), vec![text]));
+        }
+        let unknown = json!({ "sessionAffinity": "Cookie" });
+        let text = "spec.sessionAffinity: unknown value \"Cookie\"; taken as None".to_owned();
+        assert_eq!(affinity(&unknown), (None, vec![text]));
     }
 
     fn texts_of(service: &Service) -> Vec<String> {
