@@ -64,6 +64,12 @@ pub struct Service {
     pub internal: Window,
     /// For everybody else.
     pub external: Window,
+    /// Session affinity by client address: how long a client that opens no connection is remembered, seconds; 0: no
+    /// affinity (`sessionAffinityConfig.clientIP.timeoutSeconds`).
+    pub affinity: u32,
+    /// The port of the Service this frontend belongs to; shared by all frontends of the port, and what clients are
+    /// remembered by.
+    pub port: u32,
 }
 
 /// Bits of [`Service::flags`].
@@ -74,6 +80,10 @@ pub mod service_flags {
     pub const INTERNAL_DROP: u16 = 1 << 1;
     /// An empty external window drops instead of rejecting.
     pub const EXTERNAL_DROP: u16 = 1 << 2;
+    /// Only sources that `SOURCES4/6` holds for this Service may ask (`loadBalancerSourceRanges`).
+    pub const SOURCE_RANGES: u16 = 1 << 3;
+    /// An address of this node is among them: its processes may ask.
+    pub const NODE_ALLOWED: u16 = 1 << 4;
 }
 
 /// Values of [`Service::kind`].
@@ -83,6 +93,96 @@ pub mod frontend_kind {
     pub const LOAD_BALANCER: u8 = 3;
     pub const EXTERNAL_IP: u8 = 4;
     pub const HOST_PORT: u8 = 5;
+}
+
+/// Key of a longest-prefix-match trie (`struct bpf_lpm_trie_key`).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct PrefixKey<T> {
+    /// Bits of `data` that count, from its first byte on.
+    pub prefix_len: u32,
+    pub data: T,
+}
+
+/// Data of the keys of `SOURCES4/6`: sources that may ask for the frontends of a Service that have
+/// [`service_flags::SOURCE_RANGES`]. The prefix has the 32 bits of the Service and those of the network.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct Source<A> {
+    /// [`Service::id`].
+    pub service: u32,
+    pub addr: A,
+}
+
+impl<A> Source<A> {
+    /// Prefix length of a single address.
+    pub const BITS: u32 = 8 * size_of::<Self>() as u32;
+}
+
+/// Key of `AFFINITY4/6`: a client of a port of a Service.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct AffinityKey<A> {
+    /// [`Service::port`].
+    pub port: u32,
+    /// The client's address; for sockets, see [`crate::socket`].
+    pub client: A,
+}
+
+/// Value of `AFFINITY4/6`: the backend a client was given last.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Affinity {
+    /// `CLOCK_MONOTONIC`, ns, of the client's last new connection.
+    pub last_seen: u64,
+    /// Id of the backend.
+    pub backend: u32,
+    /// [`Backend::generation`] when it was chosen.
+    pub generation: u32,
+}
+
+/// Key of `MEMBERS`: a backend that a window of a Service with affinity holds. What a client was given before is
+/// given again only while the window it asks now still has it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct MemberKey {
+    /// [`Window::base`].
+    pub window: u32,
+    /// Id of the backend.
+    pub backend: u32,
+}
+
+/// Value of `NETWORKS4/6`, indexed from 0: a network this node knows. The first without flags ends the list.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Network<A> {
+    pub addr: A,
+    /// One bits where the address counts.
+    pub mask: A,
+    /// [`network_flags`].
+    pub flags: u32,
+}
+
+/// Bits of [`Network::flags`].
+pub mod network_flags {
+    /// A ServiceCIDR: its addresses that no Service has lead nowhere.
+    pub const SERVICE: u32 = 1 << 0;
+    /// Addresses of pods (`--cluster-cidr`): their packets are from inside of the cluster wherever they come in.
+    pub const POD: u32 = 1 << 1;
+}
+
+/// Value of `USAGE`, per CPU, indexed by [`Service::id`]: what went through a Service.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Usage {
+    /// Flows begun, and sockets connected.
+    pub connections: u64,
+    /// Packets translated, both directions.
+    pub packets: u64,
+    /// Bytes of these IP packets.
+    pub bytes: u64,
+    /// Packets and sockets that were rejected or dropped.
+    pub refused: u64,
 }
 
 /// Value of `BACKENDS4/6`, indexed by backend id.
@@ -312,7 +412,18 @@ layout!(Addr4, size 4, align 2);
 layout!(Addr6, size 16, align 2);
 layout!(ServiceKey<Addr4>, size 8, align 2, port 4, proto 6);
 layout!(ServiceKey<Addr6>, size 20, align 2, port 16, proto 18);
-layout!(Service, size 24, align 4, flags 4, internal 8, external 16);
+layout!(Service, size 32, align 4, flags 4, internal 8, external 16, affinity 24, port 28);
+layout!(PrefixKey<Source<Addr4>>, size 12, align 4, data 4);
+layout!(PrefixKey<Source<Addr6>>, size 24, align 4, data 4);
+layout!(Source<Addr4>, size 8, align 4, addr 4);
+layout!(Source<Addr6>, size 20, align 4, addr 4);
+layout!(AffinityKey<Addr4>, size 8, align 4, client 4);
+layout!(AffinityKey<Addr6>, size 20, align 4, client 4);
+layout!(Affinity, size 16, align 8, backend 8, generation 12);
+layout!(MemberKey, size 8, align 4, backend 4);
+layout!(Network<Addr4>, size 12, align 4, mask 4, flags 8);
+layout!(Network<Addr6>, size 36, align 4, mask 16, flags 32);
+layout!(Usage, size 32, align 8, packets 8, bytes 16, refused 24);
 layout!(Backend<Addr4>, size 12, align 4, port 4, state 6, generation 8);
 layout!(Backend<Addr6>, size 24, align 4, port 16, state 18, generation 20);
 layout!(AddressInfo, size 4, align 4);
@@ -328,8 +439,8 @@ layout!(Counter, size 16, align 8);
 #[cfg(feature = "aya")]
 mod pod {
     use super::{
-        Addr4, Addr6, AddressInfo, Backend, Counter, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey,
-        SocketPeer,
+        Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, MemberKey,
+        Network, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
     };
 
     macro_rules! pod {
@@ -340,5 +451,6 @@ mod pod {
     }
     pod!(Addr4, Addr6, ServiceKey<Addr4>, ServiceKey<Addr6>, Service, Backend<Addr4>, Backend<Addr6>);
     pod!(AddressInfo, Edge, FlowKey<Addr4>, FlowKey<Addr6>, Flow<Addr4>, Flow<Addr6>);
-    pod!(SocketKey, SocketPeer, Counter);
+    pod!(SocketKey, SocketPeer, Counter, Usage, Affinity, AffinityKey<Addr4>, AffinityKey<Addr6>, MemberKey);
+    pod!(Source<Addr4>, Source<Addr6>, Network<Addr4>, Network<Addr6>);
 }

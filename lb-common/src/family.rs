@@ -72,6 +72,9 @@ pub trait Family: Copy + Eq + Debug + 'static {
     /// The address of an external edge; unspecified if it has none of this family.
     fn edge_addr(edge: &Edge) -> Self::Addr;
 
+    /// Whether an address is of a network.
+    fn is_within(addr: &Self::Addr, network: &Self::Addr, mask: &Self::Addr) -> bool;
+
     /// Sum of an address' words.
     #[inline(always)]
     fn sum(addr: &Self::Addr) -> u32 {
@@ -207,6 +210,12 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn is_within(addr: &Addr4, network: &Addr4, mask: &Addr4) -> bool {
+        let bits = |addr: &Addr4| u32::from_ne_bytes(addr.octets);
+        (bits(addr) ^ bits(network)) & bits(mask) == 0
+    }
+
+    #[inline(always)]
     fn edge_addr(edge: &Edge) -> Addr4 {
         edge.addr4
     }
@@ -328,6 +337,15 @@ impl Family for V6 {
     #[inline(always)]
     fn icmp_pseudo(src: &Addr6, dst: &Addr6, len: u16) -> u32 {
         Self::pseudo(src, dst, Self::ICMP, len)
+    }
+
+    #[inline(always)]
+    fn is_within(addr: &Addr6, network: &Addr6, mask: &Addr6) -> bool {
+        let mut differ = 0;
+        for i in 0..addr.octets.len() {
+            differ |= (addr.octets[i] ^ network.octets[i]) & mask.octets[i];
+        }
+        differ == 0
     }
 
     #[inline(always)]

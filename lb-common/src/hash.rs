@@ -8,7 +8,7 @@ use crate::family::Family;
 ///
 /// The address words are mixed one by one (their sum would collide for neighbours), with the multipliers and
 /// the finaliser of MurmurHash3's 32-bit variant.
-#[inline(always)]
+#[inline(never)]
 pub fn tuple<F: Family>(key: &FlowKey<F::Addr>) -> u32 {
     let mut hash = u32::from(key.src_port) << 16 | u32::from(key.dst_port);
     hash = mix(u32::from(key.proto), hash);

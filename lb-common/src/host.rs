@@ -3,16 +3,17 @@
 //! Tests compare the kernel programs with this, byte by byte; fuzzers and property tests run on it.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use crate::abi::{
-    Addr6, AddressInfo, Backend, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey, SocketPeer,
+    Addr6, AddressInfo, Affinity, AffinityKey, Backend, Edge, Flow, FlowKey, MemberKey, Network, PrefixKey,
+    Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::family::Family;
 use crate::packet::{Packet, Route};
 use crate::reason::Reason;
-use crate::tables::{FlowTable, Tables};
+use crate::tables::{Event, FlowTable, Tables};
 use crate::wire::Wire;
 
 /// What the routing table of the host says about a destination.
@@ -155,6 +156,11 @@ type FlowMap<A> = BTreeMap<FlowKey<A>, Rc<Cell<Flow<A>>>>;
 pub struct HostTables<F: Family> {
     pub services: BTreeMap<ServiceKey<F::Addr>, Service>,
     pub addresses: BTreeMap<F::Addr, AddressInfo>,
+    pub sources: Vec<PrefixKey<Source<F::Addr>>>,
+    pub affinity: RefCell<BTreeMap<AffinityKey<F::Addr>, Affinity>>,
+    pub members: BTreeSet<MemberKey>,
+    pub networks: Vec<Network<F::Addr>>,
+    pub usage: RefCell<BTreeMap<u32, Usage>>,
     pub slots: BTreeMap<u32, u32>,
     pub backends: BTreeMap<u32, Backend<F::Addr>>,
     pub edges: BTreeMap<u32, Edge>,
@@ -172,6 +178,11 @@ impl<F: Family> Default for HostTables<F> {
         Self {
             services: BTreeMap::new(),
             addresses: BTreeMap::new(),
+            sources: Vec::new(),
+            affinity: RefCell::default(),
+            members: BTreeSet::new(),
+            networks: Vec::new(),
+            usage: RefCell::default(),
             slots: BTreeMap::new(),
             backends: BTreeMap::new(),
             edges: BTreeMap::new(),
@@ -234,6 +245,46 @@ impl<F: Family> Tables<F> for HostTables<F> {
 
     fn service(&self, key: &ServiceKey<F::Addr>) -> Option<Service> {
         self.services.get(key).copied()
+    }
+
+    fn is_source(&self, key: &Source<F::Addr>) -> bool {
+        let bits = |addr: &F::Addr| F::to_mapped(addr).octets;
+        let offset = if F::ETHER_TYPE == crate::V4::ETHER_TYPE { 96 } else { 0 };
+        self.sources.iter().any(|source| {
+            let len = source.prefix_len as usize - 32 + offset;
+            let (a, b) = (bits(&source.data.addr), bits(&key.addr));
+            source.data.service == key.service
+                && (0..len).all(|bit| (a[bit / 8] ^ b[bit / 8]) & (0x80 >> (bit % 8)) == 0)
+        })
+    }
+
+    fn affinity(&self, key: &AffinityKey<F::Addr>) -> Option<Affinity> {
+        self.affinity.borrow().get(key).copied()
+    }
+
+    fn put_affinity(&self, key: &AffinityKey<F::Addr>, affinity: &Affinity) {
+        self.affinity.borrow_mut().insert(*key, *affinity);
+    }
+
+    fn is_member(&self, key: &MemberKey) -> bool {
+        self.members.contains(key)
+    }
+
+    fn network(&self, index: u32) -> Option<Network<F::Addr>> {
+        self.networks.get(index as usize).copied()
+    }
+
+    fn count(&self, service: u32, event: Event) {
+        let mut usage = self.usage.borrow_mut();
+        let usage = usage.entry(service).or_default();
+        match event {
+            Event::Connection => usage.connections += 1,
+            Event::Packet(bytes) => {
+                usage.packets += 1;
+                usage.bytes += u64::from(bytes);
+            }
+            Event::Refused => usage.refused += 1,
+        }
     }
 
     fn slot(&self, index: u32) -> Option<u32> {

@@ -4,8 +4,8 @@
 use core::mem::size_of;
 
 use crate::abi::{
-    Addr4, Addr6, AddressInfo, Backend, Counter, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey,
-    SocketPeer,
+    Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, MemberKey,
+    Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::reason;
 
@@ -20,6 +20,7 @@ pub enum MapKind {
     Array = 2,
     PerCpuArray = 6,
     LruHash = 9,
+    LpmTrie = 11,
 }
 
 /// What decides the size of a map.
@@ -72,6 +73,16 @@ pub const FLOWS_PER_PENDING: u32 = 8;
 pub const MAX_SOCKETS: u32 = 128 * 1024;
 /// Addresses of the node and of Services, per family.
 pub const MAX_ADDRESSES: u32 = 128 * 1024;
+/// Networks that may ask for Services with source ranges, per family.
+pub const MAX_SOURCES: u32 = 64 * 1024;
+/// Clients remembered for session affinity, per family.
+pub const MAX_AFFINITIES: u32 = 64 * 1024;
+/// Backends in windows of Services with affinity, for both families.
+pub const MAX_MEMBERS: u32 = 128 * 1024;
+/// Services whose usage is counted one by one; the others share index 0.
+pub const MAX_USAGES: u32 = 16 * 1024;
+/// Networks a node knows, per family.
+pub const MAX_NETWORKS: u32 = 8;
 /// External edges of a node.
 pub const MAX_EDGES: u32 = 256;
 
@@ -88,7 +99,7 @@ const fn spec<K, V>(name: &'static str, kind: MapKind, capacity: Capacity, flags
 }
 
 /// Every pinned map.
-pub const MAPS: [MapSpec; 14] = [
+pub const MAPS: [MapSpec; 22] = [
     spec::<ServiceKey<Addr4>, Service>("SERVICES4", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<ServiceKey<Addr6>, Service>("SERVICES6", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Backend<Addr4>>("BACKENDS4", MapKind::Array, Capacity::Backends, 0),
@@ -102,15 +113,34 @@ pub const MAPS: [MapSpec; 14] = [
     spec::<FlowKey<Addr4>, Flow<Addr4>>("PENDING4", MapKind::LruHash, Capacity::PendingFlows, 0),
     spec::<FlowKey<Addr6>, Flow<Addr6>>("PENDING6", MapKind::LruHash, Capacity::PendingFlows, 0),
     spec::<SocketKey, SocketPeer>("SOCKETS", MapKind::LruHash, Capacity::Fixed(MAX_SOCKETS), 0),
+    spec::<PrefixKey<Source<Addr4>>, u32>(
+        "SOURCES4",
+        MapKind::LpmTrie,
+        Capacity::Fixed(MAX_SOURCES),
+        NO_PREALLOC,
+    ),
+    spec::<PrefixKey<Source<Addr6>>, u32>(
+        "SOURCES6",
+        MapKind::LpmTrie,
+        Capacity::Fixed(MAX_SOURCES),
+        NO_PREALLOC,
+    ),
+    spec::<AffinityKey<Addr4>, Affinity>("AFFINITY4", MapKind::LruHash, Capacity::Fixed(MAX_AFFINITIES), 0),
+    spec::<AffinityKey<Addr6>, Affinity>("AFFINITY6", MapKind::LruHash, Capacity::Fixed(MAX_AFFINITIES), 0),
+    spec::<MemberKey, u32>("MEMBERS", MapKind::Hash, Capacity::Fixed(MAX_MEMBERS), NO_PREALLOC),
+    spec::<u32, Network<Addr4>>("NETWORKS4", MapKind::Array, Capacity::Fixed(MAX_NETWORKS), 0),
+    spec::<u32, Network<Addr6>>("NETWORKS6", MapKind::Array, Capacity::Fixed(MAX_NETWORKS), 0),
+    spec::<u32, Usage>("USAGE", MapKind::PerCpuArray, Capacity::Fixed(MAX_USAGES), 0),
     spec::<u32, Counter>("COUNTERS", MapKind::PerCpuArray, Capacity::Fixed(reason::COUNTERS), 0),
 ];
 
 /// Names of the load-time globals; each is a variable of `lb-ebpf` that the agent sets at load, so that
 /// the verifier removes what is switched off.
 pub mod globals {
-    /// `u64`: network namespace cookie of the node; sockets of other namespaces are left alone.
-    /// 0: sockets of all namespaces are served (`--socket-lb=all`).
+    /// `u64`: network namespace cookie of the node; 0: the kernel does not tell it.
     pub const NODE_NETNS: &str = "NODE_NETNS";
+    /// `u8`: sockets of all namespaces are served (`--socket-lb=all`); otherwise only the node's.
+    pub const SERVES_PODS: &str = "SERVES_PODS";
     /// `u8`: the kernel has `bpf_set_retval` (5.18, commit b44123b4a3dc) for socket hooks.
     pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
     /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11, commit d05512618056).

@@ -7,7 +7,10 @@
 
 use core::cell::Cell;
 
-use crate::abi::{AddressInfo, Carry, Flow, ServiceKey, Side, address_flags, backend_flags, edge_flags};
+use crate::abi::{
+    AddressInfo, Carry, Flow, FlowKey, Service, ServiceKey, Side, address_flags, backend_flags, edge_flags,
+    network_flags,
+};
 use crate::family::Family;
 use crate::flow;
 use crate::hash;
@@ -17,7 +20,7 @@ use crate::reason::{Action, Reason};
 use crate::respond::respond;
 use crate::rewrite::rewrite;
 use crate::service::{self, Scope};
-use crate::tables::{FlowTable, Tables};
+use crate::tables::{Event, FlowTable, Tables};
 use crate::wire::tcp_flags;
 
 /// What the hook has to do with the packet.
@@ -75,7 +78,10 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
         return Ok(carry);
     }
     // Every entry of an incoming side has an address of this node or of a Service as destination.
-    let info = tables.address(&parsed.key.dst).ok_or(Reason::NotOurs)?;
+    let Some(info) = tables.address(&parsed.key.dst) else {
+        let unallocated = service::networks::<F, T>(tables, &parsed.key.dst) & network_flags::SERVICE != 0;
+        return Err(if unallocated { Reason::NoSuchService } else { Reason::NotOurs });
+    };
     if let Some(entry) = tables.flow(FlowTable::Pending, &parsed.key)
         && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Pending)?
     {
@@ -142,48 +148,71 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
     parsed: &Parsed<F>,
     info: AddressInfo,
 ) -> Result<Carry, Reason> {
-    let flow = Cell::new(Flow::default());
-    select::<F, T>(tables, parsed, info, &flow)?;
-    if parsed.key.side == Side::NicIn as u8 {
-        find_way(packet, tables, parsed, &flow)?;
-    }
-    flow::enter::<F, T>(tables, &parsed.key, &flow)?;
-    carry(packet, tables, parsed, &flow)
-}
-
-/// Finds the frontend and chooses a backend.
-#[inline(never)]
-fn select<F: Family, T: Tables<F>>(
-    tables: &T,
-    parsed: &Parsed<F>,
-    info: AddressInfo,
-    entry: &Cell<Flow<F::Addr>>,
-) -> Result<(), Reason> {
+    let key = &parsed.key;
     if info.flags & address_flags::LOOPBACK != 0 {
         return Err(Reason::NotOurs);
     }
-    let key = &parsed.key;
-    let from_pod = key.side == Side::PodIn as u8;
-    let scope = if from_pod { Scope::Internal } else { Scope::External };
+    let mut service = Service::default();
     let frontend = ServiceKey { addr: key.dst, port: key.dst_port, proto: key.proto, pad: 0 };
-    let service = service::find::<F, T>(tables, &frontend, info)?;
+    service::find::<F, T>(tables, &frontend, info, &mut service)?;
     if parsed.tcp_flags & tcp_flags::RST != 0 {
         return Err(Reason::StrayReset);
     }
-    let choice = service::choose::<F, T>(tables, &service, scope, hash::tuple::<F>(key))?;
+    let flow = Cell::new(Flow::default());
+    let result = admit::<F, T>(tables, &service, key)
+        .and_then(|id| open::<F, T>(tables, key, service.id, id, &flow))
+        .and_then(|()| find_way(packet, tables, parsed, &flow))
+        .and_then(|()| flow::enter::<F, T>(tables, key, &flow));
+    if let Err(reason) = result {
+        if !matches!(reason.action(), Action::Pass) {
+            tables.count(service.id, Event::Refused);
+        }
+        return Err(reason);
+    }
+    tables.count(service.id, Event::Connection);
+    carry(packet, tables, parsed, &flow)
+}
+
+/// Chooses a backend for a client, if it may ask for the frontend.
+#[inline(always)]
+fn admit<F: Family, T: Tables<F>>(
+    tables: &T,
+    service: &Service,
+    key: &FlowKey<F::Addr>,
+) -> Result<u32, Reason> {
+    if !service::is_source_allowed::<F, T>(tables, service, &key.src) {
+        return Err(Reason::SourceNotAllowed);
+    }
+    let inside = key.side == Side::PodIn as u8
+        || service::networks::<F, T>(tables, &key.src) & network_flags::POD != 0;
+    let scope = if inside { Scope::Internal } else { Scope::External };
+    service::choose::<F, T>(tables, service, scope, hash::tuple::<F>(key), &key.src)
+}
+
+/// Writes down what becomes of a new connection to a backend.
+#[inline(never)]
+fn open<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F::Addr>,
+    service: u32,
+    id: u32,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<(), Reason> {
+    let backend = service::backend::<F, T>(tables, id)?;
+    let from_pod = key.side == Side::PodIn as u8;
     // A pod that is its own backend would take a packet from itself for a stray: it gets one from the frontend,
     // and its answer finds the way back here.
-    let hairpin = from_pod && choice.backend.addr == key.src;
-    let local = choice.backend.flags & backend_flags::LOCAL != 0;
+    let hairpin = from_pod && backend.addr == key.src;
+    let local = backend.flags & backend_flags::LOCAL != 0;
     entry.set(Flow {
         last_seen: tables.now(),
-        backend: choice.id,
-        generation: choice.backend.generation,
-        service: choice.service,
+        backend: id,
+        generation: backend.generation,
+        service,
         src: if hairpin { key.dst } else { key.src },
         src_port: key.src_port,
-        dst: choice.backend.addr,
-        dst_port: choice.backend.port,
+        dst: backend.addr,
+        dst_port: backend.port,
         flags: 0,
         carry: match (hairpin, from_pod || local) {
             (true, _) => Carry::Bounce,
@@ -234,6 +263,7 @@ fn carry<F: Family, P: Packet, T: Tables<F>>(
     entry: &Cell<Flow<F::Addr>>,
 ) -> Result<Carry, Reason> {
     let flow = entry.get();
+    tables.count(flow.service, Event::Packet(parsed.ip_len));
     if flow.carry == Carry::Stack as u8 {
         rewrite(packet, parsed, &flow, false)?;
         return Ok(Carry::Stack);

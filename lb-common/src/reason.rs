@@ -139,6 +139,10 @@ reasons! {
     RewriteFailed = 21, "rewrite_failed", Drop;
     /// A socket of a namespace that is not ours to serve.
     OtherNamespace = 22, "other_namespace", Pass;
+    /// `loadBalancerSourceRanges` does not name the client.
+    SourceNotAllowed = 23, "source_not_allowed", Drop;
+    /// An address of a ServiceCIDR that no Service has.
+    NoSuchService = 24, "no_such_service", Drop;
 }
 
 /// Number of entries of `COUNTERS`.

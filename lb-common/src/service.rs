@@ -1,11 +1,16 @@
 //! From the address a client asked for to the backend that answers.
 
 use crate::abi::{
-    AddressInfo, Backend, Service, ServiceKey, Window, address_flags, backend_state, service_flags,
+    AddressInfo, Affinity, AffinityKey, Backend, MemberKey, Service, ServiceKey, Source, Window,
+    address_flags, backend_state, service_flags,
 };
 use crate::family::Family;
+use crate::maps::MAX_NETWORKS;
 use crate::reason::Reason;
 use crate::tables::Tables;
+
+/// ns.
+const SECOND: u64 = 1_000_000_000;
 
 /// Who asks: traffic policies select endpoints for each separately.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -16,32 +21,27 @@ pub enum Scope {
     External,
 }
 
-/// A backend that was chosen.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Choice<A> {
-    pub id: u32,
-    pub service: u32,
-    pub backend: Backend<A>,
-}
-
 /// Finds the frontend that answers on `key`: the exact one, else a NodePort if `info` says that they answer there.
 ///
 /// # Errors
 ///
 /// [`Reason::UnknownPort`] for a Service's address without that port, else [`Reason::NotOurs`].
-#[inline(always)]
+#[inline(never)]
 pub fn find<F: Family, T: Tables<F>>(
     tables: &T,
     key: &ServiceKey<F::Addr>,
     info: AddressInfo,
-) -> Result<Service, Reason> {
+    found: &mut Service,
+) -> Result<(), Reason> {
     if let Some(service) = tables.service(key) {
-        return Ok(service);
+        *found = service;
+        return Ok(());
     }
     if info.flags & address_flags::NODE_PORT != 0 {
         let node_port = ServiceKey { addr: F::Addr::default(), ..*key };
         if let Some(service) = tables.service(&node_port) {
-            return Ok(service);
+            *found = service;
+            return Ok(());
         }
     }
     if info.flags & (address_flags::SERVICE | address_flags::NODE) == address_flags::SERVICE {
@@ -50,7 +50,8 @@ pub fn find<F: Family, T: Tables<F>>(
     Err(Reason::NotOurs)
 }
 
-/// Chooses a backend: one array read for the slot, one for the backend.
+/// Chooses a backend: one array read. With session affinity, one hash lookup for the client and, if it is known, one
+/// for the window it asks now.
 ///
 /// `spread` decides where the algorithm is Maglev, so that all packets of a client's connection, on every
 /// node, come to the same backend.
@@ -65,7 +66,8 @@ pub fn choose<F: Family, T: Tables<F>>(
     service: &Service,
     scope: Scope,
     spread: u32,
-) -> Result<Choice<F::Addr>, Reason> {
+    client: &F::Addr,
+) -> Result<u32, Reason> {
     let (window, drop) = match scope {
         Scope::Internal => (service.internal, service_flags::INTERNAL_DROP),
         Scope::External => (service.external, service_flags::EXTERNAL_DROP),
@@ -76,11 +78,73 @@ pub fn choose<F: Family, T: Tables<F>>(
     }
     let pick = if service.flags & service_flags::MAGLEV != 0 { spread } else { tables.random() };
     let id = tables.slot(base.wrapping_add(pick % len)).ok_or(Reason::BrokenWindow)?;
-    let backend = tables.backend(id).ok_or(Reason::BrokenWindow)?;
-    if backend.state == backend_state::UNUSED {
-        return Err(Reason::BrokenWindow);
+    if service.affinity == 0 {
+        return Ok(id);
     }
-    Ok(Choice { id, service: service.id, backend })
+    Ok(keep_affinity::<F, T>(tables, service, base, client, id))
+}
+
+/// The backend this client had before, if it still may have it, else `fresh`; remembered from now on either way.
+#[inline(never)]
+fn keep_affinity<F: Family, T: Tables<F>>(
+    tables: &T,
+    service: &Service,
+    window: u32,
+    client: &F::Addr,
+    fresh: u32,
+) -> u32 {
+    let key = AffinityKey { port: service.port, client: *client };
+    let now = tables.now();
+    let mut id = fresh;
+    if let Some(known) = tables.affinity(&key) {
+        let age = now.saturating_sub(known.last_seen);
+        if age <= u64::from(service.affinity).wrapping_mul(SECOND)
+            && is_alive::<F, T>(tables, known.backend, known.generation)
+            && tables.is_member(&MemberKey { window, backend: known.backend })
+        {
+            id = known.backend;
+        }
+    }
+    let generation = tables.backend(id).map_or(0, |backend| backend.generation);
+    tables.put_affinity(&key, &Affinity { last_seen: now, backend: id, generation });
+    id
+}
+
+/// The backend with this id, which a window has named.
+///
+/// # Errors
+///
+/// [`Reason::BrokenWindow`] if there is none.
+#[inline(always)]
+pub fn backend<F: Family, T: Tables<F>>(tables: &T, id: u32) -> Result<Backend<F::Addr>, Reason> {
+    match tables.backend(id) {
+        Some(backend) if backend.state != backend_state::UNUSED => Ok(backend),
+        _ => Err(Reason::BrokenWindow),
+    }
+}
+
+/// Whether a source may ask for the frontends of a Service with source ranges.
+#[inline(never)]
+pub fn is_source_allowed<F: Family, T: Tables<F>>(tables: &T, service: &Service, addr: &F::Addr) -> bool {
+    service.flags & service_flags::SOURCE_RANGES == 0
+        || tables.is_source(&Source { service: service.id, addr: *addr })
+}
+
+/// Flags of the networks that have this address ([`network_flags`]).
+#[inline(never)]
+pub fn networks<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> u32 {
+    let mut flags = 0;
+    for index in 0..MAX_NETWORKS {
+        match tables.network(index) {
+            Some(network) if network.flags != 0 => {
+                if F::is_within(addr, &network.addr, &network.mask) {
+                    flags |= network.flags;
+                }
+            }
+            _ => break,
+        }
+    }
+    flags
 }
 
 /// Whether the backend a flow was given is still there and takes more: one that is about to go keeps its TCP

@@ -3,12 +3,12 @@
 //! No packet of theirs is translated afterwards. What a socket knows of its peers (`SOCKETS`) keeps the names
 //! straight: `getpeername` and `recvmsg` tell the address that the process asked for.
 
-use crate::abi::{ServiceKey, SocketKey, SocketPeer, SocketSide};
+use crate::abi::{Addr6, Service, ServiceKey, SocketKey, SocketPeer, SocketSide, service_flags};
 use crate::family::Family;
 use crate::hash;
 use crate::reason::Reason;
 use crate::service::{self, Scope};
-use crate::tables::Tables;
+use crate::tables::{Event, Tables};
 
 /// A remote address of a socket: what it asks for, or what it is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,6 +25,9 @@ pub struct Socket {
     pub cookie: u64,
     /// IP protocol number.
     pub proto: u8,
+    /// Whose socket it is, for session affinity: 0 for the node's own processes; for a pod (`--socket-lb=all`), whose
+    /// address is not known before it connects, the lower 24 bits of its namespace's cookie.
+    pub owner: u32,
 }
 
 /// `connect()`: the backend to connect to instead of `peer`.
@@ -85,21 +88,43 @@ fn choose<F: Family, T: Tables<F>>(
 ) -> Result<(Peer<F>, SocketPeer), Reason> {
     let info = tables.address(&peer.addr).ok_or(Reason::NotOurs)?;
     let frontend = ServiceKey { addr: peer.addr, port: peer.port, proto: socket.proto, pad: 0 };
-    let service = service::find::<F, T>(tables, &frontend, info)?;
-    let spread = hash::socket(socket.cookie, peer.port);
-    let choice = service::choose::<F, T>(tables, &service, Scope::Internal, spread)?;
-    let backend = Peer::<F> { addr: choice.backend.addr, port: choice.backend.port };
+    let mut service = Service::default();
+    service::find::<F, T>(tables, &frontend, info, &mut service)?;
+    let chosen = admit::<F, T>(tables, socket, peer, &service)
+        .and_then(|id| service::backend::<F, T>(tables, id).map(|backend| (id, backend)));
+    tables.count(service.id, if chosen.is_ok() { Event::Connection } else { Event::Refused });
+    let (id, chosen) = chosen?;
+    let backend = Peer::<F> { addr: chosen.addr, port: chosen.port };
     let mut known = SocketPeer {
         addr: F::to_mapped(&peer.addr),
         port: peer.port,
         pad: 0,
-        backend: choice.id,
-        generation: choice.backend.generation,
+        backend: id,
+        generation: chosen.generation,
     };
     tables.put_socket(&key(socket, backend, SocketSide::Reply), &known);
     known.addr = F::to_mapped(&backend.addr);
     known.port = backend.port;
     Ok((backend, known))
+}
+
+/// Chooses a backend for a process that may ask for the frontend.
+#[inline(always)]
+fn admit<F: Family, T: Tables<F>>(
+    tables: &T,
+    socket: Socket,
+    peer: Peer<F>,
+    service: &Service,
+) -> Result<u32, Reason> {
+    if service.flags & (service_flags::SOURCE_RANGES | service_flags::NODE_ALLOWED)
+        == service_flags::SOURCE_RANGES
+    {
+        return Err(Reason::SourceNotAllowed);
+    }
+    // 0.0.0.0/8 and ::/104 are nobody's addresses: a client of this kind is no client of another.
+    let [_, a, b, c] = socket.owner.to_be_bytes();
+    let client = F::from_mapped(&Addr6 { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c] });
+    service::choose::<F, T>(tables, service, Scope::Internal, hash::socket(socket.cookie, peer.port), &client)
 }
 
 #[inline(always)]

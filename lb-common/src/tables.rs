@@ -3,7 +3,10 @@
 use core::cell::Cell;
 use core::ops::Deref;
 
-use crate::abi::{AddressInfo, Backend, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey, SocketPeer};
+use crate::abi::{
+    AddressInfo, Affinity, AffinityKey, Backend, Edge, Flow, FlowKey, MemberKey, Network, Service,
+    ServiceKey, SocketKey, SocketPeer, Source,
+};
 use crate::family::Family;
 use crate::reason::Reason;
 
@@ -15,6 +18,15 @@ pub enum FlowTable {
     Established = 0,
     /// `PENDING`: it has not yet. A flood of first packets only evicts its own kind.
     Pending = 1,
+}
+
+/// What is counted of a Service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    Connection,
+    /// A translated packet of so many bytes.
+    Packet(u32),
+    Refused,
 }
 
 /// The maps of one family, and what else the kernel tells: time and chance.
@@ -40,6 +52,20 @@ pub trait Tables<F: Family> {
     fn address(&self, addr: &F::Addr) -> Option<AddressInfo>;
 
     fn service(&self, key: &ServiceKey<F::Addr>) -> Option<Service>;
+
+    /// Whether `SOURCES` names a network of this Service that has the address.
+    fn is_source(&self, key: &Source<F::Addr>) -> bool;
+
+    fn affinity(&self, key: &AffinityKey<F::Addr>) -> Option<Affinity>;
+
+    fn put_affinity(&self, key: &AffinityKey<F::Addr>, affinity: &Affinity);
+
+    fn is_member(&self, key: &MemberKey) -> bool;
+
+    fn network(&self, index: u32) -> Option<Network<F::Addr>>;
+
+    /// Adds to what went through a Service.
+    fn count(&self, service: u32, event: Event);
 
     fn slot(&self, index: u32) -> Option<u32>;
 

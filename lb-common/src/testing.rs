@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use etherparse::{LaxPacketHeaders, NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
 
 use crate::abi::{
-    Addr4, Addr6, AddressInfo, Backend, Edge, Service, ServiceKey, Window, address_flags, backend_flags,
-    backend_state, frontend_kind, service_flags,
+    Addr4, Addr6, AddressInfo, Backend, Edge, MemberKey, Network, PrefixKey, Service, ServiceKey, Source,
+    Window, address_flags, backend_flags, backend_state, frontend_kind, network_flags, service_flags,
 };
 use crate::family::{Family, V4, V6};
 use crate::host::HostTables;
@@ -27,6 +27,10 @@ pub trait TestFamily: Family {
     const NODE: &'static str;
     /// Service addresses.
     const VIP: &'static str;
+    /// An address of the ServiceCIDR that no Service has.
+    const UNALLOCATED: &'static str;
+    /// The mask of the ServiceCIDR.
+    const SERVICE_MASK: &'static str;
     /// A pod on the node: backend 1 (TCP 8080) and 3 (UDP 5353).
     const POD: &'static str;
     /// A pod on the node that is no backend.
@@ -45,6 +49,8 @@ impl TestFamily for V4 {
     const CLIENT: &'static str = "203.0.113.7";
     const NODE: &'static str = "192.0.2.1";
     const VIP: &'static str = "10.96.0.10";
+    const UNALLOCATED: &'static str = "10.96.0.99";
+    const SERVICE_MASK: &'static str = "255.255.255.0";
     const POD: &'static str = "10.244.1.5";
     const OTHER_POD: &'static str = "10.244.1.6";
     const FAR_POD: &'static str = "10.244.2.5";
@@ -65,6 +71,8 @@ impl TestFamily for V6 {
     const CLIENT: &'static str = "2001:db8:c::7";
     const NODE: &'static str = "2001:db8::1";
     const VIP: &'static str = "fd00:10:96::a";
+    const UNALLOCATED: &'static str = "fd00:10:96::63";
+    const SERVICE_MASK: &'static str = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:0";
     const POD: &'static str = "fd00:10:244:1::5";
     const OTHER_POD: &'static str = "fd00:10:244:1::6";
     const FAR_POD: &'static str = "fd00:10:244:2::5";
@@ -120,6 +128,14 @@ pub mod ports {
     pub const MANY: u16 = 84;
     /// Its `NodePort`.
     pub const MANY_NODE: u16 = 30084;
+    /// A TCP Service that only `CLIENT` may ask: `VIP:85`.
+    pub const GATED: u16 = 85;
+    /// Its `NodePort`, which is gated too.
+    pub const GATED_NODE: u16 = 30085;
+    /// A TCP Service with several backends and session affinity: `VIP:86`.
+    pub const STICKY: u16 = 86;
+    /// Its `NodePort`.
+    pub const STICKY_NODE: u16 = 30086;
     /// What the TCP backends listen on.
     pub const TARGET: u16 = 8080;
     /// What the UDP backends listen on.
@@ -165,6 +181,8 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
             pad: 0,
             internal,
             external,
+            affinity: 0,
+            port: 0,
         };
         tables.services.insert(ServiceKey { addr: addr(F::VIP), port, proto, pad: 0 }, entry);
         let any = ServiceKey { addr: F::Addr::default(), port: node_port, proto, pad: 0 };
@@ -179,6 +197,16 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
     service(6, UDP, ports::FAR_DNS, ports::FAR_DNS_NODE, one(4), one(4), 0);
     let many = Window { base: 100, len: 7 };
     service(7, TCP, ports::MANY, ports::MANY_NODE, many, many, 0);
+    service(8, TCP, ports::GATED, ports::GATED_NODE, many, one(1), service_flags::SOURCE_RANGES);
+    let source = Source { service: 8, addr: addr(F::CLIENT) };
+    tables.sources.push(PrefixKey { prefix_len: Source::<F::Addr>::BITS, data: source });
+    service(9, TCP, ports::STICKY, ports::STICKY_NODE, many, many, 0);
+    for sticky in tables.services.values_mut().filter(|service| service.id == 9) {
+        (sticky.affinity, sticky.port) = (10, 1);
+    }
+    tables.members.extend([1, 2].map(|backend| MemberKey { window: many.base, backend }));
+    let (addr, mask) = (addr(F::UNALLOCATED), addr(F::SERVICE_MASK));
+    tables.networks.push(Network { addr, mask, flags: network_flags::SERVICE });
     tables
 }
 

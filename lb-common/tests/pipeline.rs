@@ -2,7 +2,10 @@
 
 use std::net::SocketAddr;
 
-use lb_common::abi::{Side, backend_state};
+use lb_common::abi::{
+    MemberKey, Network, PrefixKey, ServiceKey, Side, Source, Usage, backend_state, network_flags,
+    service_flags,
+};
 use lb_common::flow;
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::packet::Packet;
@@ -108,6 +111,13 @@ both_families! {
     no_route_drops
     resets_without_a_flow_pass
     a_reset_is_never_answered
+    source_ranges_admit_and_drop
+    affinity_keeps_a_client_on_its_backend
+    affinity_ends_with_its_time_or_its_backend
+    affinity_is_shared_by_the_frontends_of_a_port
+    unallocated_addresses_of_a_service_cidr_are_dropped
+    pods_of_other_nodes_are_inside_of_the_cluster
+    usage_is_counted_for_each_service
 }
 
 fn outside_to_a_backend_here_keeps_the_client<F: TestFamily>() {
@@ -558,6 +568,137 @@ fn a_reset_is_never_answered<F: TestFamily>() {
     let node = Node::<F>::new();
     node.send(Side::PodIn, tcp(at(F::OTHER_POD, 40000), at(F::VIP, 9), RST))
         .untouched(Verdict::Drop, Reason::UnknownPort);
+}
+
+/// Contract, rules 16 to 19.
+fn source_ranges_admit_and_drop<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let vip = ServiceKey { addr: F::wire(at(F::VIP, 0).ip()), port: ports::WEB, proto: 6, pad: 0 };
+    let service = node.tables.services.get_mut(&vip).expect("web");
+    service.flags |= service_flags::SOURCE_RANGES;
+    let id = service.id;
+    let syn = |node: &Node<F>, side, from: &str, to| node.send(side, tcp(at(from, 40000), to, SYN));
+    let frontend = at(F::VIP, ports::WEB);
+    syn(&node, Side::NicIn, F::CLIENT, frontend).untouched(Verdict::Drop, Reason::SourceNotAllowed);
+    // All but the last 8 bits, of this Service alone.
+    let network = |service| PrefixKey {
+        prefix_len: Source::<F::Addr>::BITS - 8,
+        data: Source { service, addr: F::wire(at(F::CLIENT, 0).ip()) },
+    };
+    node.tables.sources.push(network(id + 1));
+    syn(&node, Side::NicIn, F::CLIENT, frontend).untouched(Verdict::Drop, Reason::SourceNotAllowed);
+    node.tables.sources.push(network(id));
+    syn(&node, Side::NicIn, F::CLIENT, frontend).seen(Verdict::Pass, Reason::Translated);
+    syn(&node, Side::PodIn, F::OTHER_POD, frontend).untouched(Verdict::Drop, Reason::SourceNotAllowed);
+    syn(&node, Side::PodIn, F::OTHER_POD, at(F::NODE, ports::WEB_NODE))
+        .seen(Verdict::Pass, Reason::Translated);
+}
+
+/// A node whose frontends with several backends remember their clients for 10 s.
+fn node_with_affinity<F: TestFamily>() -> Node<F> {
+    let mut node = Node::<F>::new();
+    for service in node.tables.services.values_mut().filter(|service| service.external.len > 1) {
+        (service.affinity, service.port) = (10, 77);
+        service.flags &= !service_flags::MAGLEV;
+    }
+    for backend in [1, 2] {
+        node.tables.members.insert(MemberKey { window: 100, backend });
+    }
+    node
+}
+
+/// The backend that a new connection from a pod is given while chance says `random`.
+fn backend_of<F: TestFamily>(node: &Node<F>, port: u16, frontend: SocketAddr, random: u32) -> SocketAddr {
+    node.tables.random.set(random);
+    let syn = node.send(Side::PodIn, tcp(at(F::OTHER_POD, port), frontend, SYN));
+    syn.seen(Verdict::Pass, Reason::Translated).ends().1
+}
+
+fn affinity_keeps_a_client_on_its_backend<F: TestFamily>() {
+    let node = node_with_affinity::<F>();
+    let vip = at(F::VIP, ports::MANY);
+    let first = backend_of(&node, 40000, vip, 0);
+    for n in 1..50 {
+        // Each new connection begins the time anew.
+        node.wait(9_000_000_000);
+        assert_eq!(backend_of(&node, 40000 + n, vip, u32::from(n)), first);
+    }
+    // Another client is not bound by it.
+    node.tables.random.set(1);
+    let other = node.send(Side::PodIn, tcp(at(F::POD, 40000), vip, SYN));
+    assert_ne!(other.seen(Verdict::Pass, Reason::Translated).ends().1, first);
+}
+
+fn affinity_ends_with_its_time_or_its_backend<F: TestFamily>() {
+    let vip = at(F::VIP, ports::MANY);
+    let (near, far) = (at(F::POD, ports::TARGET), at(F::FAR_POD, ports::TARGET));
+    let node = node_with_affinity::<F>();
+    assert_eq!(backend_of(&node, 40000, vip, 0), near);
+    node.wait(10_000_000_001);
+    assert_eq!(backend_of(&node, 40001, vip, 1), far);
+
+    // The id was given to another backend.
+    let mut node = node_with_affinity::<F>();
+    assert_eq!(backend_of(&node, 40000, vip, 0), near);
+    node.tables.backends.get_mut(&1).expect("backend 1").generation += 1;
+    assert_eq!(backend_of(&node, 40001, vip, 1), far);
+
+    // The backend lives, but is not one of those this frontend may choose from any more.
+    let mut node = node_with_affinity::<F>();
+    assert_eq!(backend_of(&node, 40000, vip, 0), near);
+    node.tables.members.remove(&MemberKey { window: 100, backend: 1 });
+    assert_eq!(backend_of(&node, 40001, vip, 1), far);
+}
+
+fn affinity_is_shared_by_the_frontends_of_a_port<F: TestFamily>() {
+    let node = node_with_affinity::<F>();
+    let first = backend_of(&node, 40000, at(F::VIP, ports::MANY), 1);
+    assert_eq!(backend_of(&node, 40001, at(F::NODE, ports::MANY_NODE), 0), first);
+}
+
+/// Contract, rule 14.
+fn unallocated_addresses_of_a_service_cidr_are_dropped<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    node.tables.networks.clear();
+    let vip = F::wire(at(F::VIP, 0).ip());
+    // A network of which only the last bit is free, and which the Service's neighbour is in.
+    let neighbour = if F::HEADER_LEN == 20 { "10.96.0.11" } else { "fd00:10:96::b" };
+    let mask =
+        if F::HEADER_LEN == 20 { "255.255.255.254" } else { "ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe" };
+    let mask = F::wire(at(mask, 0).ip());
+    let syn = |node: &Node<F>, to: &str| node.send(Side::PodIn, tcp(at(F::POD, 1), at(to, 80), SYN));
+    syn(&node, neighbour).untouched(Verdict::Pass, Reason::NotOurs);
+    node.tables.networks.push(Network { addr: vip, mask, flags: network_flags::SERVICE });
+    syn(&node, neighbour).untouched(Verdict::Drop, Reason::NoSuchService);
+    syn(&node, F::VIP).seen(Verdict::SendBack, Reason::Hairpinned);
+    syn(&node, F::FAR_POD).untouched(Verdict::Pass, Reason::NotOurs);
+}
+
+/// A pod of another node asks here for a NodePort: traffic policy Local does not restrict it.
+fn pods_of_other_nodes_are_inside_of_the_cluster<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let pod = at(F::FAR_POD, 40000);
+    let frontend = at(F::NODE, ports::LOCAL_NODE);
+    node.send(Side::NicIn, tcp(pod, frontend, SYN)).untouched(Verdict::Drop, Reason::NoLocalEndpoints);
+    let mask = if F::HEADER_LEN == 20 { "255.255.0.0" } else { "ffff:ffff:ffff::" };
+    let (addr, mask) = (F::wire(pod.ip()), F::wire(at(mask, 0).ip()));
+    node.tables.networks.push(Network { addr, mask, flags: network_flags::POD });
+    node.send(Side::NicIn, tcp(pod, frontend, SYN)).seen(Verdict::Forward, Reason::Forwarded);
+    node.send(Side::NicIn, tcp(client::<F>(1), frontend, SYN))
+        .untouched(Verdict::Drop, Reason::NoLocalEndpoints);
+}
+
+fn usage_is_counted_for_each_service<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::WEB_NODE));
+    let syn = tcp(client, frontend, SYN);
+    let bytes = syn.len() as u64 - 14;
+    node.send(Side::NicIn, syn);
+    node.send(Side::NicOut, tcp(at(F::POD, ports::TARGET), client, SYN | ACK));
+    node.send(Side::NicIn, tcp(client, at(F::NODE, ports::EMPTY_NODE), SYN));
+    let usage = node.tables.usage.borrow();
+    let web = Usage { connections: 1, packets: 2, bytes: 2 * bytes, refused: 0 };
+    assert_eq!((usage[&1], usage[&3]), (web, Usage { refused: 1, ..Usage::default() }));
 }
 
 /// Changes a frame and expects it to pass untouched.

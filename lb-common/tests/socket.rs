@@ -2,14 +2,14 @@
 
 use std::net::SocketAddr;
 
-use lb_common::abi::{AddressInfo, address_flags, backend_state};
+use lb_common::abi::{AddressInfo, MemberKey, address_flags, backend_state, service_flags};
 use lb_common::host::HostTables;
 use lb_common::socket::{self, Peer, Socket};
 use lb_common::testing::{TestFamily, at, cluster, ports};
 use lb_common::{Reason, V4, V6};
 
-const TCP: Socket = Socket { cookie: 17, proto: 6 };
-const UDP: Socket = Socket { cookie: 18, proto: 17 };
+const TCP: Socket = Socket { cookie: 17, proto: 6, owner: 0 };
+const UDP: Socket = Socket { cookie: 18, proto: 17, owner: 0 };
 
 fn peer<F: TestFamily>(addr: SocketAddr) -> Peer<F> {
     Peer { addr: F::wire(addr.ip()), port: addr.port() }
@@ -28,6 +28,8 @@ both_families! {
     frontends_without_endpoints_refuse
     what_is_no_frontend_is_left_alone
     loopback_addresses_serve_node_ports_to_sockets_alone
+    source_ranges_hold_for_the_node_too
+    affinity_tells_the_node_from_its_pods
 }
 
 fn connections_go_to_the_backend_and_keep_their_name<F: TestFamily>() {
@@ -93,4 +95,37 @@ fn loopback_addresses_serve_node_ports_to_sockets_alone<F: TestFamily>() {
     );
     let outcome = lb_common::pipeline::process::<F, _, _>(&mut packet, &tables, lb_common::abi::Side::NicIn);
     assert_eq!(outcome, (lb_common::pipeline::Verdict::Pass, Reason::NotOurs));
+}
+
+fn source_ranges_hold_for_the_node_too<F: TestFamily>() {
+    let mut tables = cluster::<F>(1);
+    let ask = |tables: &HostTables<F>| socket::connect(tables, TCP, peer::<F>(at(F::VIP, ports::WEB)));
+    let set = |tables: &mut HostTables<F>, flags| {
+        for service in tables.services.values_mut() {
+            service.flags |= flags;
+        }
+    };
+    set(&mut tables, service_flags::SOURCE_RANGES);
+    assert_eq!(ask(&tables), Err(Reason::SourceNotAllowed));
+    set(&mut tables, service_flags::NODE_ALLOWED);
+    assert_eq!(ask(&tables), Ok(peer(at(F::POD, ports::TARGET))));
+}
+
+fn affinity_tells_the_node_from_its_pods<F: TestFamily>() {
+    let mut tables = cluster::<F>(1);
+    for service in tables.services.values_mut().filter(|service| service.external.len > 1) {
+        (service.affinity, service.port) = (10, 77);
+        service.flags &= !service_flags::MAGLEV;
+    }
+    for backend in [1, 2] {
+        tables.members.insert(MemberKey { window: 100, backend });
+    }
+    let ask = |owner, random| {
+        tables.random.set(random);
+        let socket = Socket { owner, cookie: u64::from(random), ..TCP };
+        socket::connect(&tables, socket, peer::<F>(at(F::VIP, ports::MANY))).expect("a backend")
+    };
+    let (near, far) = (peer(at(F::POD, ports::TARGET)), peer(at(F::FAR_POD, ports::TARGET)));
+    assert_eq!((ask(0, 0), ask(0, 1), ask(0, 4)), (near, near, near));
+    assert_eq!((ask(4026, 1), ask(4026, 0)), (far, far));
 }

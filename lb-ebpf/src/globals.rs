@@ -3,9 +3,13 @@
 
 use aya_ebpf::Global;
 
-/// Cookie of the node's network namespace; 0: sockets of all namespaces are served.
+/// Cookie of the node's network namespace; 0: not known.
 #[unsafe(no_mangle)]
 pub static NODE_NETNS: Global<u64> = Global::new(0);
+
+/// Sockets of all namespaces are served.
+#[unsafe(no_mangle)]
+pub static SERVES_PODS: Global<u8> = Global::new(0);
 
 /// The kernel has `bpf_set_retval` for socket hooks.
 #[unsafe(no_mangle)]

@@ -3,18 +3,21 @@
 use core::cell::Cell;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use lb_common::abi::{
-    AddressInfo, Backend, Counter, Edge, Flow, FlowKey, Service, ServiceKey, SocketKey, SocketPeer,
+    AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, MemberKey, Network, Service,
+    ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use lb_common::maps::{
     DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING, MAX_ADDRESSES,
-    MAX_EDGES, MAX_SOCKETS, NO_PREALLOC, SLOTS_PER_BACKEND,
+    MAX_AFFINITIES, MAX_EDGES, MAX_MEMBERS, MAX_NETWORKS, MAX_SOCKETS, MAX_SOURCES, MAX_USAGES, NO_PREALLOC,
+    SLOTS_PER_BACKEND,
 };
 use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
-use lb_common::tables::FlowTable;
+use lb_common::tables::{Event, FlowTable};
 use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6};
 
 use crate::globals::HAVE_COARSE_CLOCK;
@@ -54,6 +57,22 @@ static PENDING6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, PENDING_COUNT> = LruHas
 #[btf_map]
 static SOCKETS: LruHashMap<SocketKey, SocketPeer, { MAX_SOCKETS as usize }> = LruHashMap::new();
 #[btf_map]
+static SOURCES4: LpmTrie<Source<Addr4>, u32, { MAX_SOURCES as usize }, WRITTEN_BY_AGENT> = LpmTrie::new();
+#[btf_map]
+static SOURCES6: LpmTrie<Source<Addr6>, u32, { MAX_SOURCES as usize }, WRITTEN_BY_AGENT> = LpmTrie::new();
+#[btf_map]
+static AFFINITY4: LruHashMap<AffinityKey<Addr4>, Affinity, { MAX_AFFINITIES as usize }> = LruHashMap::new();
+#[btf_map]
+static AFFINITY6: LruHashMap<AffinityKey<Addr6>, Affinity, { MAX_AFFINITIES as usize }> = LruHashMap::new();
+#[btf_map]
+static MEMBERS: HashMap<MemberKey, u32, { MAX_MEMBERS as usize }, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static NETWORKS4: Array<Network<Addr4>, { MAX_NETWORKS as usize }> = Array::new();
+#[btf_map]
+static NETWORKS6: Array<Network<Addr6>, { MAX_NETWORKS as usize }> = Array::new();
+#[btf_map]
+static USAGE: PerCpuArray<Usage, { MAX_USAGES as usize }> = PerCpuArray::new();
+#[btf_map]
 static COUNTERS: PerCpuArray<Counter, { COUNTER_COUNT as usize }> = PerCpuArray::new();
 
 /// Counts one packet, or one call of a socket hook.
@@ -64,6 +83,25 @@ pub fn count(hook: Hook, reason: Reason, bytes: u32) {
         unsafe {
             (*counter).packets = (*counter).packets.wrapping_add(1);
             (*counter).bytes = (*counter).bytes.wrapping_add(u64::from(bytes));
+        }
+    }
+}
+
+/// Counts what goes through a Service; those that have no counter of their own share that of index 0.
+#[inline(always)]
+fn use_service(service: u32, event: Event) {
+    let index = if service < MAX_USAGES { service } else { 0 };
+    if let Some(usage) = USAGE.get_ptr_mut(index) {
+        // SAFETY: as in `count`.
+        unsafe {
+            match event {
+                Event::Connection => (*usage).connections = (*usage).connections.wrapping_add(1),
+                Event::Packet(bytes) => {
+                    (*usage).packets = (*usage).packets.wrapping_add(1);
+                    (*usage).bytes = (*usage).bytes.wrapping_add(u64::from(bytes));
+                }
+                Event::Refused => (*usage).refused = (*usage).refused.wrapping_add(1),
+            }
         }
     }
 }
@@ -80,7 +118,10 @@ fn value<A: Copy>(flow: &Cell<Flow<A>>) -> &Flow<A> {
 
 /// The maps of one family differ in their names alone.
 macro_rules! tables {
-    ($family:ty, $addr:ty, $services:ident, $backends:ident, $addresses:ident, $flows:ident, $pending:ident) => {
+    (
+        $family:ty, $addr:ty, $services:ident, $backends:ident, $addresses:ident, $flows:ident, $pending:ident,
+        $sources:ident, $affinity:ident, $networks:ident
+    ) => {
         impl Tables<$family> for Kernel {
             type Entry = &'static Cell<Flow<$addr>>;
 
@@ -141,6 +182,38 @@ macro_rules! tables {
             }
 
             #[inline(always)]
+            fn is_source(&self, key: &Source<$addr>) -> bool {
+                $sources.get(&Key::new(Source::<$addr>::BITS, *key)).is_some()
+            }
+
+            #[inline(always)]
+            fn affinity(&self, key: &AffinityKey<$addr>) -> Option<Affinity> {
+                // SAFETY: the value is copied at once.
+                unsafe { $affinity.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn put_affinity(&self, key: &AffinityKey<$addr>, affinity: &Affinity) {
+                // If it fails, the client may be given another backend next time: no connection is lost for that.
+                let _ = $affinity.insert(key, affinity, u64::from(BPF_ANY));
+            }
+
+            #[inline(always)]
+            fn is_member(&self, key: &MemberKey) -> bool {
+                MEMBERS.get_ptr(key).is_some()
+            }
+
+            #[inline(always)]
+            fn network(&self, index: u32) -> Option<Network<$addr>> {
+                $networks.get(index).copied()
+            }
+
+            #[inline(always)]
+            fn count(&self, service: u32, event: Event) {
+                use_service(service, event);
+            }
+
+            #[inline(always)]
             fn slot(&self, index: u32) -> Option<u32> {
                 SLOTS.get(index).copied()
             }
@@ -185,5 +258,5 @@ macro_rules! tables {
     };
 }
 
-tables!(V4, Addr4, SERVICES4, BACKENDS4, ADDRESSES4, FLOWS4, PENDING4);
-tables!(V6, Addr6, SERVICES6, BACKENDS6, ADDRESSES6, FLOWS6, PENDING6);
+tables!(V4, Addr4, SERVICES4, BACKENDS4, ADDRESSES4, FLOWS4, PENDING4, SOURCES4, AFFINITY4, NETWORKS4);
+tables!(V6, Addr6, SERVICES6, BACKENDS6, ADDRESSES6, FLOWS6, PENDING6, SOURCES6, AFFINITY6, NETWORKS6);

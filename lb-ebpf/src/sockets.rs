@@ -12,7 +12,7 @@ use lb_common::socket::{self, Peer, Socket};
 use lb_common::wire::IpProto;
 use lb_common::{Addr4, Addr6, Family, Hook, Reason, V4, V6};
 
-use crate::globals::{HAVE_SET_RETVAL, NODE_NETNS};
+use crate::globals::{HAVE_SET_RETVAL, NODE_NETNS, SERVES_PODS};
 use crate::maps::{Kernel, count};
 
 /// The system call goes on.
@@ -151,15 +151,15 @@ where
     const UDP: u32 = IpProto::Udp as u32;
     let netns = NODE_NETNS.load();
     // SAFETY: helpers on, and a field of, a context that is valid while the program runs.
-    let (ours, cookie, protocol, port) = unsafe {
+    let (owner, cookie, protocol, port) = unsafe {
         (
-            netns == 0 || bpf_get_netns_cookie(ctx.cast()) == netns,
+            bpf_get_netns_cookie(ctx.cast()),
             bpf_get_socket_cookie(ctx.cast()),
             read_volatile(addr_of!((*ctx).protocol)),
             read_volatile(addr_of!((*ctx).user_port)),
         )
     };
-    if !ours {
+    if SERVES_PODS.load() == 0 && owner != netns {
         return Err(Reason::OtherNamespace);
     }
     let proto = match protocol {
@@ -167,7 +167,9 @@ where
         UDP => IpProto::Udp as u8,
         _ => return Err(Reason::UnknownProtocol),
     };
-    let socket = Socket { cookie, proto };
+    // Namespaces are numbered from 1 on; 24 bits of it fit into an address that nobody has.
+    let owner = if owner == netns { 0 } else { owner as u32 & 0x00ff_ffff };
+    let socket = Socket { cookie, proto, owner };
     let peer = Peer::<F> { addr, port: u16::from_be(port as u16) };
     match call {
         Call::Connect => socket::connect(&Kernel, socket, peer),

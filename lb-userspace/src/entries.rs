@@ -1,11 +1,12 @@
 //! The plain types between the two halves of the agent: what `compile` makes of a Service, and what
 //! `reconcile` asks of the datapath. No Kubernetes type and no BPF map appears on either side of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use lb_common::abi;
 
 /// IP protocol of a frontend.
@@ -181,6 +182,12 @@ pub enum Algorithm {
 pub struct Frontend {
     pub kind: FrontendKind,
     pub algorithm: Algorithm,
+    /// Only the sources of its Service may ask ([`Compiled::sources`]).
+    pub restricted: bool,
+    /// The number of the Service's port: frontends of one port share what is known of a client.
+    pub port: u16,
+    /// How many seconds a client is remembered that opens no connection; 0: it is not.
+    pub affinity: u32,
     /// For pods and processes of the node.
     pub internal: Target,
     /// For everybody else.
@@ -204,6 +211,8 @@ impl fmt::Display for ServiceName {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Compiled {
     pub frontends: BTreeMap<FrontendKey, Frontend>,
+    /// Who may ask for its restricted frontends, by family.
+    pub sources: BTreeMap<Family, BTreeSet<IpNet>>,
     /// Endpoints that no frontend chooses now: not ready, terminating, elsewhere. Flows they have from
     /// earlier outlive the choice.
     pub kept: BTreeMap<Backend, Keep>,
@@ -220,6 +229,14 @@ pub enum Op {
     SetFrontend { key: FrontendKey, entry: abi::Service },
     /// Removes `SERVICES4/6[key]`; fine if it is not there.
     RemoveFrontend { key: FrontendKey },
+    /// Adds a backend to those that a window of a frontend with affinity holds.
+    AddMember { window: u32, backend: u32 },
+    /// Removes a backend from them; fine if it is not there.
+    RemoveMember { window: u32, backend: u32 },
+    /// Adds a network to `SOURCES4/6`: it may ask for the restricted frontends of the Service.
+    SetSource { service: u32, net: IpNet },
+    /// Removes a network from `SOURCES4/6`; fine if it is not there.
+    RemoveSource { service: u32, net: IpNet },
     /// `ADDRESSES4/6[addr].flags = flags` ([`abi::address_flags`]).
     SetAddress { addr: IpAddr, flags: u32 },
     /// Removes `ADDRESSES4/6[addr]`; fine if it is not there.
@@ -248,6 +265,10 @@ pub struct Snapshot {
     /// Every window that a frontend refers to, by its base.
     pub slots: BTreeMap<u32, Vec<u32>>,
     pub addresses: BTreeMap<IpAddr, u32>,
+    /// Backends by the base of the window.
+    pub members: BTreeMap<u32, BTreeSet<u32>>,
+    /// By the number of the Service.
+    pub sources: BTreeMap<u32, BTreeSet<IpNet>>,
 }
 
 /// How many entries the maps take.
@@ -260,4 +281,8 @@ pub struct Limits {
     /// Slots for both families together; index 0 is not used.
     pub slots: u32,
     pub addresses: u32,
+    /// Networks that may ask for restricted frontends, per family.
+    pub sources: u32,
+    /// Backends in windows of frontends with affinity, for both families together.
+    pub members: u32,
 }

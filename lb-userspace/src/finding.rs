@@ -10,6 +10,9 @@ pub enum Finding {
     /// Not an IP address.
     #[error("{field}: {value:?} is not an IP address; it is left out")]
     BadAddress { field: String, value: String },
+    /// Not a network.
+    #[error("{field}: {value:?} is not a network; it admits nobody")]
+    BadNetwork { field: String, value: String },
     /// An address that cannot be an address of this kind.
     #[error("{field}: {value} cannot be one; it is left out")]
     UnusableAddress { field: String, value: String },
@@ -19,6 +22,9 @@ pub enum Finding {
     /// A port number outside 1 to 65535.
     #[error("{field}: {value} is no port number; it is left out")]
     BadPort { field: String, value: i64 },
+    /// A time-out that is none.
+    #[error("{field}: {value} is no time-out; {taken} is used")]
+    BadTimeout { field: String, value: i64, taken: u32 },
     /// A protocol that is not translated.
     #[error("port {port}: protocol {protocol} is not supported; the port is left out")]
     UnsupportedProtocol { port: String, protocol: String },
@@ -40,6 +46,9 @@ pub enum Finding {
          it stays as it was"
     )]
     DoesNotFit { what: &'static str, need: u64, free: u64, limit: u64, flag: &'static str },
+    /// No room in a map whose size is fixed.
+    #[error("does not fit: {need} more {what} needed, {free} of {limit} free; it stays as it was")]
+    NoRoomFor { what: &'static str, need: u64, free: u64, limit: u64 },
     /// No room in `ADDRESSES4/6`.
     #[error("no room for address {addr} beside {limit} others of its family; it is not marked as ours")]
     AddressDoesNotFit { addr: IpAddr, limit: u32 },
@@ -55,6 +64,7 @@ impl Finding {
             self,
             Self::Taken { .. }
                 | Self::DoesNotFit { .. }
+                | Self::NoRoomFor { .. }
                 | Self::AddressDoesNotFit { .. }
                 | Self::ListInsteadOfTable
         )

@@ -10,11 +10,12 @@ use std::process::Command;
 use std::thread;
 
 use aya::Pod;
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use fairlead::datapath::test_run::{Input, test_run};
 use fairlead::datapath::{Datapath, Options, Place, Sizes};
 use fairlead::sys::netns;
-use lb_common::abi::{Counter, Flow, FlowKey, Side};
+use lb_common::abi::{Affinity, AffinityKey, Counter, Flow, FlowKey, Network, Side, Source, Usage};
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::maps::MAPS;
 use lb_common::packet::NETWORK;
@@ -120,6 +121,9 @@ fn mirror<F: KernelFamily>(tables: &HostTables<F>, datapath: &Datapath)
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
+    AffinityKey<F::Addr>: Pod,
+    Network<F::Addr>: Pod,
+    Source<F::Addr>: Pod,
 {
     let mut services = hash::<F, _, _>(datapath, "SERVICES");
     for (key, value) in &tables.services {
@@ -142,6 +146,47 @@ where
     for (key, value) in &tables.slots {
         slots.set(*key, *value, 0).expect("room");
     }
+    let mut sources = LpmTrie::try_from(Map::LpmTrie(map::<F>(datapath, "SOURCES"))).expect("a trie");
+    for source in &tables.sources {
+        sources.insert(&Key::new(source.prefix_len, source.data), 1u32, 0).expect("room");
+    }
+    let mut members = hash::<F, _, _>(datapath, "MEMBERS");
+    for member in &tables.members {
+        members.insert(*member, 1u32, 0).expect("room");
+    }
+    let mut networks = Array::try_from(Map::Array(map::<F>(datapath, "NETWORKS"))).expect("an array");
+    for (index, network) in (0..).zip(&tables.networks) {
+        networks.set(index, *network, 0).expect("room");
+    }
+}
+
+/// Which backend each client was given last.
+fn affinities<F: KernelFamily>(datapath: &Datapath) -> BTreeMap<AffinityKey<F::Addr>, Affinity>
+where
+    AffinityKey<F::Addr>: Pod,
+{
+    let map = HashMap::try_from(Map::LruHashMap(map::<F>(datapath, "AFFINITY"))).expect("a hash of clients");
+    map.iter().map(|entry| entry.expect("an entry")).collect()
+}
+
+/// What went through each Service of the small cluster.
+fn usage<F: KernelFamily>(datapath: &Datapath) -> BTreeMap<u32, Usage> {
+    let map: PerCpuArray<_, Usage> =
+        PerCpuArray::try_from(Map::PerCpuArray(map::<F>(datapath, "USAGE"))).expect("the usage");
+    let mut usage = BTreeMap::new();
+    for service in 0..32 {
+        let mut sum = Usage::default();
+        for cpu in map.get(&service, 0).expect("a counter").iter() {
+            sum.connections += cpu.connections;
+            sum.packets += cpu.packets;
+            sum.bytes += cpu.bytes;
+            sum.refused += cpu.refused;
+        }
+        if sum != Usage::default() {
+            usage.insert(service, sum);
+        }
+    }
+    usage
 }
 
 /// The entries of a flow table in the kernel.
@@ -186,6 +231,9 @@ impl<F: KernelFamily> Pair<F>
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
+    AffinityKey<F::Addr>: Pod,
+    Network<F::Addr>: Pod,
+    Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,
     Flow<F::Addr>: Pod,
 {
@@ -231,7 +279,7 @@ where
         (verdict, reason, want)
     }
 
-    /// Compares the flow tables and counters.
+    /// Compares the flow tables, what is known of clients, and all that is counted.
     fn settle(&self) {
         for table in [FlowTable::Established, FlowTable::Pending] {
             let clean = |flows: BTreeMap<FlowKey<F::Addr>, Flow<F::Addr>>| -> BTreeMap<_, _> {
@@ -240,6 +288,11 @@ where
             let (host, kernel) = (clean(self.host.entries(table)), clean(flows::<F>(&self.kernel, table)));
             assert_eq!(host, kernel, "{table:?}");
         }
+        let clean = |clients: BTreeMap<AffinityKey<F::Addr>, Affinity>| -> BTreeMap<_, _> {
+            clients.into_iter().map(|(key, known)| (key, Affinity { last_seen: 0, ..known })).collect()
+        };
+        assert_eq!(clean(self.host.affinity.borrow().clone()), clean(affinities::<F>(&self.kernel)));
+        assert_eq!(*self.host.usage.borrow(), usage::<F>(&self.kernel));
         let host: Vec<_> = self.counts.iter().map(|((hook, reason), n)| (*hook, *reason, *n)).collect();
         assert_eq!(host, counters::<F>(&self.kernel));
     }
@@ -279,7 +332,7 @@ impl Traffic {
     }
 
     fn end<F: TestFamily>(&mut self) -> SocketAddr {
-        let addr = self.pick(&[F::CLIENT, F::NODE, F::VIP, F::POD, F::OTHER_POD, F::FAR_POD]);
+        let addr = self.pick(&[F::CLIENT, F::NODE, F::VIP, F::UNALLOCATED, F::POD, F::OTHER_POD, F::FAR_POD]);
         let port = self.pick(&[
             ports::WEB,
             ports::WEB_NODE,
@@ -292,6 +345,10 @@ impl Traffic {
             ports::FAR_DNS_NODE,
             ports::MANY,
             ports::MANY_NODE,
+            ports::GATED,
+            ports::GATED_NODE,
+            ports::STICKY,
+            ports::STICKY_NODE,
             ports::TARGET,
             ports::TARGET_UDP,
             40000,
@@ -340,6 +397,9 @@ fn conversations<F: KernelFamily>(device: u32, seed: u64, packets: usize)
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
+    AffinityKey<F::Addr>: Pod,
+    Network<F::Addr>: Pod,
+    Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,
     Flow<F::Addr>: Pod,
 {
@@ -372,6 +432,8 @@ where
         Reason::NoEndpoints,
         Reason::NoLocalEndpoints,
         Reason::UnknownPort,
+        Reason::SourceNotAllowed,
+        Reason::NoSuchService,
         Reason::StrayReset,
         Reason::TtlExceeded,
         Reason::PacketTooBig,
@@ -433,6 +495,9 @@ fn damaged<F: KernelFamily>(device: u32, seed: u64, packets: usize)
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
+    AffinityKey<F::Addr>: Pod,
+    Network<F::Addr>: Pod,
+    Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,
     Flow<F::Addr>: Pod,
 {

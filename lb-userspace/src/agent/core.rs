@@ -268,6 +268,8 @@ impl<M: Maps> Agent<M> {
             tracing::warn!("this node: {finding}");
         }
         self.apply(&ops, None, now)?;
+        let batch = self.reconciler.review_sources(now);
+        self.carry_out(batch, None, now)?;
         self.addresses_changed = false;
         Ok(())
     }

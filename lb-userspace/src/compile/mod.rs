@@ -49,7 +49,13 @@ pub fn compile(service: &Service, slices: &[&EndpointSlice], facts: &Facts) -> (
             out.findings.push(Finding::NoNodePort { port: port.label() });
         }
     }
-    for frontend in out.compiled.frontends.values() {
+    for (key, frontend) in &out.compiled.frontends {
+        let family = Family::of(key.addr);
+        if frontend.restricted
+            && let Some(ranges) = service.source_ranges.get(&family)
+        {
+            out.compiled.sources.entry(family).or_insert_with(|| ranges.clone());
+        }
         for target in [&frontend.internal, &frontend.external] {
             for backend in &*target.backends {
                 out.compiled.kept.remove(backend);
@@ -84,13 +90,18 @@ impl Output {
                 _ => (from_inside.clone(), from_outside.clone()),
             };
             let key = FrontendKey { addr, port: number, protocol: port.protocol };
-            let frontend = Frontend { kind, algorithm, internal, external };
+            let restricted =
+                kind == FrontendKind::LoadBalancer && service.source_ranges.contains_key(&family);
+            let affinity = service.affinity.unwrap_or(0);
+            let frontend =
+                Frontend { kind, algorithm, restricted, port: port.port, affinity, internal, external };
             match self.compiled.frontends.entry(key) {
                 Entry::Vacant(entry) => {
                     entry.insert(frontend);
                 }
-                // An address that is both externalIP and load-balancer IP is the same either way.
-                Entry::Occupied(entry) if Frontend { kind, ..entry.get().clone() } == frontend => {}
+                // An address that is both externalIP and load-balancer IP is the same either way, and restricted.
+                Entry::Occupied(entry)
+                    if Frontend { kind, restricted, ..entry.get().clone() } == frontend => {}
                 Entry::Occupied(_) => self.findings.push(Finding::Duplicate { key }),
             }
         };

@@ -492,3 +492,25 @@ fn what_is_wrong_is_found_and_the_rest_works() {
     service.cluster_ips.clear();
     assert!(compile(&service, &[], &facts()).1.contains(&Finding::NoClusterIp));
 }
+
+/// Rules 16 to 19: only the load-balancer IPs are restricted.
+#[test]
+fn source_ranges_restrict_load_balancer_ips_alone() {
+    let range = || BTreeSet::from(["203.0.113.0/24".parse().unwrap()]);
+    let service = Service {
+        kind: ServiceType::LoadBalancer,
+        load_balancer_ips: vec![ip("1.2.3.4"), ip("1.2.3.5")],
+        external_ips: vec![ip("1.2.3.5"), ip("1.2.3.6")],
+        source_ranges: BTreeMap::from([(Family::V4, range()), (Family::V6, range())]),
+        ..node_port()
+    };
+    let (compiled, findings) = compile(&service, &[&slice(vec![])], &facts());
+    assert_eq!(findings, []);
+    let restricted = compiled.frontends.iter().filter(|(_, frontend)| frontend.restricted);
+    let addrs: Vec<String> = restricted.map(|(key, _)| key.addr.to_string()).collect();
+    assert_eq!((addrs, compiled.frontends.len()), (vec!["1.2.3.4".into(), "1.2.3.5".into()], 5));
+    assert_eq!(compiled.sources, BTreeMap::from([(Family::V4, range())]));
+    // Without such an address there is nothing to restrict.
+    let unaddressed = Service { load_balancer_ips: vec![], ..service };
+    assert_eq!(compile(&unaddressed, &[&slice(vec![])], &facts()).0.sources, BTreeMap::new());
+}

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use ipnet::IpNet;
 use lb_common::abi::{self, backend_state};
 
 use super::{ApplyError, MapError, Maps};
@@ -75,6 +76,10 @@ impl FakeMaps {
                 if !usable {
                     return Err(Self::failed("SERVICES", format!("{key:?}: backend {id} is not active")));
                 }
+                let members = self.state.members.get(&window.base);
+                if entry.affinity > 0 && !members.is_some_and(|ids| ids.contains(&id)) {
+                    return Err(Self::failed("SERVICES", format!("{key:?}: backend {id} is no member")));
+                }
             }
         }
         Ok(())
@@ -146,6 +151,47 @@ impl FakeMaps {
             }
             Op::RemoveAddress { addr } => {
                 self.state.addresses.remove(addr);
+            }
+            Op::AddMember { window, backend } => {
+                let held: usize = self.state.members.values().map(BTreeSet::len).sum();
+                let ids = self.state.members.entry(*window).or_default();
+                if held >= self.limits.members as usize && !ids.contains(backend) {
+                    return Err(MapError::Full { map: "MEMBERS".into(), capacity: self.limits.members });
+                }
+                ids.insert(*backend);
+            }
+            Op::RemoveMember { window, backend } => {
+                for (key, service) in self.state.frontends.iter().filter(|(_, s)| s.affinity > 0) {
+                    for other in [service.internal, service.external].iter().filter(|w| w.base == *window) {
+                        if self.window(*other).contains(backend) {
+                            let reason = format!("{key:?} still relies on {backend} in {window}");
+                            return Err(Self::failed("MEMBERS", reason));
+                        }
+                    }
+                }
+                if let Some(ids) = self.state.members.get_mut(window) {
+                    ids.remove(backend);
+                    if ids.is_empty() {
+                        self.state.members.remove(window);
+                    }
+                }
+            }
+            Op::SetSource { service, net } => {
+                let of_family = |other: &&IpNet| other.addr().is_ipv4() == net.addr().is_ipv4();
+                let held = self.state.sources.values().flatten().filter(of_family).count();
+                let known = self.state.sources.get(service).is_some_and(|nets| nets.contains(net));
+                if held >= self.limits.sources as usize && !known {
+                    return Err(MapError::Full { map: "SOURCES".into(), capacity: self.limits.sources });
+                }
+                self.state.sources.entry(*service).or_default().insert(*net);
+            }
+            Op::RemoveSource { service, net } => {
+                if let Some(nets) = self.state.sources.get_mut(service) {
+                    nets.remove(net);
+                    if nets.is_empty() {
+                        self.state.sources.remove(service);
+                    }
+                }
             }
         }
         Ok(())

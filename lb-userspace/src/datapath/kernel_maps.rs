@@ -1,13 +1,15 @@
 //! The service maps in the kernel.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use aya::Pod;
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, IterableMap, Map, MapData, MapError as AyaError};
-use lb_common::abi::{self, Addr4, Addr6, AddressInfo, ServiceKey};
+use ipnet::IpNet;
+use lb_common::abi::{self, Addr4, Addr6, AddressInfo, MemberKey, ServiceKey, Source};
 use lb_common::maps::{MAPS, MapSpec};
 
 use super::error::OpenError;
@@ -18,6 +20,12 @@ use crate::sys::bpf::{self, Cursor};
 /// Entries read or written with one system call.
 const BATCH: usize = 4096;
 
+/// The value where only the key matters.
+const PRESENT: u32 = 1;
+
+/// Bits of the Service's number, in front of the network's in the keys of `SOURCES4/6`.
+const SERVICE_BITS: u32 = 32;
+
 /// The service maps in the kernel.
 pub struct KernelMaps {
     services4: HashMap<MapData, ServiceKey<Addr4>, abi::Service>,
@@ -27,6 +35,9 @@ pub struct KernelMaps {
     slots: Array<MapData, u32>,
     addresses4: HashMap<MapData, Addr4, AddressInfo>,
     addresses6: HashMap<MapData, Addr6, AddressInfo>,
+    members: HashMap<MapData, MemberKey, u32>,
+    sources4: LpmTrie<MapData, Source<Addr4>, u32>,
+    sources6: LpmTrie<MapData, Source<Addr6>, u32>,
     limits: Limits,
 }
 
@@ -39,11 +50,15 @@ impl KernelMaps {
         let backends4 = typed("BACKENDS4", &open)?;
         let slots = typed("SLOTS", &open)?;
         let addresses4 = typed("ADDRESSES4", &open)?;
+        let members = typed("MEMBERS", &open)?;
+        let sources4 = typed("SOURCES4", &open)?;
         let limits = Limits {
             services: entries("SERVICES4", &services4)?,
             backends: entries("BACKENDS4", &backends4)?,
             slots: entries("SLOTS", &slots)?,
             addresses: entries("ADDRESSES4", &addresses4)?,
+            sources: entries("SOURCES4", &sources4)?,
+            members: entries("MEMBERS", &members)?,
         };
         Ok(Self {
             services4,
@@ -53,6 +68,9 @@ impl KernelMaps {
             slots,
             addresses4,
             addresses6: typed("ADDRESSES6", &open)?,
+            members,
+            sources4,
+            sources6: typed("SOURCES6", &open)?,
             limits,
         })
     }
@@ -107,6 +125,43 @@ impl KernelMaps {
                 });
                 write(&mut self.addresses6, "ADDRESSES6", run, ops)
             }
+            Op::AddMember { .. } => {
+                let run = run(ops, |op| match *op {
+                    Op::AddMember { window, backend } => Some((MemberKey { window, backend }, PRESENT)),
+                    _ => None,
+                });
+                write(&mut self.members, "MEMBERS", run, ops)
+            }
+            Op::RemoveMember { window, backend } => {
+                let key = MemberKey { window: *window, backend: *backend };
+                remove(&mut self.members, "MEMBERS", &key, first)
+            }
+            Op::SetSource { net: IpNet::V4(_), .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetSource { service, net } => {
+                        Some((source_key(*service, *net, octets4(net.addr())?), PRESENT))
+                    }
+                    _ => None,
+                });
+                write(&mut self.sources4, "SOURCES4", run, ops)
+            }
+            Op::SetSource { .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetSource { service, net } => {
+                        Some((source_key(*service, *net, octets6(net.addr())?), PRESENT))
+                    }
+                    _ => None,
+                });
+                write(&mut self.sources6, "SOURCES6", run, ops)
+            }
+            Op::RemoveSource { service, net } => {
+                let removed = match (octets4(net.addr()), octets6(net.addr())) {
+                    (Some(addr), _) => self.sources4.remove(&source_key(*service, *net, addr)),
+                    (_, Some(addr)) => self.sources6.remove(&source_key(*service, *net, addr)),
+                    (None, None) => Ok(()),
+                };
+                removal("SOURCES", removed, first)
+            }
             Op::WriteSlots { .. } => self.write_slots(ops),
             Op::RemoveFrontend { key } => match (octets4(key.addr), octets6(key.addr)) {
                 (Some(addr), _) => remove(&mut self.services4, "SERVICES4", &service_key(*key, addr), first),
@@ -158,6 +213,29 @@ impl KernelMaps {
             }
         })?;
         Ok(frontends)
+    }
+
+    /// Tries are read in batches only since 5.13: one by one.
+    fn read_sources(&self) -> Result<BTreeMap<u32, BTreeSet<IpNet>>, MapError> {
+        let mut sources: BTreeMap<u32, BTreeSet<IpNet>> = BTreeMap::new();
+        let mut note = |service, addr, prefix_len: u32| {
+            let prefix_len = prefix_len.checked_sub(SERVICE_BITS).and_then(|len| u8::try_from(len).ok());
+            // A prefix that ends in the Service's number cannot be ours.
+            if let Some(net) = prefix_len.and_then(|len| IpNet::new(addr, len).ok()) {
+                sources.entry(service).or_default().insert(net);
+            }
+        };
+        for key in self.sources4.keys() {
+            let key = key.map_err(|error| read_error("SOURCES4")(io::Error::other(error)))?;
+            let source = key.data();
+            note(source.service, IpAddr::from(source.addr.octets), key.prefix_len());
+        }
+        for key in self.sources6.keys() {
+            let key = key.map_err(|error| read_error("SOURCES6")(io::Error::other(error)))?;
+            let source = key.data();
+            note(source.service, IpAddr::from(source.addr.octets), key.prefix_len());
+        }
+        Ok(sources)
     }
 
     fn read_backends(&self) -> Result<BTreeMap<(Family, u32), BackendEntry>, MapError> {
@@ -221,11 +299,17 @@ impl Maps for KernelMaps {
         walk("ADDRESSES6", fd(&self.addresses6), |addr: Addr6, info: AddressInfo| {
             addresses.insert(IpAddr::from(addr.octets), info.flags);
         })?;
+        let mut members: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
+        walk("MEMBERS", fd(&self.members), |key: MemberKey, _: u32| {
+            members.entry(key.window).or_default().insert(key.backend);
+        })?;
         Ok(Snapshot {
             slots: self.read_slots(frontends.values())?,
             backends: self.read_backends()?,
             frontends,
             addresses,
+            sources: self.read_sources()?,
+            members,
         })
     }
 
@@ -284,7 +368,12 @@ fn remove<K: Pod, V: Pod>(
     key: &K,
     op: &Op,
 ) -> Result<usize, ApplyError> {
-    match map.remove(key) {
+    removal(name, map.remove(key), op)
+}
+
+/// What is not there is removed.
+fn removal(name: &'static str, removed: Result<(), AyaError>, op: &Op) -> Result<usize, ApplyError> {
+    match removed {
         Ok(()) | Err(AyaError::KeyNotFound) => Ok(1),
         Err(AyaError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(1),
         Err(error) => {
@@ -311,6 +400,12 @@ fn subject(op: &Op) -> String {
         Op::SetBackend { id, entry, .. } => format!("backend {id} ({})", entry.addr),
         Op::WriteSlots { base, slots } => format!("window of {} slots at {base}", slots.len()),
         Op::SetFrontend { key, .. } | Op::RemoveFrontend { key } => format!("frontend {key}"),
+        Op::AddMember { window, backend } | Op::RemoveMember { window, backend } => {
+            format!("backend {backend} of the window at {window}")
+        }
+        Op::SetSource { service, net } | Op::RemoveSource { service, net } => {
+            format!("source range {net} of Service {service}")
+        }
         Op::SetAddress { addr, .. } | Op::RemoveAddress { addr } => format!("address {addr}"),
     }
 }
@@ -357,6 +452,13 @@ fn fd<K: Pod, V>(map: &impl IterableMap<K, V>) -> BorrowedFd<'_> {
 
 fn service_key<A>(key: FrontendKey, addr: A) -> ServiceKey<A> {
     ServiceKey { addr, port: key.port, proto: key.protocol.number(), pad: 0 }
+}
+
+fn source_key<A: Copy>(service: u32, net: IpNet, addr: A) -> Key<Source<A>>
+where
+    Source<A>: Pod,
+{
+    Key::new(SERVICE_BITS + u32::from(net.prefix_len()), Source { service, addr })
 }
 
 fn frontend_key<A>(key: &ServiceKey<A>, addr: IpAddr) -> Option<FrontendKey> {

@@ -203,6 +203,7 @@ pub fn program_names() -> impl Iterator<Item = &'static str> {
 /// Values of the load-time globals.
 struct Globals {
     node_netns: u64,
+    serves_pods: u8,
     set_retval: u8,
     coarse_clock: u8,
     csum_ipv6: u8,
@@ -211,18 +212,23 @@ struct Globals {
 
 impl Globals {
     fn new(options: &Options, features: Features) -> Result<Self, OpenError> {
-        let node_netns = match options.socket_lb {
-            SocketLb::All | SocketLb::Off => 0,
-            SocketLb::Host => netns::cookie().map_err(OpenError::NetnsCookie)?.unwrap_or_else(|| {
-                tracing::warn!(
-                    "this kernel does not tell the cookie of a network namespace (5.14); sockets of pods \
-                     are translated too, as with --socket-lb=all"
-                );
-                0
-            }),
+        let cookie = netns::cookie().map_err(OpenError::NetnsCookie)?;
+        let serves_pods = match options.socket_lb {
+            SocketLb::All => true,
+            SocketLb::Off => false,
+            SocketLb::Host => {
+                if cookie.is_none() {
+                    tracing::warn!(
+                        "this kernel does not tell the cookie of a network namespace (5.14); sockets of pods \
+                         are translated too, as with --socket-lb=all"
+                    );
+                }
+                cookie.is_none()
+            }
         };
         Ok(Self {
-            node_netns,
+            node_netns: cookie.unwrap_or(0),
+            serves_pods: serves_pods.into(),
             set_retval: features.set_retval.into(),
             coarse_clock: features.coarse_clock.into(),
             csum_ipv6: features.csum_ipv6.into(),
@@ -232,6 +238,7 @@ impl Globals {
 
     fn set<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
         loader.override_global(globals::NODE_NETNS, &self.node_netns, true);
+        loader.override_global(globals::SERVES_PODS, &self.serves_pods, true);
         loader.override_global(globals::HAVE_SET_RETVAL, &self.set_retval, true);
         loader.override_global(globals::HAVE_COARSE_CLOCK, &self.coarse_clock, true);
         loader.override_global(globals::HAVE_CSUM_IPV6, &self.csum_ipv6, true);
@@ -365,7 +372,12 @@ fn verdict(log: &str) -> String {
 
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, OpenError> {
     let map = ebpf.take_map(name).ok_or(OpenError::Missing { kind: "map", name })?;
-    let (Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data)) = map else {
+    let (Map::Array(data)
+    | Map::HashMap(data)
+    | Map::LpmTrie(data)
+    | Map::LruHashMap(data)
+    | Map::PerCpuArray(data)) = map
+    else {
         return Err(OpenError::Missing { kind: "map of the right type named", name });
     };
     data.fd().as_fd().try_clone_to_owned().map_err(|error| map_error(name, error.into()))

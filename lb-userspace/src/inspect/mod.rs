@@ -10,10 +10,11 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use aya::Pod;
-use aya::maps::{Map, MapData, MapError as AyaError, PerCpuArray};
+use aya::maps::{LpmTrie, Map, MapData, MapError as AyaError, PerCpuArray};
 use lb_common::abi::{
-    self, Addr4, Addr6, Carry, Edge, Flow, FlowKey, Side, SocketKey, SocketPeer, SocketSide, Window,
-    backend_flags, backend_state, edge_flags, flow_flags, service_flags,
+    self, Addr4, Addr6, Affinity, AffinityKey, Carry, Edge, Flow, FlowKey, MemberKey, Side, SocketKey,
+    SocketPeer, SocketSide, Source, Window, backend_flags, backend_state, edge_flags, flow_flags,
+    service_flags,
 };
 use lb_common::maps::{LAYOUT_VERSION, MAPS, MapSpec};
 use lb_common::reason::{Action, Hook, Reason, counter_index};
@@ -348,6 +349,11 @@ impl Inspector {
                 "FLOWS4" | "PENDING4" => self.count::<FlowKey<Addr4>, Flow<Addr4>>(spec)?,
                 "FLOWS6" | "PENDING6" => self.count::<FlowKey<Addr6>, Flow<Addr6>>(spec)?,
                 "SOCKETS" => self.count::<SocketKey, SocketPeer>(spec)?,
+                "SOURCES4" => self.count_trie::<Source<Addr4>>(spec)?,
+                "SOURCES6" => self.count_trie::<Source<Addr6>>(spec)?,
+                "AFFINITY4" => self.count::<AffinityKey<Addr4>, Affinity>(spec)?,
+                "AFFINITY6" => self.count::<AffinityKey<Addr6>, Affinity>(spec)?,
+                "MEMBERS" => self.count::<MemberKey, u32>(spec)?,
                 _ => continue,
             };
             views.push(MapView { map: spec.name, entries, max_entries });
@@ -368,6 +374,18 @@ impl Inspector {
     fn count<K: Pod, V: Pod>(&self, spec: &MapSpec) -> Result<u32, InspectError> {
         let mut count = 0_u32;
         self.walk(spec.name, |_: K, _: V| count += 1)?;
+        Ok(count)
+    }
+
+    /// Tries are read in batches only since 5.13.
+    fn count_trie<K: Pod>(&self, spec: &MapSpec) -> Result<u32, InspectError> {
+        let data = duplicate(self.data(spec.name)?).map_err(fail(spec.name))?;
+        let trie: LpmTrie<MapData, K, u32> = Map::LpmTrie(data).try_into().map_err(fail(spec.name))?;
+        let mut count = 0_u32;
+        for key in trie.keys() {
+            key.map_err(fail(spec.name))?;
+            count += 1;
+        }
         Ok(count)
     }
 

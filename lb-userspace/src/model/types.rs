@@ -1,8 +1,11 @@
 //! The objects of Kubernetes reduced to what this node needs of them, with every default filled in.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
+
+use ipnet::IpNet;
 
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
@@ -23,7 +26,11 @@ pub struct Service {
     pub external_ips: Vec<IpAddr>,
     /// `status.loadBalancer.ingress` with `ipMode: VIP` (the default).
     pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`: who may ask for the load-balancer IPs of a family; not there: everybody.
+    pub source_ranges: BTreeMap<Family, BTreeSet<IpNet>>,
     pub ports: Vec<ServicePort>,
+    /// `sessionAffinity: ClientIP`: how many seconds a client is remembered.
+    pub affinity: Option<u32>,
     pub internal_policy: Policy,
     pub external_policy: Policy,
     /// The annotation [`Service::ALGORITHM`].
@@ -36,6 +43,9 @@ impl Service {
     /// The annotation that chooses the algorithm of one Service: `random` or `maglev`.
     pub const ALGORITHM: &str = "fairlead.io/algorithm";
 
+    /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+    pub const AFFINITY_SECONDS: u32 = 10_800;
+
     /// A ClusterIP Service without addresses or ports.
     pub fn named(name: ServiceName) -> Self {
         Self {
@@ -47,7 +57,9 @@ impl Service {
             cluster_ips: vec![],
             external_ips: vec![],
             load_balancer_ips: vec![],
+            source_ranges: BTreeMap::new(),
             ports: vec![],
+            affinity: None,
             internal_policy: Policy::Cluster,
             external_policy: Policy::Cluster,
             algorithm: None,

@@ -1,8 +1,9 @@
 //! What `ADDRESSES4/6` should hold: the node's addresses and those of Services, merged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use lb_common::abi::address_flags;
 
 use crate::entries::{Family, Op};
@@ -98,6 +99,12 @@ impl Addresses {
         }
         self.held.insert(addr, flags);
         Ok(Some(Op::SetAddress { addr, flags }))
+    }
+
+    /// Whether the node has an address in one of these networks.
+    pub(super) fn is_node_within(&self, nets: &BTreeSet<IpNet>) -> bool {
+        let node = self.wanted.iter().filter(|(_, wanted)| wanted.node & address_flags::NODE != 0);
+        node.map(|(addr, _)| addr).any(|addr| nets.iter().any(|net| net.contains(addr)))
     }
 
     /// Addresses that the maps hold and nobody wants.

@@ -1,10 +1,11 @@
 //! Who may have a frontend: of the Services that claim it the oldest, then the first by name. And which
 //! number a Service has in the maps.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
-use super::{Desired, Reconciler};
-use crate::entries::{Compiled, FrontendKey, ServiceName};
+use super::{Desired, Reconciler, Retired, Service};
+use crate::entries::{Compiled, Frontend, FrontendKey, Protocol, ServiceName};
 
 /// Who has to be looked at again when a Service changes its claims.
 #[derive(Default)]
@@ -62,9 +63,50 @@ impl Reconciler {
         let found = own.filter_map(unclaimed).find(|id| self.ids.is_unclaimed(*id));
         self.ids.take(found)
     }
+
+    /// Sees to it that every port has a number: the one its frontends have in the maps already, if nobody else has it.
+    pub(super) fn number_ports(&mut self, service: &mut Service, wanted: &BTreeMap<FrontendKey, Frontend>) {
+        let mut new: BTreeMap<(u16, Protocol), Option<u32>> = BTreeMap::new();
+        for (key, frontend) in wanted {
+            let port = (frontend.port, key.protocol);
+            if !service.ports.contains_key(&port) {
+                let found = self.installed.get(key).filter(|installed| installed.owner.is_none());
+                let found = found.map(|installed| installed.entry.port);
+                let known = new.entry(port).or_default();
+                *known = known.or(found.filter(|id| self.ports.is_unclaimed(*id)));
+            }
+        }
+        for (port, found) in new {
+            let found = found.filter(|id| self.ports.is_unclaimed(*id));
+            service.ports.insert(port, self.ports.take(found));
+        }
+    }
+
+    /// Gives back the numbers of ports that have no frontend any more.
+    pub(super) fn release_ports(
+        &mut self,
+        service: &mut Service,
+        wanted: &BTreeMap<FrontendKey, Frontend>,
+        now: Instant,
+    ) {
+        let ports: BTreeSet<_> = wanted.iter().map(|(key, frontend)| (frontend.port, key.protocol)).collect();
+        let installed = service.keys.iter().filter_map(|key| self.installed.get(key));
+        let used: BTreeSet<u32> = installed.map(|installed| installed.entry.port).collect();
+        let mut gone = vec![];
+        service.ports.retain(|port, id| {
+            let stays = ports.contains(port) || used.contains(id);
+            if !stays {
+                gone.push(*id);
+            }
+            stays
+        });
+        for id in gone {
+            self.retire(Retired::Port(id), now);
+        }
+    }
 }
 
-/// Numbers of Services: small, given out again after the grace time.
+/// Numbers of Services, or of their ports: small, given out again after the grace time.
 #[derive(Debug, Default)]
 pub(super) struct ServiceIds {
     /// Found in the maps, and not yet anybody's.
@@ -77,6 +119,9 @@ pub(super) struct ServiceIds {
 impl ServiceIds {
     /// In the maps at the start.
     pub(super) fn adopt(&mut self, id: u32) {
+        if id == 0 {
+            return;
+        }
         self.found.insert(id);
         self.last = self.last.max(id);
     }

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Instant;
 
+use ipnet::IpNet;
 use lb_common::abi::{self, service_flags};
 
-use super::{Batch, Choices, Content, Installed, Reconciler, Service, Steps, Window, maglev};
+use super::{Batch, Choices, Content, Installed, Reconciler, Retired, Service, Steps, Window, maglev};
 use crate::entries::{Algorithm, Family, Frontend, FrontendKey, FrontendKind, Op, ServiceName, WhenEmpty};
 use crate::finding::Finding;
 
@@ -27,6 +28,10 @@ struct NoRoom(Finding);
 struct Plan {
     windows: Vec<(Place, abi::Window)>,
     entries: BTreeMap<FrontendKey, abi::Service>,
+    /// Windows of those with affinity.
+    sticky: BTreeSet<u32>,
+    /// Who may ask for the restricted ones.
+    sources: BTreeSet<IpNet>,
 }
 
 struct Place {
@@ -52,6 +57,7 @@ impl Reconciler {
         if removals == Removals::Now {
             removed.extend(service.keys.iter().filter(|key| !wanted.contains_key(key)));
         }
+        self.number_ports(&mut service, &wanted);
         let planned = self.plan(&service, &wanted, &removed, None).or_else(|no_room| {
             self.unfit.insert(name.clone());
             // A list needs fewer slots than a table.
@@ -67,6 +73,7 @@ impl Reconciler {
                 self.make_do(name, &mut service, &wanted, &removed, now, &mut steps);
             }
         }
+        self.release_ports(&mut service, &wanted, now);
         self.services.insert(name.clone(), service);
         let touched = std::mem::take(&mut steps.touched);
         let findings = self.settle_addresses(touched, &mut steps.addresses);
@@ -106,14 +113,23 @@ impl Reconciler {
     ) -> Result<Plan, NoRoom> {
         self.room_for_frontends(wanted, removed)?;
         let mut plan = Plan::default();
+        let node_allowed = self.admit(service, wanted, &mut plan)?;
         for (key, frontend) in wanted {
             let algorithm = algorithm.unwrap_or(frontend.algorithm);
             let mut entry = abi::Service {
                 id: service.id,
                 flags: if algorithm == Algorithm::Maglev { service_flags::MAGLEV } else { 0 },
                 kind: frontend.kind.number(),
+                affinity: frontend.affinity,
+                port: service.ports.get(&(frontend.port, key.protocol)).copied().unwrap_or_default(),
                 ..abi::Service::default()
             };
+            if frontend.restricted {
+                entry.flags |= service_flags::SOURCE_RANGES;
+                if node_allowed.contains(&Family::of(key.addr)) {
+                    entry.flags |= service_flags::NODE_ALLOWED;
+                }
+            }
             for (target, window, drop) in [
                 (&frontend.internal, &mut entry.internal, service_flags::INTERNAL_DROP),
                 (&frontend.external, &mut entry.external, service_flags::EXTERNAL_DROP),
@@ -133,13 +149,45 @@ impl Reconciler {
                     }
                 };
             }
+            if entry.affinity > 0 {
+                let windows = [entry.internal, entry.external];
+                plan.sticky.extend(windows.iter().filter(|window| window.len > 0).map(|window| window.base));
+            }
             plan.entries.insert(*key, entry);
         }
-        if let Err(no_room) = self.room_for_backends(&plan) {
+        if let Err(no_room) = self.room_for_backends(&plan).and_then(|()| self.room_for_members(&plan)) {
             self.abandon(&plan);
             return Err(no_room);
         }
         Ok(plan)
+    }
+
+    /// Who may ask for the restricted frontends, and of which families the node itself may. Packets of its own that
+    /// come back to a load-balancer IP have that as source: where the node may ask, they may.
+    fn admit(
+        &self,
+        service: &Service,
+        wanted: &BTreeMap<FrontendKey, Frontend>,
+        plan: &mut Plan,
+    ) -> Result<BTreeSet<Family>, NoRoom> {
+        let mut node_allowed = BTreeSet::new();
+        for (family, ranges) in &service.sources {
+            let restricted = wanted.iter().filter(|(_, frontend)| frontend.restricted);
+            let mut addrs = restricted.map(|(key, _)| key.addr).filter(|addr| Family::of(*addr) == *family);
+            let Some(first) = addrs.next() else { continue };
+            plan.sources.extend(ranges);
+            if self.addresses.is_node_within(ranges) {
+                node_allowed.insert(*family);
+                plan.sources.extend([first].into_iter().chain(addrs).map(IpNet::from));
+            }
+        }
+        match self.sources.lacks(service.id, &plan.sources) {
+            None => Ok(node_allowed),
+            Some((need, free)) => {
+                let limit = self.sources.limit().into();
+                Err(NoRoom(Finding::NoRoomFor { what: "source ranges", need, free, limit }))
+            }
+        }
     }
 
     fn abandon(&mut self, plan: &Plan) {
@@ -260,6 +308,19 @@ impl Reconciler {
         Ok(())
     }
 
+    fn room_for_members(&self, plan: &Plan) -> Result<(), NoRoom> {
+        let sticky = plan.windows.iter().filter(|(_, window)| plan.sticky.contains(&window.base));
+        let need = sticky.map(|(place, window)| {
+            place.choices.backends.len().saturating_sub(self.members.of_window(window.base)) as u64
+        });
+        let (need, free) = (need.sum(), self.members.available());
+        if need > free {
+            let limit = self.members.limit().into();
+            return Err(NoRoom(Finding::NoRoomFor { what: "backends with affinity", need, free, limit }));
+        }
+        Ok(())
+    }
+
     fn carry_out(
         &mut self,
         name: &ServiceName,
@@ -275,8 +336,19 @@ impl Reconciler {
             service.remove_key(key);
             left.extend(self.uninstall(*key, steps));
         }
+        let sources = self.sources.set(service.id, plan.sources);
+        steps.sources.extend(sources.before);
+        if !sources.after.is_empty() {
+            steps.retire.extend(sources.after);
+            self.retire(Retired::Room, now);
+        }
         for (place, window) in plan.windows {
             self.fill_window(place, window, now, steps);
+            if plan.sticky.contains(&window.base)
+                && let Some(have) = self.windows.get(&window.base)
+            {
+                steps.windows.extend(self.members.set(window.base, have.ids.iter().copied().collect()));
+            }
         }
         for (key, entry) in plan.entries {
             for window in [entry.internal, entry.external].iter().filter(|window| window.len > 0) {

@@ -14,13 +14,16 @@ mod backends;
 mod claims;
 mod install;
 mod maglev;
+mod members;
 mod ranges;
+mod sources;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use lb_common::abi;
 
 use self::addresses::Addresses;
@@ -28,10 +31,12 @@ use self::adopt::NOWHERE;
 use self::backends::{Backends, Settled};
 use self::claims::{Claimed, ServiceIds};
 use self::install::Removals;
+use self::members::Members;
 use self::ranges::Ranges;
+use self::sources::Sources;
 use crate::entries::{
-    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Keep, Limits, Op, ServiceName,
-    Snapshot,
+    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Keep, Limits, Op, Protocol,
+    ServiceName, Snapshot,
 };
 use crate::finding::Finding;
 
@@ -70,6 +75,12 @@ pub struct Reconciler {
     backends: [Backends; 2],
     ids: ServiceIds,
     addresses: Addresses,
+    /// Numbers of Service ports.
+    ports: ServiceIds,
+    members: Members,
+    sources: Sources,
+    /// Services with source ranges: they care about the node's addresses.
+    restricted: BTreeSet<ServiceName>,
     retired: VecDeque<(Instant, Retired)>,
 }
 
@@ -81,6 +92,10 @@ struct Service {
     frontends: Box<[(FrontendKey, Frontend)]>,
     /// Backends whose flows it wants kept.
     to_keep: Box<[(Backend, Keep)]>,
+    /// Numbers of its ports that have frontends.
+    ports: BTreeMap<(u16, Protocol), u32>,
+    /// Who may ask for its restricted frontends.
+    sources: BTreeMap<Family, BTreeSet<IpNet>>,
     /// Frontends of its own in the maps, sorted.
     keys: Vec<FrontendKey>,
     /// Backends whose flows are kept.
@@ -138,9 +153,19 @@ struct Choices {
 
 #[derive(Clone, Copy, Debug)]
 enum Retired {
-    Window { base: u32, len: u32 },
-    Backend { family: Family, id: u32, retired: Instant },
+    Window {
+        base: u32,
+        len: u32,
+    },
+    Backend {
+        family: Family,
+        id: u32,
+        retired: Instant,
+    },
     ServiceId(u32),
+    Port(u32),
+    /// Room in a map that needs no grace.
+    Room,
 }
 
 /// Operations of one Service, in the order they go to the maps.
@@ -149,6 +174,7 @@ struct Steps {
     remove: Vec<Op>,
     backends: Vec<Op>,
     windows: Vec<Op>,
+    sources: Vec<Op>,
     frontends: Vec<Op>,
     addresses: Vec<Op>,
     retire: Vec<Op>,
@@ -159,7 +185,8 @@ struct Steps {
 
 impl Steps {
     fn into_batch(self, batch: &mut Batch) {
-        for ops in [self.remove, self.backends, self.windows, self.frontends, self.addresses, self.retire] {
+        let Self { remove, backends, windows, sources, frontends, addresses, retire, .. } = self;
+        for ops in [remove, backends, windows, sources, frontends, addresses, retire] {
             batch.ops.extend(ops);
         }
     }
@@ -185,6 +212,10 @@ impl Reconciler {
             ],
             ids: ServiceIds::default(),
             addresses: Addresses::new(limits.addresses, snapshot.addresses.clone()),
+            ports: ServiceIds::default(),
+            members: Members::new(limits.members, snapshot.members.clone()),
+            sources: Sources::new(limits.sources, snapshot.sources.clone()),
+            restricted: BTreeSet::new(),
             retired: VecDeque::new(),
         };
         this.adopt_windows(&snapshot);
@@ -195,6 +226,7 @@ impl Reconciler {
                 }
             }
             this.ids.adopt(entry.id);
+            this.ports.adopt(entry.port);
             this.count_installed(key, 1);
             this.installed.insert(key, Installed { entry, owner: None });
         }
@@ -218,12 +250,20 @@ impl Reconciler {
             created,
             frontends: Box::default(),
             to_keep: Box::default(),
+            ports: BTreeMap::new(),
+            sources: BTreeMap::new(),
             keys: Vec::new(),
             kept: BTreeMap::new(),
         });
         service.created = created;
         service.frontends = compiled.frontends.into_iter().collect();
         service.to_keep = compiled.kept.into_iter().collect();
+        service.sources = compiled.sources;
+        if service.sources.is_empty() {
+            self.restricted.remove(name);
+        } else {
+            self.restricted.insert(name.clone());
+        }
         let mut batch = Batch::default();
         // Whoever gets a frontend overwrites it before the other would remove it.
         for heir in &heirs {
@@ -259,6 +299,15 @@ impl Reconciler {
         (ops, findings)
     }
 
+    /// Looks again at the Services that admit the node or not: to be called when its addresses have changed.
+    pub fn review_sources(&mut self, now: Instant) -> Batch {
+        let mut batch = Batch::default();
+        for name in self.restricted.clone() {
+            self.install(&name, Removals::Now, now, &mut batch);
+        }
+        batch
+    }
+
     /// Every Service and node address has been set once: what the maps hold beyond that is stale.
     pub fn finish(&mut self, now: Instant) -> Vec<Op> {
         let mut steps = Steps::default();
@@ -278,6 +327,19 @@ impl Reconciler {
                 self.settle_backend(family, id, now, &mut steps.retire);
             }
         }
+        let known: BTreeSet<u32> = self.services.values().map(|service| service.id).collect();
+        steps.retire.extend(self.sources.finish(&known));
+        let retired = |base: u32| {
+            self.retired
+                .iter()
+                .any(|(_, r)| matches!(r, Retired::Window { base: other, .. } if *other == base))
+        };
+        let windows = &self.windows;
+        let is_window = |base: u32| windows.contains_key(&base) || retired(base);
+        steps.retire.extend(self.members.finish(is_window));
+        for id in std::mem::take(&mut self.ports.found) {
+            self.retire(Retired::Port(id), now);
+        }
         for id in std::mem::take(&mut self.ids.found) {
             self.retire(Retired::ServiceId(id), now);
         }
@@ -296,11 +358,16 @@ impl Reconciler {
             self.retired.pop_front();
             freed = true;
             match retired {
-                Retired::Window { base, len } => self.space.give(base, len),
+                Retired::Window { base, len } => {
+                    batch.ops.extend(self.members.set(base, BTreeSet::new()));
+                    self.space.give(base, len);
+                }
                 Retired::Backend { family, id, retired } => {
                     batch.ops.extend(self.backends_mut(family).release(id, retired));
                 }
                 Retired::ServiceId(id) => self.ids.give(id),
+                Retired::Port(id) => self.ports.give(id),
+                Retired::Room => {}
             }
         }
         if freed {

@@ -10,7 +10,8 @@ use crate::datapath::fake::FakeMaps;
 use crate::entries::{BackendEntry, Frontend, Protocol, Target, WhenEmpty};
 
 const GRACE: Duration = Duration::from_secs(10);
-const ROOMY: Limits = Limits { services: 1000, backends: 1000, slots: 16_000, addresses: 1000 };
+const ROOMY: Limits =
+    Limits { services: 1000, backends: 1000, slots: 16_000, addresses: 1000, sources: 1000, members: 1000 };
 
 fn name(name: &str) -> ServiceName {
     ServiceName { namespace: "ns".into(), name: name.into() }
@@ -36,9 +37,10 @@ fn desired(frontends: &[(&str, &[&str])]) -> Desired {
         let kind = if key.addr.is_unspecified() { FrontendKind::NodePort } else { FrontendKind::ClusterIP };
         let target = target(backends);
         let algorithm = Algorithm::Random;
-        (key, Frontend { kind, algorithm, internal: target.clone(), external: target })
+        let (port, restricted, internal) = (key.port, false, target.clone());
+        (key, Frontend { kind, algorithm, restricted, port, affinity: 0, internal, external: target })
     });
-    Desired { created: 0, compiled: Compiled { frontends: frontends.collect(), kept: BTreeMap::new() } }
+    Desired { created: 0, compiled: Compiled { frontends: frontends.collect(), ..Compiled::default() } }
 }
 
 /// A reconciler, its maps, and a clock.
@@ -147,6 +149,10 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
             Op::WriteSlots { .. } => "slots",
             Op::SetFrontend { .. } => "frontend",
             Op::RemoveFrontend { .. } => "-frontend",
+            Op::AddMember { .. } => "member",
+            Op::RemoveMember { .. } => "-member",
+            Op::SetSource { .. } => "source",
+            Op::RemoveSource { .. } => "-source",
             Op::SetAddress { .. } => "address",
             Op::RemoveAddress { .. } => "-address",
         })
@@ -328,7 +334,7 @@ fn addresses_of_services_and_of_the_node_merge() {
 
 #[test]
 fn who_does_not_fit_is_named_and_the_others_work() {
-    let limits = Limits { services: 2, backends: 4, slots: 8, addresses: 2 };
+    let limits = Limits { services: 2, backends: 4, slots: 8, addresses: 2, ..ROOMY };
     let mut world = World::new(limits);
     world.set("a", desired(&[(VIP, &[ONE])]));
     let batch = world.set("wide", desired(&[("172.30.0.2:80", &[]), ("172.30.0.2:81", &[])]));
@@ -358,7 +364,7 @@ fn who_does_not_fit_is_named_and_the_others_work() {
 
 #[test]
 fn a_change_that_does_not_fit_leaves_what_there_was() {
-    let mut world = World::new(Limits { services: 10, backends: 3, slots: 100, addresses: 10 });
+    let mut world = World::new(Limits { services: 10, backends: 3, slots: 100, addresses: 10, ..ROOMY });
     world.set("a", desired(&[(VIP, &[ONE])]));
     let before = world.view();
     let batch = world.set("a", desired(&[(VIP, &[TWO, THREE])]));
@@ -485,6 +491,108 @@ fn service_numbers_are_small_distinct_and_survive_a_restart() {
     assert_eq!(ids(&world), [("b".into(), 2), ("c".into(), 3), ("d".into(), 1)]);
 }
 
+/// Rules 16 to 22.
+#[test]
+fn sources_are_there_before_a_frontend_relies_on_them() {
+    let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<BTreeSet<IpNet>>();
+    let restricted = |texts: &[&str]| {
+        let mut desired = desired(&[(VIP, &[]), ("172.30.0.1:81", &[])]);
+        desired.compiled.frontends.get_mut(&key(VIP)).unwrap().restricted = true;
+        desired.compiled.sources.insert(Family::V4, nets(texts));
+        desired
+    };
+    let flags = |world: &World, addr: &str| world.maps.snapshot().frontends[&key(addr)].flags;
+    let mut world = World::new(ROOMY);
+    world.set("svc", desired(&[(VIP, &[]), ("172.30.0.1:81", &[])]));
+    let batch = world.set("svc", restricted(&["203.0.113.0/24"]));
+    assert_eq!(kinds(&batch.ops), ["source", "frontend"]);
+    assert_eq!((flags(&world, VIP), flags(&world, "172.30.0.1:81")), (service_flags::SOURCE_RANGES, 0));
+    // Changed ranges do not touch the frontend, and nobody who stays is shut out meanwhile.
+    let wider = restricted(&["203.0.113.0/24", "198.51.100.0/24"]);
+    assert_eq!(kinds(&world.set("svc", wider.clone()).ops), ["source"]);
+    assert_eq!(kinds(&world.set("svc", restricted(&["198.51.100.0/24"])).ops), ["-source"]);
+    world.set("svc", wider.clone());
+    // The node is told apart, as soon as it has an address in the ranges.
+    let node = BTreeMap::from([("198.51.100.7".parse().unwrap(), address_flags::NODE)]);
+    let (ops, _) = world.reconciler.set_node_addresses(&node);
+    world.maps.apply(&ops).unwrap();
+    let batch = world.reconciler.review_sources(world.now);
+    world.apply(&batch);
+    assert_eq!(kinds(&batch.ops), ["source", "frontend"]);
+    assert_eq!(flags(&world, VIP), service_flags::SOURCE_RANGES | service_flags::NODE_ALLOWED);
+    let id = world.maps.snapshot().frontends[&key(VIP)].id;
+    let held = nets(&["203.0.113.0/24", "198.51.100.0/24", "172.30.0.1/32"]);
+    assert_eq!(world.maps.snapshot().sources, BTreeMap::from([(id, held)]));
+    // A restart finds all of it right; what is stale goes.
+    world.maps.apply(&[Op::SetSource { service: 99, net: "10.0.0.0/8".parse().unwrap() }]).unwrap();
+    world.restart();
+    assert_eq!(world.reconciler.set_node_addresses(&node).0, []);
+    assert_eq!(world.set("svc", wider).ops, []);
+    assert_eq!(kinds(&world.finish()), ["-source"]);
+    let batch = world.set("svc", desired(&[(VIP, &[]), ("172.30.0.1:81", &[])]));
+    assert_eq!(kinds(&batch.ops), ["frontend", "-source", "-source", "-source"]);
+    assert_eq!(world.maps.snapshot().sources, BTreeMap::new());
+}
+
+#[test]
+fn affinity_knows_the_members_of_its_windows() {
+    let sticky = |backends: &[&str], affinity: u32| {
+        let mut desired =
+            desired(&[(VIP, backends), ("172.30.0.1:81", backends), ("0.0.0.0:30080", backends)]);
+        for frontend in desired.compiled.frontends.values_mut() {
+            frontend.affinity = affinity;
+        }
+        desired.compiled.frontends.get_mut(&key("0.0.0.0:30080")).unwrap().port = 80;
+        desired
+    };
+    let port = |world: &World, addr: &str| world.maps.snapshot().frontends[&key(addr)].port;
+    let mut world = World::new(ROOMY);
+    let batch = world.set("svc", sticky(&[ONE, TWO], 10));
+    let expected = ["active", "active", "slots", "member", "member", "frontend", "frontend", "frontend"];
+    assert_eq!(kinds(&batch.ops)[..8], expected);
+    assert_eq!(port(&world, VIP), port(&world, "0.0.0.0:30080"));
+    assert_ne!(port(&world, VIP), port(&world, "172.30.0.1:81"));
+    world.set("other", desired(&[("172.30.0.2:80", &[ONE])]));
+    assert!(![VIP, "172.30.0.1:81"].map(|addr| port(&world, addr)).contains(&port(&world, "172.30.0.2:80")));
+    // Another window has members of its own; those of the old one go when nobody can ask it any more.
+    let batch = world.set("svc", sticky(&[TWO], 10));
+    assert_eq!(kinds(&batch.ops)[..2], ["slots", "member"]);
+    assert_eq!(kinds(&world.pass(GRACE).ops), ["-member", "-member", "unused"][..2]);
+    // Another time-out, and none: the same window.
+    assert_eq!(kinds(&world.set("svc", sticky(&[TWO], 20)).ops), ["frontend"; 3]);
+    assert_eq!(kinds(&world.set("svc", sticky(&[TWO], 0)).ops), ["frontend"; 3]);
+    assert_eq!(kinds(&world.set("svc", sticky(&[TWO], 10)).ops), ["frontend"; 3]);
+    // A restart keeps numbers and members; what is stale goes.
+    let before = world.maps.snapshot();
+    world.maps.apply(&[Op::AddMember { window: 77, backend: 7 }]).unwrap();
+    world.restart();
+    assert_eq!(world.set("svc", sticky(&[TWO], 10)).ops, []);
+    assert_eq!(world.set("other", desired(&[("172.30.0.2:80", &[ONE])])).ops, []);
+    assert_eq!(kinds(&world.finish()), ["-member"]);
+    assert_eq!(world.maps.snapshot(), before);
+    world.remove("svc");
+    assert_eq!(kinds(&world.pass(GRACE).ops), ["-member", "unused"]);
+}
+
+#[test]
+fn sources_that_do_not_fit_leave_the_service_as_it_was() {
+    let mut world = World::new(Limits { sources: 1, ..ROOMY });
+    let restricted = |addr: &str, nets: &[&str]| {
+        let mut desired = desired(&[(addr, &[])]);
+        desired.compiled.frontends.get_mut(&key(addr)).unwrap().restricted = true;
+        let nets = nets.iter().map(|net| net.parse().unwrap()).collect();
+        desired.compiled.sources.insert(Family::V4, nets);
+        desired
+    };
+    world.set("a", restricted(VIP, &["10.0.0.0/8"]));
+    let batch = world.set("b", restricted("172.30.0.2:80", &["10.0.0.0/8"]));
+    let finding = Finding::NoRoomFor { what: "source ranges", need: 1, free: 0, limit: 1 };
+    assert_eq!((batch.ops, batch.findings[&name("b")].clone()), (vec![], vec![finding]));
+    world.set("a", restricted(VIP, &[]));
+    let batch = world.pass(GRACE);
+    assert_eq!(kinds(&batch.ops), ["source", "frontend", "address"]);
+}
+
 /// One step of a history.
 #[derive(Clone, Debug)]
 enum Step {
@@ -521,11 +629,20 @@ fn any_target(v6: bool) -> impl Strategy<Value = Target> {
 }
 
 fn any_frontend(v6: bool) -> impl Strategy<Value = Frontend> {
-    (any_target(v6), any_target(v6), any::<bool>(), any::<bool>()).prop_map(
-        |(internal, external, same, maglev)| {
+    let affinity = prop_oneof![Just(0u32), Just(10), Just(10_800)];
+    (any_target(v6), any_target(v6), any::<[bool; 3]>(), affinity).prop_map(
+        |(internal, external, [same, maglev, restricted], affinity)| {
             let external = if same { internal.clone() } else { external };
             let algorithm = if maglev { Algorithm::Maglev } else { Algorithm::Random };
-            Frontend { kind: FrontendKind::ClusterIP, algorithm, internal, external }
+            Frontend {
+                kind: FrontendKind::ClusterIP,
+                algorithm,
+                restricted,
+                port: 80,
+                affinity,
+                internal,
+                external,
+            }
         },
     )
 }
@@ -535,7 +652,11 @@ fn any_desired() -> impl Strategy<Value = Desired> {
     let v4 = prop::collection::btree_map(0usize..6, any_frontend(false), 0..3);
     let v6 = prop::collection::btree_map(0usize..3, any_frontend(true), 0..2);
     let kept = prop::collection::btree_map(0usize..8, any::<bool>(), 0..4);
-    (0i64..3, v4, v6, kept).prop_map(|(created, v4, v6, kept)| {
+    let sources = prop_oneof![
+        Just(vec![]),
+        subsequence(vec!["10.0.0.0/8", "10.0.0.0/16", "192.168.0.0/24", "fd01::/64", "fd02::/64"], 0..=5),
+    ];
+    (0i64..3, v4, v6, kept, sources).prop_map(|(created, v4, v6, kept, nets)| {
         let mut frontends = BTreeMap::new();
         for (i, mut frontend) in v4 {
             let addr = [
@@ -549,9 +670,11 @@ fn any_desired() -> impl Strategy<Value = Desired> {
             if i == 0 {
                 frontend.kind = FrontendKind::NodePort;
             }
+            frontend.port = if i == 2 { 81 } else { 80 };
             frontends.insert(key(addr), frontend);
         }
-        for (i, frontend) in v6 {
+        for (i, mut frontend) in v6 {
+            frontend.port = if i == 1 { 81 } else { 80 };
             frontends.insert(key(["[fd01::1]:80", "[fd01::1]:81", "[fd01::2]:80"][i]), frontend);
         }
         let mut kept: BTreeMap<Backend, Keep> = kept
@@ -567,7 +690,19 @@ fn any_desired() -> impl Strategy<Value = Desired> {
                 .values()
                 .any(|f: &Frontend| f.internal.backends.contains(b) || f.external.backends.contains(b))
         });
-        Desired { created, compiled: Compiled { frontends, kept } }
+        let mut sources: BTreeMap<Family, BTreeSet<IpNet>> = BTreeMap::new();
+        for (key, frontend) in &frontends {
+            if frontend.restricted {
+                sources.entry(Family::of(key.addr)).or_default();
+            }
+        }
+        for net in nets {
+            let net: IpNet = net.parse().unwrap();
+            if let Some(of_family) = sources.get_mut(&Family::of(net.addr())) {
+                of_family.insert(net);
+            }
+        }
+        Desired { created, compiled: Compiled { frontends, sources, kept } }
     })
 }
 
@@ -598,6 +733,66 @@ fn expected(services: &BTreeMap<usize, Desired>) -> BTreeMap<FrontendKey, Fronte
         }
     }
     frontends
+}
+
+/// The naive model: who may ask for a restricted frontend, and whether the node may.
+fn admitted(
+    services: &BTreeMap<usize, Desired>,
+    node: &[bool],
+    key: &FrontendKey,
+) -> Option<(BTreeSet<IpNet>, bool)> {
+    let claims = services.iter().filter(|(_, d)| d.compiled.frontends.contains_key(key));
+    let (owner, desired) = claims.min_by_key(|(i, d)| (d.created, **i))?;
+    if !desired.compiled.frontends[key].restricted {
+        return None;
+    }
+    let nets = &desired.compiled.sources[&Family::of(key.addr)];
+    let node_allowed = node_addresses(node).keys().any(|addr| nets.iter().any(|net| net.contains(addr)));
+    let mut nets = nets.clone();
+    if node_allowed {
+        for (other, _) in expected(services).iter().filter(|(_, frontend)| frontend.restricted) {
+            let claims = services.iter().filter(|(_, d)| d.compiled.frontends.contains_key(other));
+            let who = claims.min_by_key(|(i, d)| (d.created, **i)).map(|(i, _)| i);
+            if who == Some(owner) && Family::of(other.addr) == Family::of(key.addr) {
+                nets.insert(other.addr.into());
+            }
+        }
+    }
+    Some((nets, node_allowed))
+}
+
+/// Compares who may ask in the maps with the naive model.
+fn check_sources(snapshot: &Snapshot, services: &BTreeMap<usize, Desired>, node: &[bool]) {
+    let mut total: BTreeMap<u32, BTreeSet<IpNet>> = BTreeMap::new();
+    for (key, entry) in &snapshot.frontends {
+        let flags = entry.flags & (service_flags::SOURCE_RANGES | service_flags::NODE_ALLOWED);
+        match admitted(services, node, key) {
+            None => assert_eq!(flags, 0, "{key}"),
+            Some((nets, node_allowed)) => {
+                let want = if node_allowed { service_flags::NODE_ALLOWED } else { 0 };
+                assert_eq!(flags, service_flags::SOURCE_RANGES | want, "{key}");
+                let of_family = |net: &&IpNet| Family::of(net.addr()) == Family::of(key.addr);
+                let held = snapshot.sources.get(&entry.id).into_iter().flatten().filter(of_family);
+                assert_eq!(held.copied().collect::<BTreeSet<_>>(), nets, "{key}");
+                total.entry(entry.id).or_default().extend(nets);
+            }
+        }
+    }
+    total.retain(|_, nets| !nets.is_empty());
+    assert_eq!(snapshot.sources, total);
+}
+
+/// Frontends of one port of a Service, and no others, share what is known of clients.
+fn check_affinity(snapshot: &Snapshot, wanted: &BTreeMap<FrontendKey, Frontend>) {
+    let mut ports: BTreeMap<u32, (u32, u16, Protocol)> = BTreeMap::new();
+    for (key, entry) in &snapshot.frontends {
+        assert_eq!(entry.affinity, wanted[key].affinity, "{key}");
+        let port = (entry.id, wanted[key].port, key.protocol);
+        assert_eq!(*ports.entry(entry.port).or_insert(port), port, "{key}");
+    }
+    let distinct: BTreeSet<_> = ports.values().collect();
+    assert_eq!(distinct.len(), ports.len());
+    assert!(!ports.contains_key(&0));
 }
 
 /// When a slot or a backend id was last to be met by a packet.
@@ -665,7 +860,9 @@ fn play(limits: Limits, steps: &[Step]) -> (World, BTreeMap<usize, Desired>, Vec
             }
             Step::Node(which) => {
                 node.clone_from(which);
-                world.reconciler.set_node_addresses(&node_addresses(which)).0
+                let mut ops = world.reconciler.set_node_addresses(&node_addresses(which)).0;
+                ops.extend(world.reconciler.review_sources(world.now).ops);
+                ops
             }
             Step::Pass(seconds) => {
                 world.now += Duration::from_secs(*seconds);
@@ -716,12 +913,17 @@ proptest! {
             }
         }
 
+        check_sources(&snapshot, &services, &node);
+        check_affinity(&snapshot, &wanted);
+
         // From scratch it would be the same, slot by slot.
         let mut scratch = World::new(ROOMY);
         for (i, desired) in &services {
             scratch.set(&i.to_string(), desired.clone());
         }
         let (ops, _) = scratch.reconciler.set_node_addresses(&node_addresses(&node));
+        scratch.maps.apply(&ops).unwrap();
+        let ops = scratch.reconciler.review_sources(scratch.now).ops;
         scratch.maps.apply(&ops).unwrap();
         prop_assert_eq!(scratch.view(), view);
         prop_assert_eq!(scratch.maps.snapshot().addresses, snapshot.addresses);
@@ -755,6 +957,7 @@ proptest! {
         world.pass(GRACE);
         let snapshot = world.maps.snapshot();
         prop_assert!(snapshot.frontends.is_empty() && snapshot.addresses.is_empty());
+        prop_assert!(snapshot.sources.is_empty() && snapshot.members.is_empty());
         prop_assert!(snapshot.backends.values().all(|b| b.state == backend_state::UNUSED));
         prop_assert_eq!(world.reconciler.free_slots(), u64::from(ROOMY.slots) - 1);
     }
@@ -767,8 +970,10 @@ proptest! {
         backends in 1u32..8,
         slots in 1u32..600,
         addresses in 1u32..4,
+        sources in 0u32..6,
+        members in 0u32..12,
     ) {
-        let limits = Limits { services, backends, slots, addresses };
+        let limits = Limits { services, backends, slots, addresses, sources, members };
         let (world, services, _) = play(limits, &steps);
         let wanted = expected(&services);
         for key in world.view().keys() {

@@ -1,9 +1,11 @@
 //! Kubernetes' objects -> the model's. What cannot be understood becomes a [`Finding`] of the object; the
 //! rest of it is used.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -52,6 +54,11 @@ pub fn service(object: core::Service) -> Service {
         findings.one_of("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref(), &policies);
     service.external_policy =
         findings.one_of("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref(), &policies);
+    let affinity = [("None", false), ("ClientIP", true)];
+    if findings.one_of("spec.sessionAffinity", spec.session_affinity.as_deref(), &affinity) {
+        let timeout = spec.session_affinity_config.and_then(|config| config.client_ip);
+        service.affinity = Some(findings.timeout(timeout.and_then(|client_ip| client_ip.timeout_seconds)));
+    }
     service.algorithm = findings.one_of(
         Service::ALGORITHM,
         annotations.get(Service::ALGORITHM).map(String::as_str),
@@ -92,6 +99,8 @@ pub fn service(object: core::Service) -> Service {
     });
     let vips: Vec<String> = vips.filter_map(|ingress| ingress.ip).filter(|ip| !ip.is_empty()).collect();
     service.load_balancer_ips = findings.addresses("status.loadBalancer.ingress.ip", vips);
+    let ranges = spec.load_balancer_source_ranges.unwrap_or_default();
+    service.source_ranges = findings.source_ranges("spec.loadBalancerSourceRanges", ranges);
     for (i, port) in spec.ports.unwrap_or_default().into_iter().enumerate() {
         service.ports.extend(service_port(i, port, &mut findings));
     }
@@ -236,6 +245,17 @@ fn parse_ip(text: &str) -> Option<IpAddr> {
     addr.map(|addr: IpAddr| addr.to_canonical())
 }
 
+/// As Kubernetes reads networks: white space around them does not matter, nor do bits behind the prefix.
+fn parse_network(text: &str) -> Option<IpNet> {
+    let (addr, prefix) = text.trim().split_once('/')?;
+    let mapped = addr.contains(':');
+    let addr = parse_ip(addr)?;
+    let digits = !prefix.is_empty() && prefix.bytes().all(|byte| byte.is_ascii_digit());
+    let prefix: u8 = if digits { prefix.parse().ok()? } else { return None };
+    let prefix = if mapped && addr.is_ipv4() { prefix.checked_sub(96)? } else { prefix };
+    Some(IpNet::new(addr, prefix).ok()?.trunc())
+}
+
 /// An address that no Service and no endpoint can have.
 fn is_unusable(addr: IpAddr) -> bool {
     let link_local = match addr {
@@ -277,6 +297,23 @@ impl Findings {
         texts.into_iter().filter_map(|text| self.address(field, text)).collect()
     }
 
+    /// By family; one that has no range, or one for everybody, is open to everybody. A range that cannot be read
+    /// admits nobody, but it does not open what somebody meant to close.
+    fn source_ranges(&mut self, field: &str, texts: Vec<String>) -> BTreeMap<Family, BTreeSet<IpNet>> {
+        let mut ranges: BTreeMap<Family, BTreeSet<IpNet>> = BTreeMap::new();
+        for text in texts {
+            if let Some(net) = parse_network(&text) {
+                ranges.entry(Family::of(net.addr())).or_default().insert(net);
+            } else {
+                ranges.entry(if text.contains(':') { Family::V6 } else { Family::V4 }).or_default();
+                let field = self.field(field);
+                self.found.push(Finding::BadNetwork { field, value: text });
+            }
+        }
+        ranges.retain(|_, nets| nets.iter().all(|net| net.prefix_len() > 0));
+        ranges
+    }
+
     fn port(&mut self, field: &str, value: i32) -> Option<u16> {
         let port = u16::try_from(value).ok().filter(|port| *port != 0);
         if port.is_none() {
@@ -284,6 +321,16 @@ impl Findings {
             self.found.push(Finding::BadPort { field, value: value.into() });
         }
         port
+    }
+
+    fn timeout(&mut self, seconds: Option<i32>) -> u32 {
+        let taken = Service::AFFINITY_SECONDS;
+        let Some(value) = seconds else { return taken };
+        u32::try_from(value).ok().filter(|seconds| *seconds > 0).unwrap_or_else(|| {
+            let field = self.field("spec.sessionAffinityConfig.clientIP.timeoutSeconds");
+            self.found.push(Finding::BadTimeout { field, value: value.into(), taken });
+            taken
+        })
     }
 
     fn protocol(&mut self, port: String, name: Option<String>) -> Option<Protocol> {
@@ -409,6 +456,72 @@ mod tests {
         assert_eq!(addrs, ["172.30.0.41", "192.168.99.11", "10.0.0.1"]);
         let slice = a_slice(&json!({ "endpoints": [{ "addresses": ["010.180.00.001"] }] }));
         assert_eq!(slice.endpoints[0].addr.to_string(), "10.180.0.1");
+    }
+
+    /// Rules 23 to 25, and 64.
+    #[test]
+    fn source_ranges_are_read_by_family() {
+        let ranges = |texts: &[&str]| {
+            let service = a_service(&json!({
+                "clusterIP": "172.30.0.41", "type": "LoadBalancer", "loadBalancerSourceRanges": texts,
+            }));
+            let nets = |(family, nets): (&Family, &BTreeSet<IpNet>)| {
+                let nets: Vec<String> = nets.iter().map(ToString::to_string).collect();
+                format!("{family:?} {}", nets.join(" "))
+            };
+            let shown: Vec<String> = service.source_ranges.iter().map(nets).collect();
+            (shown, texts_of(&service))
+        };
+        let good = |texts: &[&str], expected: &[&str]| {
+            let (shown, findings) = ranges(texts);
+            assert_eq!((shown, findings), (expected.iter().map(|s| (*s).to_owned()).collect(), vec![]));
+        };
+        good(&[], &[]);
+        good(&[" 203.0.113.000/025\n"], &["V4 203.0.113.0/25"]);
+        good(&["203.0.113.7/24", "203.0.113.0/24"], &["V4 203.0.113.0/24"]);
+        good(&["10.0.0.0/8", "2001:db8::/32"], &["V4 10.0.0.0/8", "V6 2001:db8::/32"]);
+        // Of a family without a range everybody may ask.
+        good(&["2001:db8::/32"], &["V6 2001:db8::/32"]);
+        good(&["10.0.0.0/8", "0.0.0.0/0", "fd00::/8"], &["V6 fd00::/8"]);
+        good(&["::/0"], &[]);
+        good(&["::ffff:10.0.0.0/104"], &["V4 10.0.0.0/8"]);
+        for bad in ["10.0.0.0", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0/8", "10.0.0.0/", "example.org/8"] {
+            let (shown, findings) = ranges(&[bad]);
+            let text = format!("spec.loadBalancerSourceRanges: {bad:?} is not a network; it admits nobody");
+            assert_eq!((shown, findings), (vec!["V4 ".to_owned()], vec![text]));
+        }
+        assert_eq!(ranges(&["fd00::/129", "10.0.0.0/8"]).0, ["V4 10.0.0.0/8", "V6 "]);
+    }
+
+    #[test]
+    fn clients_are_remembered_for_three_hours_if_nothing_else_is_said() {
+        let affinity = |spec: &Value| {
+            let service = a_service(spec);
+            (service.affinity, texts_of(&service))
+        };
+        let config = |seconds: i32| {
+            json!({
+                "clusterIP": "172.30.0.41", "sessionAffinity": "ClientIP",
+                "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": seconds } },
+            })
+        };
+        assert_eq!(affinity(&json!({ "clusterIP": "172.30.0.41" })), (None, vec![]));
+        assert_eq!(affinity(&json!({ "sessionAffinity": "None" })), (None, vec![]));
+        assert_eq!(affinity(&json!({ "sessionAffinity": "ClientIP" })), (Some(10_800), vec![]));
+        assert_eq!(affinity(&config(5)), (Some(5), vec![]));
+        for seconds in [0, -1] {
+            let text = format!(
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds: {seconds} is no time-out; 10800 is used"
+            );
+            assert_eq!(affinity(&config(seconds)), (Some(10_800), vec![text]));
+        }
+        let unknown = json!({ "sessionAffinity": "Cookie" });
+        let text = "spec.sessionAffinity: unknown value \"Cookie\"; taken as None".to_owned();
+        assert_eq!(affinity(&unknown), (None, vec![text]));
+    }
+
+    fn texts_of(service: &Service) -> Vec<String> {
+        texts(&service.findings)
     }
 
     #[test]

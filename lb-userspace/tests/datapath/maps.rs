@@ -40,6 +40,20 @@ fn after(ops: &[Op]) -> Snapshot {
             Op::WriteSlots { base, slots: ids } => drop(slots.insert(base, ids)),
             Op::SetFrontend { key, entry } => drop(snapshot.frontends.insert(key, entry)),
             Op::RemoveFrontend { key } => drop(snapshot.frontends.remove(&key)),
+            Op::AddMember { window, backend } => {
+                drop(snapshot.members.entry(window).or_default().insert(backend));
+            }
+            Op::RemoveMember { window, backend } => {
+                if let Some(ids) = snapshot.members.get_mut(&window) {
+                    ids.remove(&backend);
+                }
+            }
+            Op::SetSource { service, net } => drop(snapshot.sources.entry(service).or_default().insert(net)),
+            Op::RemoveSource { service, net } => {
+                if let Some(nets) = snapshot.sources.get_mut(&service) {
+                    nets.remove(&net);
+                }
+            }
             Op::SetAddress { addr, flags } => drop(snapshot.addresses.insert(addr, flags)),
             Op::RemoveAddress { addr } => drop(snapshot.addresses.remove(&addr)),
         }
@@ -81,6 +95,17 @@ fn what_is_written_is_read_back() {
             Op::RemoveFrontend { key: key("10.96.0.99:80", Protocol::Udp) },
             Op::RemoveAddress { addr: "192.0.2.1".parse().unwrap() },
             Op::RemoveAddress { addr: "192.0.2.2".parse().unwrap() },
+            Op::AddMember { window: 1, backend: 1 },
+            Op::AddMember { window: 1, backend: 255 },
+            Op::AddMember { window: 4090, backend: 2 },
+            Op::RemoveMember { window: 1, backend: 1 },
+            Op::RemoveMember { window: 7, backend: 1 },
+            Op::SetSource { service: 1, net: "203.0.113.0/24".parse().unwrap() },
+            Op::SetSource { service: 1, net: "203.0.113.0/25".parse().unwrap() },
+            Op::SetSource { service: 2, net: "198.51.100.7/32".parse().unwrap() },
+            Op::SetSource { service: 2, net: "2001:db8::/33".parse().unwrap() },
+            Op::RemoveSource { service: 1, net: "203.0.113.0/24".parse().unwrap() },
+            Op::RemoveSource { service: 1, net: "203.0.113.0/26".parse().unwrap() },
         ];
         maps.apply(&ops).unwrap();
         assert_eq!(maps.read().unwrap(), after(&ops));

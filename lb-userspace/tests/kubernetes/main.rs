@@ -335,7 +335,8 @@ fn endpoints(service: &str, addrs: &[&str]) -> Value {
 
 #[tokio::test]
 async fn from_the_wire_to_the_maps_through_outages_and_restarts() {
-    let limits = Limits { services: 100, backends: 100, slots: 1600, addresses: 100 };
+    let limits =
+        Limits { services: 100, backends: 100, slots: 1600, addresses: 100, sources: 100, members: 100 };
     let double = Double::start().await;
     for (name, n) in [("a", 1), ("b", 2), ("c", 3)] {
         double.set(SERVICES, complete(name, n));

@@ -6,7 +6,8 @@ use crate::entries::{Algorithm, FrontendKey, Limits, Protocol};
 use crate::model::{Change, Endpoint, EndpointSlice, Service, ServicePort, SliceName, SlicePort};
 use crate::source::Kind;
 
-const LIMITS: Limits = Limits { services: 5000, backends: 5000, slots: 80_000, addresses: 5000 };
+const LIMITS: Limits =
+    Limits { services: 5000, backends: 5000, slots: 80_000, addresses: 5000, sources: 5000, members: 5000 };
 
 fn name(n: usize) -> ServiceName {
     ServiceName { namespace: "ns".into(), name: format!("svc{n}").into() }
