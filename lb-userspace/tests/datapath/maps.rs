@@ -41,7 +41,7 @@ fn after(ops: &[Op]) -> Snapshot {
             Op::SetFrontend { key, entry } => drop(snapshot.frontends.insert(key, entry)),
             Op::RemoveFrontend { key } => drop(snapshot.frontends.remove(&key)),
             Op::AddMember { window, backend } => {
-                drop(snapshot.members.entry(window).or_default().insert(backend));
+                snapshot.members.entry(window).or_default().insert(backend);
             }
             Op::RemoveMember { window, backend } => {
                 if let Some(ids) = snapshot.members.get_mut(&window) {
