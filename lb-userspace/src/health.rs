@@ -17,6 +17,8 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use k8s_openapi::jiff::Timestamp;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -38,7 +40,34 @@ const HEADER_BYTES: usize = 16 * 1024;
 
 /// How the agent is, as it says itself.
 #[derive(Clone, Debug, Default)]
-pub struct Health(Arc<Mutex<Facts>>);
+pub struct Health {
+    facts: Arc<Mutex<Facts>>,
+    answers: Answers,
+}
+
+/// How often was answered what, by the label `code`.
+#[derive(Clone, Debug)]
+pub struct Answers {
+    pub healthz: Family<[(&'static str, &'static str); 1], Counter>,
+    pub livez: Family<[(&'static str, &'static str); 1], Counter>,
+}
+
+impl Default for Answers {
+    fn default() -> Self {
+        let family = || {
+            let family = Family::<[(&'static str, &'static str); 1], Counter>::default();
+            for well in [true, false] {
+                drop(family.get_or_create(&[("code", code(well))]));
+            }
+            family
+        };
+        Self { healthz: family(), livez: family() }
+    }
+}
+
+fn code(well: bool) -> &'static str {
+    if well { "200" } else { "503" }
+}
 
 #[derive(Debug, Default)]
 struct Facts {
@@ -57,7 +86,8 @@ struct Facts {
 impl Health {
     /// `needs_node`: there is an API server that should know this node.
     pub fn new(needs_node: bool) -> Self {
-        Self(Arc::new(Mutex::new(Facts { needs_node, ..Facts::default() })))
+        let facts = Facts { needs_node, ..Facts::default() };
+        Self { facts: Arc::new(Mutex::new(facts)), answers: Answers::default() }
     }
 
     /// There is something to write.
@@ -83,9 +113,14 @@ impl Health {
         self.facts().synced
     }
 
+    /// How often was answered what.
+    pub fn answers(&self) -> &Answers {
+        &self.answers
+    }
+
     fn facts(&self) -> MutexGuard<'_, Facts> {
         // Every state of it is a valid one.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -125,12 +160,16 @@ fn answer(facts: &Facts, well: bool, node_eligible: Option<bool>) -> Response {
 async fn healthz(State(health): State<Health>) -> Response {
     let facts = health.facts();
     let eligible = facts.is_eligible();
-    answer(&facts, facts.synced && facts.is_live(Instant::now()) && eligible, Some(eligible))
+    let well = facts.synced && facts.is_live(Instant::now()) && eligible;
+    health.answers.healthz.get_or_create(&[("code", code(well))]).inc();
+    answer(&facts, well, Some(eligible))
 }
 
 async fn livez(State(health): State<Health>) -> Response {
     let facts = health.facts();
-    answer(&facts, facts.is_live(Instant::now()), None)
+    let well = facts.is_live(Instant::now());
+    health.answers.livez.get_or_create(&[("code", code(well))]).inc();
+    answer(&facts, well, None)
 }
 
 async fn readyz(State(health): State<Health>) -> Response {
@@ -140,13 +179,18 @@ async fn readyz(State(health): State<Health>) -> Response {
 
 /// Answers on `addr` for as long as the runtime lives.
 pub async fn serve(addr: SocketAddr, health: Health) -> io::Result<SocketAddr> {
-    let listener = TcpListener::bind(addr).await?;
-    let local = listener.local_addr()?;
     let router = Router::new()
         .route("/healthz", get(healthz))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .with_state(health);
+    listen(addr, router).await
+}
+
+/// Serves `router` on `addr` for as long as the runtime lives, with bounds for what clients may ask of us.
+pub(crate) async fn listen(addr: SocketAddr, router: Router) -> io::Result<SocketAddr> {
+    let listener = TcpListener::bind(addr).await?;
+    let local = listener.local_addr()?;
     tokio::spawn(accept(listener, router));
     Ok(local)
 }

@@ -11,6 +11,7 @@ pub mod finding;
 pub mod health;
 pub mod inspect;
 pub mod logging;
+pub mod metrics;
 pub mod model;
 pub mod nodeports;
 pub mod reconcile;

@@ -18,6 +18,8 @@ use crate::source::kubernetes;
 
 /// Default port of `--healthz-bind-address`, as kube-proxy's.
 const HEALTHZ_PORT: u16 = 10256;
+/// Default port of `--metrics-bind-address`, as kube-proxy's.
+const METRICS_PORT: u16 = 10249;
 
 /// Settings as they are given, on the command line or in a file; what is not given is `None`.
 #[derive(Args, Clone, PartialEq, Eq, Debug, Default, Deserialize)]
@@ -73,7 +75,11 @@ pub struct Settings {
 
     /// Where /healthz, /livez and /readyz answer; empty: nowhere [default: 0.0.0.0:10256]
     #[arg(long, value_name = "ADDRESS")]
-    healthz_bind_address: Option<Bind>,
+    healthz_bind_address: Option<Bind<HEALTHZ_PORT>>,
+
+    /// Where /metrics answers; empty: nowhere [default: 127.0.0.1:10249]
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_bind_address: Option<Bind<METRICS_PORT>>,
 
     /// Where the socket programs attach [default: the cgroup2 mount]
     #[arg(long, value_name = "DIR")]
@@ -158,12 +164,12 @@ enum DatapathLogLevel {
     Trace,
 }
 
-/// `--healthz-bind-address`: an address, an address and a port, or nothing.
+/// `--healthz-bind-address` and `--metrics-bind-address`: an address, an address and a port, or nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
 #[serde(try_from = "String")]
-struct Bind(Option<SocketAddr>);
+struct Bind<const PORT: u16>(Option<SocketAddr>);
 
-impl FromStr for Bind {
+impl<const PORT: u16> FromStr for Bind<PORT> {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -171,14 +177,14 @@ impl FromStr for Bind {
             return Ok(Self(None));
         }
         if let Ok(addr) = text.parse::<IpAddr>() {
-            return Ok(Self(Some(SocketAddr::new(addr, HEALTHZ_PORT))));
+            return Ok(Self(Some(SocketAddr::new(addr, PORT))));
         }
-        let addr = text.parse().map_err(|_| format!("{text:?} is not an address like 0.0.0.0:10256"))?;
+        let addr = text.parse().map_err(|_| format!("{text:?} is not an address like 0.0.0.0:{PORT}"))?;
         Ok(Self(Some(addr)))
     }
 }
 
-impl TryFrom<String> for Bind {
+impl<const PORT: u16> TryFrom<String> for Bind<PORT> {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
@@ -237,6 +243,7 @@ impl Settings {
             algorithm,
             nodeport_addresses,
             healthz_bind_address,
+            metrics_bind_address,
             cgroup_root,
             bpffs,
             max_flows,
@@ -274,6 +281,7 @@ impl Settings {
             }),
         };
         let any = SocketAddr::from(([0, 0, 0, 0], HEALTHZ_PORT));
+        let loopback = SocketAddr::from(([127, 0, 0, 1], METRICS_PORT));
         Ok(Config {
             node_name,
             source,
@@ -306,6 +314,7 @@ impl Settings {
             },
             nodeport_addresses: NodePortAddresses::parse(&self.nodeport_addresses.unwrap_or_default())?,
             healthz: self.healthz_bind_address.map_or(Some(any), |Bind(addr)| addr),
+            metrics: self.metrics_bind_address.map_or(Some(loopback), |Bind(addr)| addr),
         })
     }
 }
@@ -365,6 +374,7 @@ mod tests {
             "--algorithm=random",
             "--nodeport-addresses=192.0.2.0/24,fd00::/8",
             "--healthz-bind-address=127.0.0.1:1",
+            "--metrics-bind-address=127.0.0.1:2",
             "--cgroup-root=/c",
             "--bpffs=/b",
             "--max-flows=1",
@@ -376,7 +386,7 @@ mod tests {
         ]);
         let text = "node-name: a\nkubeconfig: /k\nmaster: http://m\ndevice: eth0,eth1\npod-device: [\"veth*\"]\n\
                     xdp: native\nsocket-lb: all\nalgorithm: random\n\
-                    nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\nhealthz-bind-address: 127.0.0.1:1\n\
+                    nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\nhealthz-bind-address: 127.0.0.1:1\nmetrics-bind-address: 127.0.0.1:2\n\
                     cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
                     log-level: debug\nlog-format: json\ndatapath-log-level: info\n";
         assert_eq!(yaml(text).unwrap(), all);
@@ -412,7 +422,7 @@ mod tests {
 
     #[test]
     fn addresses_to_bind() {
-        let bind = |text: &str| text.parse::<Bind>().unwrap().0.map(|addr| addr.to_string());
+        let bind = |text: &str| text.parse::<Bind<HEALTHZ_PORT>>().unwrap().0.map(|addr| addr.to_string());
         assert_eq!(bind(""), None);
         assert_eq!(bind("0.0.0.0").as_deref(), Some("0.0.0.0:10256"));
         assert_eq!(bind("::").as_deref(), Some("[::]:10256"));
@@ -424,6 +434,10 @@ mod tests {
         let config = line(&["--node-name= Node-A "]).config().unwrap();
         assert_eq!(config.node_name, "node-a");
         assert_eq!(config.healthz.unwrap().to_string(), "0.0.0.0:10256");
+        assert_eq!(config.metrics.unwrap().to_string(), "127.0.0.1:10249");
+        assert_eq!(line(&["--metrics-bind-address="]).config().unwrap().metrics, None);
+        let metrics = line(&["--metrics-bind-address=::"]).config().unwrap().metrics;
+        assert_eq!(metrics.unwrap().to_string(), "[::]:10249");
         assert_eq!(config.datapath, datapath::Options::default());
         assert_eq!(config.algorithm, entries::Algorithm::Maglev);
         assert_eq!(config.nodeport_addresses, NodePortAddresses::All);

@@ -9,6 +9,7 @@ use crate::datapath::{ApplyError, MapError, Maps};
 use crate::entries::{Op, ServiceName};
 use crate::finding::Finding;
 use crate::health::Health;
+use crate::metrics::{Metrics, News, Size};
 use crate::model::{Model, Node};
 use crate::reconcile::{Batch, Desired, Reconciler};
 use crate::source::{Event, Unlisted};
@@ -49,6 +50,7 @@ pub struct Agent<M> {
     maps: M,
     reconciler: Reconciler,
     health: Health,
+    metrics: Metrics,
     unlisted: Unlisted,
     /// Flags of the node's own addresses; `None`: not known yet.
     addresses: Option<BTreeMap<IpAddr, u32>>,
@@ -78,6 +80,7 @@ impl<M: Maps> Agent<M> {
             facts,
             maps,
             reconciler,
+            metrics: Metrics::new(&health),
             health,
             unlisted: Unlisted::default(),
             addresses: None,
@@ -92,15 +95,25 @@ impl<M: Maps> Agent<M> {
         })
     }
 
+    /// Notes what it does in these metrics.
+    pub fn observe(&mut self, metrics: Metrics) {
+        metrics.note_found(self.reconciler.unclaimed_ids());
+        self.metrics = metrics;
+    }
+
     /// Takes an event. `true`: the Node object changed.
     pub fn take(&mut self, event: Event, now: Instant) -> bool {
         match event {
             Event::Changed(change) => {
+                let news = News::from(&change);
                 let touched = self.model.apply(change);
                 if touched.node {
                     self.facts.zone = self.model.node().and_then(|node| node.zone.clone());
                     let leaving = |node: &Node| node.deleting || node.to_be_deleted;
                     self.health.note_node(self.model.node().map(leaving));
+                }
+                if !touched.services.is_empty() {
+                    self.metrics.work().note_change(news);
                 }
                 if !touched.services.is_empty() && self.loaded {
                     self.health.note_waiting(now);
@@ -162,7 +175,15 @@ impl<M: Maps> Agent<M> {
         let (services, operations) = (self.stats.compiled - before.compiled, self.stats.ops - before.ops);
         if services > 0 || operations > 0 {
             tracing::debug!(services, operations, took = ?start.elapsed(), "settled");
+            self.metrics.work().note_sync(start.elapsed());
         }
+        let size = Size {
+            services: self.reconciler.services() as u64,
+            frontends: self.reconciler.frontends() as u64,
+            maps: self.reconciler.fill(),
+        };
+        let complete = self.doubtful.is_none() && self.refused.is_empty();
+        self.metrics.note_settled(size, complete);
     }
 
     /// When [`Agent::settle`] has something to do without an event.
@@ -221,22 +242,31 @@ impl<M: Maps> Agent<M> {
         }
         let Some((desired, mut findings)) = self.desired(name) else {
             self.refused.remove(name);
-            self.said.remove(name);
+            let said = self.said.remove(name).map_or(0, |findings| findings.len());
+            self.metrics.work().note_findings(said, 0);
+            self.metrics.forget_service(name);
             let batch = self.reconciler.remove_service(name, now);
             return self.carry_out(batch, Some(name), now);
         };
         if desired.compiled.frontends.is_empty() {
+            self.metrics.forget_service(name);
             let batch = self.reconciler.remove_service(name, now);
             self.carry_out(batch, Some(name), now)?;
             self.refused.remove(name);
             self.say(name, findings);
             return Ok(());
         }
+        self.metrics.note_policies(name, &desired.compiled);
         let mut batch = self.reconciler.set_service(name, desired, now);
+        // Before the maps have it, so that nothing is counted for whoever had its number before.
+        if let Some(id) = self.reconciler.service_id(name) {
+            self.metrics.note_service(name, id);
+        }
         findings.extend(batch.findings.remove(name).unwrap_or_default());
         self.carry_out(batch, Some(name), now)?;
         self.refused.remove(name);
         self.say(name, findings);
+        self.metrics.work().note_programmed(name);
         Ok(())
     }
 
@@ -312,6 +342,7 @@ impl<M: Maps> Agent<M> {
         let snapshot = self.maps.read().map_err(Trouble::Read)?;
         self.stats.read += 1;
         self.reconciler = Reconciler::adopt(snapshot, self.maps.limits(), GRACE);
+        self.metrics.note_found(self.reconciler.unclaimed_ids());
         self.doubtful = None;
         self.loaded = false;
         self.unfinished = true;
@@ -329,6 +360,7 @@ impl<M: Maps> Agent<M> {
         if news.len() > TOLD {
             tracing::warn!(service = %name, "and {} more like these", news.len() - TOLD);
         }
+        self.metrics.work().note_findings(known.len(), findings.len());
         if findings.is_empty() && !known.is_empty() {
             tracing::info!(service = %name, "nothing is wrong any more");
         }

@@ -20,6 +20,7 @@ use crate::datapath::{self, Datapath, KernelMaps, SocketLb};
 use crate::edges::{self, Edges, Rules, View, XdpMode};
 use crate::entries::Algorithm;
 use crate::health::{self, Health};
+use crate::metrics::{self, KernelCounts, Metrics};
 use crate::nodeports::{self, NodePortAddresses};
 use crate::source::{CHANNEL, Event, kubernetes, manifests};
 
@@ -36,6 +37,8 @@ pub struct Config {
     pub nodeport_addresses: NodePortAddresses,
     /// None: nobody asks.
     pub healthz: Option<SocketAddr>,
+    /// None: nobody asks.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Where Services come from.
@@ -67,13 +70,21 @@ pub async fn run(config: Config) -> Result<()> {
         })?;
         tracing::info!(%addr, "health is answered");
     }
+    let metrics = Metrics::new(&health);
+    if let Some(addr) = config.metrics {
+        let served = metrics::serve(addr, metrics.clone()).await;
+        let served = served.with_context(|| format!("--metrics-bind-address {addr}"))?;
+        tracing::info!(addr = %served, "metrics are answered");
+    }
     let mut datapath = Datapath::open(&config.datapath)?;
+    metrics.attach(Box::new(KernelCounts::new(&datapath)?), datapath.features());
     if let Some(logger) = datapath.take_logger() {
         tokio::spawn(datapath::forward_log(logger));
     }
     let edges = attach(&config, &datapath)?;
     let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
-    let agent = Agent::new(facts, datapath.maps()?, health)?;
+    let mut agent = Agent::new(facts, datapath.maps()?, health)?;
+    agent.observe(metrics);
 
     let outcome = follow(agent, source, edges.view(), &config, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.

@@ -49,6 +49,7 @@ fn slice_of(ports: Vec<(&str, u16, Protocol)>, endpoints: Vec<Endpoint>) -> Endp
             .map(|(name, port, protocol)| SlicePort { name: name.into(), port, protocol })
             .collect(),
         endpoints,
+        triggered: None,
         findings: vec![],
     }
 }

@@ -176,6 +176,7 @@ mod tests {
             service: Some(name(service)),
             ports: vec![],
             endpoints: vec![Endpoint::ready(addr.parse().unwrap())],
+            triggered: None,
             findings: vec![],
         }
     }

@@ -134,6 +134,9 @@ pub struct EndpointSlice {
     pub service: Option<ServiceName>,
     pub ports: Vec<SlicePort>,
     pub endpoints: Vec<Endpoint>,
+    /// When the pod or Service changed that the slice was last changed for, milliseconds since 1970
+    /// (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
+    pub triggered: Option<i64>,
     /// What could not be understood in the object.
     pub findings: Vec<Finding>,
 }

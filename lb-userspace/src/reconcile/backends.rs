@@ -119,6 +119,12 @@ impl Backends {
         never_used + u32::try_from(self.free.len()).unwrap_or(u32::MAX)
     }
 
+    /// Ids that are given out.
+    pub(super) fn used(&self) -> u32 {
+        // Index 0 is nobody's.
+        self.limit.saturating_sub(1).saturating_sub(self.available())
+    }
+
     /// The id of a backend; gives it one if it has none. Callers ask [`Self::available`] first.
     pub(super) fn assign(&mut self, backend: Backend) -> Option<u32> {
         if let Some(id) = self.by_backend.get(&backend) {

@@ -388,6 +388,27 @@ impl Reconciler {
         self.services.iter().map(|(name, service)| (service.id, name))
     }
 
+    /// The number of a Service in the maps.
+    pub fn service_id(&self, name: &ServiceName) -> Option<u32> {
+        self.services.get(name).map(|service| service.id)
+    }
+
+    /// Numbers that frontends in the maps have and no Service has claimed yet.
+    pub fn unclaimed_ids(&self) -> BTreeSet<u32> {
+        self.ids.found.clone()
+    }
+
+    /// Name, entries in use and entries there is room for, of the maps that are arrays.
+    pub fn fill(&self) -> [(&'static str, u64, u64); 3] {
+        let [v4, v6] = [Family::V4, Family::V6].map(|family| {
+            let backends = self.backends(family);
+            (backends.used().into(), backends.limit().into())
+        });
+        // Index 0 is nobody's.
+        let slots = u64::from(self.limits.slots.saturating_sub(1)).saturating_sub(self.space.available());
+        [("BACKENDS4", v4.0, v4.1), ("BACKENDS6", v6.0, v6.1), ("SLOTS", slots, self.limits.slots.into())]
+    }
+
     /// Services known, for status.
     pub fn services(&self) -> usize {
         self.services.len()

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
 
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
@@ -23,6 +24,8 @@ pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// On EndpointSlices: the Service they belong to.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// On EndpointSlices, an annotation: when what they follow last changed.
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Set by the cluster autoscaler before it drains a node.
 const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
@@ -127,7 +130,16 @@ fn service_port(i: usize, port: core::ServicePort, findings: &mut Findings) -> O
 pub fn slice(object: discovery::EndpointSlice) -> EndpointSlice {
     let name = slice_name(&object.metadata);
     let labels = object.metadata.labels.unwrap_or_default();
-    let mut slice = EndpointSlice { name, service: None, ports: vec![], endpoints: vec![], findings: vec![] };
+    let annotations = object.metadata.annotations.unwrap_or_default();
+    let triggered = annotations.get(TRIGGER_TIME).and_then(|time| time.parse::<Timestamp>().ok());
+    let mut slice = EndpointSlice {
+        name,
+        service: None,
+        ports: vec![],
+        endpoints: vec![],
+        triggered: triggered.map(Timestamp::as_millisecond),
+        findings: vec![],
+    };
     let family = match object.address_type.as_str() {
         "IPv4" => Family::V4,
         "IPv6" => Family::V6,
@@ -383,6 +395,21 @@ mod tests {
 
     fn texts(findings: &[Finding]) -> Vec<String> {
         findings.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_slice_says_when_what_it_follows_changed() {
+        let with = |time: &str| {
+            let annotations = json!({ TRIGGER_TIME: time });
+            let labels = json!({ SERVICE_NAME_LABEL: "svc" });
+            let metadata = json!({ "name": "s", "annotations": annotations, "labels": labels });
+            a_slice(&json!({ "metadata": metadata })).triggered
+        };
+        assert_eq!(with("1970-01-01T00:01:00Z"), Some(60_000));
+        assert_eq!(with("1970-01-01T00:00:00.25Z"), Some(250));
+        // Nobody misses a time that cannot be read.
+        assert_eq!(with("yesterday"), None);
+        assert_eq!(a_slice(&json!({})).triggered, None);
     }
 
     #[test]

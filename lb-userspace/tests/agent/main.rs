@@ -5,8 +5,10 @@
 
 mod node;
 
+use std::collections::BTreeSet;
+
 use nix::sys::signal::Signal;
-use node::{Node, eventually, fairlead, files, serve, status};
+use node::{Node, eventually, fairlead, files, get, serve, status};
 use serde_json::Value;
 
 fn service(name: &str, vip: &str, node_port: u16) -> String {
@@ -69,6 +71,70 @@ fn manifests_in_connections_translated_and_nothing_left_behind() {
         let output = node.fairlead(&["cleanup"]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(files(&node.pins()), Vec::<std::path::PathBuf>::new());
+    });
+}
+
+/// The names that docs/metrics.md has.
+fn documented() -> BTreeSet<String> {
+    let lines = include_str!("../../../docs/metrics.md").lines();
+    lines.filter_map(|line| Some(line.strip_prefix("| `")?.split_once('`')?.0.to_owned())).collect()
+}
+
+/// The names that are exported.
+fn exported(metrics: &str) -> BTreeSet<String> {
+    let described = metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+    let total = |(name, kind): (&str, &str)| {
+        if kind == "counter" { format!("{name}_total") } else { name.to_owned() }
+    };
+    described.map(total).collect()
+}
+
+/// The value of a sample; `None`: there is no such sample.
+fn sample(metrics: &str, name: &str) -> Option<f64> {
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+    Some(value.parse().unwrap())
+}
+
+#[test]
+fn metrics_of_what_was_served() {
+    let scrape = || get(10249, "/metrics").unwrap().1;
+    let connections = "fairlead_service_connections_total{namespace=\"default\",name=\"web\"}";
+    Node::with(move |node| {
+        serve("10.9.0.1:8080", "hello");
+        node.write("web.yaml", &(service("web", "172.30.0.1", 30_080) + &slice("web", &["10.9.0.1"])));
+        node.write("empty.yaml", &service("empty", "172.30.0.2", 30_081));
+        let agent = node.start();
+        assert_eq!(node.call("172.30.0.1", 80).as_deref(), Ok("hello"), "{}", agent.log());
+        assert!(node.call("172.30.0.2", 80).is_err());
+        let metrics = scrape();
+        assert_eq!(exported(&metrics), documented(), "{metrics}");
+        for (name, value) in [
+            (connections, 1.0),
+            ("fairlead_service_refused_total{namespace=\"default\",name=\"empty\"}", 1.0),
+            ("fairlead_packets_total{hook=\"connect\",reason=\"translated\"}", 1.0),
+            ("fairlead_drops_total{reason=\"no_endpoints\"}", 1.0),
+            ("fairlead_services", 2.0),
+            ("fairlead_frontends", 4.0),
+            ("fairlead_map_entries{map=\"SERVICES4\"}", 4.0),
+            ("fairlead_map_entries{map=\"BACKENDS4\"}", 1.0),
+            ("fairlead_map_capacity{map=\"FLOWS4\"}", 1024.0),
+            ("fairlead_metrics_errors_total", 0.0),
+            ("kubeproxy_sync_proxy_rules_service_changes_total", 2.0),
+            ("kubeproxy_sync_proxy_rules_service_changes_pending", 0.0),
+        ] {
+            assert_eq!(sample(&metrics, name), Some(value), "{name}\n{metrics}");
+        }
+        // The counts are in the maps: the next agent goes on with them.
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+        let agent = node.start();
+        assert_eq!(node.call("172.30.0.1", 80).as_deref(), Ok("hello"), "{}", agent.log());
+        let metrics = scrape();
+        assert_eq!(sample(&metrics, connections), Some(2.0), "{metrics}");
+        drop(agent);
+        let agent = node.spawn(&["--metrics-bind-address="]);
+        eventually("the agent is ready", || status("/readyz") == Some(200));
+        assert_eq!(get(10249, "/metrics"), None);
+        drop(agent);
     });
 }
 
@@ -144,7 +210,8 @@ fn what_goes_wrong_is_one_line_and_exit_status_1() {
         // The port is taken, and so is the directory.
         fails(&["run", "--manifests", manifests, "--bpffs", pins], "--healthz-bind-address 0.0.0.0:10256");
         let again = ["run", "--manifests", manifests, "--bpffs", pins, "--healthz-bind-address="];
-        fails(&again, "another agent is running");
+        fails(&again, "--metrics-bind-address 127.0.0.1:10249");
+        fails(&[&again[..], &["--metrics-bind-address="]].concat(), "another agent is running");
         fails(&["cleanup", "--bpffs", pins], "an agent is running");
         drop(agent);
     });

@@ -216,12 +216,18 @@ impl Drop for Agent {
 
 /// The status that the health server answers with, if it answers.
 pub(crate) fn status(path: &str) -> Option<u16> {
-    let mut stream = TcpStream::connect("127.0.0.1:10256").ok()?;
+    get(10256, path).map(|(status, _)| status)
+}
+
+/// Status and body that a server of the agent answers with, if it answers.
+pub(crate) fn get(port: u16, path: &str) -> Option<(u16, String)> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).ok()?;
     stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n").as_bytes()).ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
-    answer.split_whitespace().nth(1)?.parse().ok()
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    Some((head.split_whitespace().nth(1)?.parse().ok()?, body.to_owned()))
 }
 
 /// Answers every connection with `text` until the process ends.

@@ -29,6 +29,7 @@ fn slice(n: usize, addrs: &[&str]) -> Event {
         service: Some(name(n)),
         ports: vec![SlicePort { name: String::new(), port: 8080, protocol: Protocol::Tcp }],
         endpoints: addrs.iter().map(|addr| Endpoint::ready(addr.parse().unwrap())).collect(),
+        triggered: None,
         findings: vec![],
     })))
 }
