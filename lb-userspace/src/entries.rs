@@ -233,6 +233,8 @@ pub enum Op {
     AddMember { window: u32, backend: u32 },
     /// Removes a backend from them; fine if it is not there.
     RemoveMember { window: u32, backend: u32 },
+    /// `NETWORKS4/6[index] = …` ([`abi::network_flags`]); none: the list of the family ends here.
+    SetNetwork { family: Family, index: u32, network: Option<(IpNet, u32)> },
     /// Adds a network to `SOURCES4/6`: it may ask for the restricted frontends of the Service.
     SetSource { service: u32, net: IpNet },
     /// Removes a network from `SOURCES4/6`; fine if it is not there.
@@ -265,6 +267,8 @@ pub struct Snapshot {
     /// Every window that a frontend refers to, by its base.
     pub slots: BTreeMap<u32, Vec<u32>>,
     pub addresses: BTreeMap<IpAddr, u32>,
+    /// Networks with their flags, in the order of the map, IPv4 and IPv6.
+    pub networks: [Vec<(IpNet, u32)>; 2],
     /// Backends by the base of the window.
     pub members: BTreeMap<u32, BTreeSet<u32>>,
     /// By the number of the Service.

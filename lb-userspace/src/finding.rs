@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use crate::entries::{FrontendKey, ServiceName};
 
 /// Something that keeps (a part of) a Service from working as written.
@@ -52,6 +54,9 @@ pub enum Finding {
     /// No room in `ADDRESSES4/6`.
     #[error("no room for address {addr} beside {limit} others of its family; it is not marked as ours")]
     AddressDoesNotFit { addr: IpAddr, limit: u32 },
+    /// No room in `NETWORKS4/6`.
+    #[error("no room for network {net} beside {limit} others of its family; it is not known as what it is")]
+    NetworkDoesNotFit { net: IpNet, limit: u32 },
     /// No room for a Maglev table, only for a plain list.
     #[error("no room for its Maglev tables (--max-backends sets the limit); backends are chosen at random")]
     ListInsteadOfTable,
@@ -66,6 +71,7 @@ impl Finding {
                 | Self::DoesNotFit { .. }
                 | Self::NoRoomFor { .. }
                 | Self::AddressDoesNotFit { .. }
+                | Self::NetworkDoesNotFit { .. }
                 | Self::ListInsteadOfTable
         )
     }

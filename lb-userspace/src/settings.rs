@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::agent::{Config, SourceOptions};
@@ -72,6 +73,12 @@ pub struct Settings {
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     #[serde(deserialize_with = "one_or_many")]
     nodeport_addresses: Option<Vec<String>>,
+
+    /// Networks that pods have their addresses in, here and on other nodes: they are inside of the cluster
+    /// wherever their packets come from
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    cluster_cidr: Option<Vec<String>>,
 
     /// Where /healthz, /livez and /readyz answer; empty: nowhere [default: 0.0.0.0:10256]
     #[arg(long, value_name = "ADDRESS")]
@@ -203,6 +210,8 @@ pub enum Error {
     HostName(io::Error),
     #[error(transparent)]
     Network(#[from] BadNetwork),
+    #[error("--cluster-cidr: {0:?} is not a network like 10.244.0.0/16")]
+    ClusterCidr(String),
     #[error("--device or --pod-device: {0}")]
     Glob(#[from] globset::Error),
     #[error("--manifests and --master exclude each other")]
@@ -242,6 +251,7 @@ impl Settings {
             socket_lb,
             algorithm,
             nodeport_addresses,
+            cluster_cidr,
             healthz_bind_address,
             metrics_bind_address,
             cgroup_root,
@@ -313,10 +323,18 @@ impl Settings {
                 Some(Algorithm::Random) => entries::Algorithm::Random,
             },
             nodeport_addresses: NodePortAddresses::parse(&self.nodeport_addresses.unwrap_or_default())?,
+            pod_networks: networks(self.cluster_cidr.unwrap_or_default())?,
             healthz: self.healthz_bind_address.map_or(Some(any), |Bind(addr)| addr),
             metrics: self.metrics_bind_address.map_or(Some(loopback), |Bind(addr)| addr),
         })
     }
+}
+
+/// Values of `--cluster-cidr`; empty ones as kube-proxy's configurations have them.
+fn networks(values: Vec<String>) -> Result<Vec<IpNet>, Error> {
+    let values = values.into_iter().filter(|text| !text.trim().is_empty());
+    let parse = |text: String| text.trim().parse().map_err(|_| Error::ClusterCidr(text));
+    values.map(|text| parse(text).map(|net: IpNet| net.trunc())).collect()
 }
 
 /// As the kubelet names its Node.
@@ -373,6 +391,7 @@ mod tests {
             "--socket-lb=all",
             "--algorithm=random",
             "--nodeport-addresses=192.0.2.0/24,fd00::/8",
+            "--cluster-cidr=10.244.0.0/16,fd00:10:244::/56",
             "--healthz-bind-address=127.0.0.1:1",
             "--metrics-bind-address=127.0.0.1:2",
             "--cgroup-root=/c",
@@ -386,7 +405,9 @@ mod tests {
         ]);
         let text = "node-name: a\nkubeconfig: /k\nmaster: http://m\ndevice: eth0,eth1\npod-device: [\"veth*\"]\n\
                     xdp: native\nsocket-lb: all\nalgorithm: random\n\
-                    nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\nhealthz-bind-address: 127.0.0.1:1\nmetrics-bind-address: 127.0.0.1:2\n\
+                    nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\n\
+                    cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\nhealthz-bind-address: 127.0.0.1:1\n\
+                    metrics-bind-address: 127.0.0.1:2\n\
                     cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
                     log-level: debug\nlog-format: json\ndatapath-log-level: info\n";
         assert_eq!(yaml(text).unwrap(), all);
@@ -443,6 +464,12 @@ mod tests {
         assert_eq!(config.nodeport_addresses, NodePortAddresses::All);
         let error = line(&["--nodeport-addresses=x"]).config().unwrap_err().to_string();
         assert!(error.starts_with("--nodeport-addresses: "), "{error}");
+        let config = line(&["--cluster-cidr=10.244.7.0/16,fd00::/8"]).config().unwrap();
+        let networks: Vec<String> = config.pod_networks.iter().map(ToString::to_string).collect();
+        assert_eq!(networks, ["10.244.0.0/16", "fd00::/8"]);
+        assert_eq!(line(&["--cluster-cidr="]).config().unwrap().pod_networks, []);
+        let error = line(&["--cluster-cidr=10.244.0.0"]).config().unwrap_err().to_string();
+        assert_eq!(error, "--cluster-cidr: \"10.244.0.0\" is not a network like 10.244.0.0/16");
         let error = line(&["--device=a[b"]).config().unwrap_err().to_string();
         assert!(error.starts_with("--device or --pod-device: "), "{error}");
     }

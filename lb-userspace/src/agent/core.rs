@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
 use crate::compile::{Facts, compile};
 use crate::datapath::{ApplyError, MapError, Maps};
 use crate::entries::{Op, ServiceName};
@@ -12,7 +14,7 @@ use crate::health::Health;
 use crate::metrics::{Metrics, News, Size};
 use crate::model::{Model, Node};
 use crate::reconcile::{Batch, Desired, Reconciler};
-use crate::source::{Event, Unlisted};
+use crate::source::{Event, Kind, Unlisted};
 
 /// How long windows and ids that fell out of use stay untouched. A packet holds on to them for
 /// microseconds.
@@ -44,6 +46,7 @@ struct Refused {
 }
 
 /// Keeps the maps as the model says.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts about what is known and written")]
 pub struct Agent<M> {
     model: Model,
     facts: Facts,
@@ -56,6 +59,12 @@ pub struct Agent<M> {
     addresses: Option<BTreeMap<IpAddr, u32>>,
     /// The addresses are not what the maps have.
     addresses_changed: bool,
+    /// `--cluster-cidr`.
+    pod_networks: Vec<IpNet>,
+    /// Every ServiceCIDR has been told once.
+    cidrs_listed: bool,
+    /// The networks are not what the maps have.
+    networks_changed: bool,
     /// Services to compile again.
     pending: BTreeSet<ServiceName>,
     /// Services that the maps refused, and when to try again.
@@ -85,6 +94,9 @@ impl<M: Maps> Agent<M> {
             unlisted: Unlisted::default(),
             addresses: None,
             addresses_changed: false,
+            pod_networks: vec![],
+            cidrs_listed: false,
+            networks_changed: false,
             pending: BTreeSet::new(),
             refused: BTreeMap::new(),
             unfinished: true,
@@ -107,6 +119,7 @@ impl<M: Maps> Agent<M> {
             Event::Changed(change) => {
                 let news = News::from(&change);
                 let touched = self.model.apply(change);
+                self.networks_changed |= touched.service_cidrs;
                 if touched.node {
                     self.facts.zone = self.model.node().and_then(|node| node.zone.clone());
                     let leaving = |node: &Node| node.deleting || node.to_be_deleted;
@@ -122,6 +135,10 @@ impl<M: Maps> Agent<M> {
                 touched.node
             }
             Event::Listed(kind) => {
+                if kind == Kind::ServiceCidrs && !self.cidrs_listed {
+                    self.cidrs_listed = true;
+                    self.networks_changed = true;
+                }
                 self.unlisted.note(kind);
                 false
             }
@@ -134,6 +151,12 @@ impl<M: Maps> Agent<M> {
             self.addresses = Some(flags);
             self.addresses_changed = true;
         }
+    }
+
+    /// Pods have their addresses in these networks, on other nodes too.
+    pub fn set_pod_networks(&mut self, networks: Vec<IpNet>) {
+        self.pod_networks = networks;
+        self.networks_changed = true;
     }
 
     /// The Node object of this node.
@@ -213,6 +236,9 @@ impl<M: Maps> Agent<M> {
         }
         if self.addresses_changed || !self.loaded {
             self.settle_addresses(now)?;
+        }
+        if self.networks_changed || !self.loaded {
+            self.settle_networks(now)?;
         }
         let batch = self.reconciler.expire(now);
         self.carry_out(batch, None, now)?;
@@ -301,6 +327,18 @@ impl<M: Maps> Agent<M> {
         let batch = self.reconciler.review_sources(now);
         self.carry_out(batch, None, now)?;
         self.addresses_changed = false;
+        Ok(())
+    }
+
+    fn settle_networks(&mut self, now: Instant) -> Result<(), Trouble> {
+        let services: Vec<IpNet> = self.model.service_cidrs().collect();
+        let services = self.cidrs_listed.then_some(&services[..]);
+        let (ops, findings) = self.reconciler.set_networks(&self.pod_networks, services);
+        for finding in findings {
+            tracing::warn!("this node: {finding}");
+        }
+        self.apply(&ops, None, now)?;
+        self.networks_changed = false;
         Ok(())
     }
 

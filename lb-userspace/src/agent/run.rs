@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use aya::maps::{HashMap, Map};
+use ipnet::IpNet;
 use lb_common::maps::MAPS;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -35,6 +36,8 @@ pub struct Config {
     pub xdp: XdpMode,
     pub algorithm: Algorithm,
     pub nodeport_addresses: NodePortAddresses,
+    /// `--cluster-cidr`.
+    pub pod_networks: Vec<IpNet>,
     /// None: nobody asks.
     pub healthz: Option<SocketAddr>,
     /// None: nobody asks.
@@ -85,6 +88,7 @@ pub async fn run(config: Config) -> Result<()> {
     let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
     let mut agent = Agent::new(facts, datapath.maps()?, health)?;
     agent.observe(metrics);
+    agent.set_pod_networks(config.pod_networks.clone());
 
     let outcome = follow(agent, source, edges.view(), &config, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.

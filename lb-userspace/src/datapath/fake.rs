@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 use lb_common::abi::{self, backend_state};
+use lb_common::maps::MAX_NETWORKS;
 
 use super::{ApplyError, MapError, Maps};
 use crate::entries::{Family, FrontendKey, Limits, Op, Snapshot};
@@ -94,6 +95,7 @@ impl FakeMaps {
             .map(|(key, _)| *key)
     }
 
+    #[expect(clippy::too_many_lines, reason = "one arm for each operation")]
     fn apply_one(&mut self, op: &Op) -> Result<(), MapError> {
         match op {
             Op::SetBackend { family, id, entry } => {
@@ -174,6 +176,18 @@ impl FakeMaps {
                     if ids.is_empty() {
                         self.state.members.remove(window);
                     }
+                }
+            }
+            Op::SetNetwork { family, index, network } => {
+                let list = &mut self.state.networks[usize::from(*family == Family::V6)];
+                let index = *index as usize;
+                match network {
+                    Some(network) if index < list.len() => list[index] = *network,
+                    Some(network) if index == list.len() && index < MAX_NETWORKS as usize => {
+                        list.push(*network);
+                    }
+                    None if index + 1 == list.len() => drop(list.pop()),
+                    _ => return Err(Self::failed("NETWORKS", format!("{network:?} at {index}: a gap"))),
                 }
             }
             Op::SetSource { service, net } => {

@@ -9,7 +9,7 @@ use aya::Pod;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, IterableMap, Map, MapData, MapError as AyaError};
 use ipnet::IpNet;
-use lb_common::abi::{self, Addr4, Addr6, AddressInfo, MemberKey, ServiceKey, Source};
+use lb_common::abi::{self, Addr4, Addr6, AddressInfo, MemberKey, Network, ServiceKey, Source};
 use lb_common::maps::{MAPS, MapSpec};
 
 use super::error::OpenError;
@@ -36,6 +36,8 @@ pub struct KernelMaps {
     addresses4: HashMap<MapData, Addr4, AddressInfo>,
     addresses6: HashMap<MapData, Addr6, AddressInfo>,
     members: HashMap<MapData, MemberKey, u32>,
+    networks4: Array<MapData, Network<Addr4>>,
+    networks6: Array<MapData, Network<Addr6>>,
     sources4: LpmTrie<MapData, Source<Addr4>, u32>,
     sources6: LpmTrie<MapData, Source<Addr6>, u32>,
     limits: Limits,
@@ -69,6 +71,8 @@ impl KernelMaps {
             addresses4,
             addresses6: typed("ADDRESSES6", &open)?,
             members,
+            networks4: typed("NETWORKS4", &open)?,
+            networks6: typed("NETWORKS6", &open)?,
             sources4,
             sources6: typed("SOURCES6", &open)?,
             limits,
@@ -76,6 +80,7 @@ impl KernelMaps {
     }
 
     /// Carries out the longest run at the start of `ops` that one system call can do; how many it did.
+    #[expect(clippy::too_many_lines, reason = "one arm for each operation")]
     fn apply_run(&mut self, ops: &[Op]) -> Result<usize, ApplyError> {
         let Some(first) = ops.first() else { return Ok(0) };
         match first {
@@ -124,6 +129,24 @@ impl KernelMaps {
                     _ => None,
                 });
                 write(&mut self.addresses6, "ADDRESSES6", run, ops)
+            }
+            Op::SetNetwork { family: Family::V4, .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetNetwork { family: Family::V4, index, network } => {
+                        Some((*index, network_entry(*network, octets4)?))
+                    }
+                    _ => None,
+                });
+                write(&mut self.networks4, "NETWORKS4", run, ops)
+            }
+            Op::SetNetwork { .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetNetwork { family: Family::V6, index, network } => {
+                        Some((*index, network_entry(*network, octets6)?))
+                    }
+                    _ => None,
+                });
+                write(&mut self.networks6, "NETWORKS6", run, ops)
             }
             Op::AddMember { .. } => {
                 let run = run(ops, |op| match *op {
@@ -213,6 +236,20 @@ impl KernelMaps {
             }
         })?;
         Ok(frontends)
+    }
+
+    fn read_networks(&self) -> Result<[Vec<(IpNet, u32)>; 2], MapError> {
+        let mut lists = [NetworkList::default(), NetworkList::default()];
+        let [list4, list6] = &mut lists;
+        walk("NETWORKS4", fd(&self.networks4), |index: u32, network: Network<Addr4>| {
+            let [addr, mask] = [network.addr, network.mask].map(|addr| IpAddr::from(addr.octets));
+            list4.note(index, addr, mask, network.flags);
+        })?;
+        walk("NETWORKS6", fd(&self.networks6), |index: u32, network: Network<Addr6>| {
+            let [addr, mask] = [network.addr, network.mask].map(|addr| IpAddr::from(addr.octets));
+            list6.note(index, addr, mask, network.flags);
+        })?;
+        Ok(lists.map(|list| list.networks))
     }
 
     /// Tries are read in batches only since 5.13: one by one.
@@ -310,6 +347,7 @@ impl Maps for KernelMaps {
             addresses,
             sources: self.read_sources()?,
             members,
+            networks: self.read_networks()?,
         })
     }
 
@@ -400,6 +438,7 @@ fn subject(op: &Op) -> String {
         Op::SetBackend { id, entry, .. } => format!("backend {id} ({})", entry.addr),
         Op::WriteSlots { base, slots } => format!("window of {} slots at {base}", slots.len()),
         Op::SetFrontend { key, .. } | Op::RemoveFrontend { key } => format!("frontend {key}"),
+        Op::SetNetwork { index, .. } => format!("network {index}"),
         Op::AddMember { window, backend } | Op::RemoveMember { window, backend } => {
             format!("backend {backend} of the window at {window}")
         }
@@ -452,6 +491,32 @@ fn fd<K: Pod, V>(map: &impl IterableMap<K, V>) -> BorrowedFd<'_> {
 
 fn service_key<A>(key: FrontendKey, addr: A) -> ServiceKey<A> {
     ServiceKey { addr, port: key.port, proto: key.protocol.number(), pad: 0 }
+}
+
+/// One family's networks: those before the first without flags.
+#[derive(Default)]
+struct NetworkList {
+    networks: Vec<(IpNet, u32)>,
+}
+
+impl NetworkList {
+    fn note(&mut self, index: u32, addr: IpAddr, mask: IpAddr, flags: u32) {
+        if flags == 0 || self.networks.len() != index as usize {
+            return;
+        }
+        // A mask with gaps was not written by us: no flags that anybody wants, so that it is replaced.
+        let network = IpNet::with_netmask(addr, mask).map(|net| (net, flags));
+        self.networks.push(network.unwrap_or((IpNet::from(addr), u32::MAX)));
+    }
+}
+
+/// What the map has for a network; `None`: it is not of this family.
+fn network_entry<A: Default>(
+    network: Option<(IpNet, u32)>,
+    octets: impl Fn(IpAddr) -> Option<A>,
+) -> Option<Network<A>> {
+    let Some((net, flags)) = network else { return Some(Network::default()) };
+    Some(Network { addr: octets(net.addr())?, mask: octets(net.netmask())?, flags })
 }
 
 fn source_key<A: Copy>(service: u32, net: IpNet, addr: A) -> Key<Source<A>>

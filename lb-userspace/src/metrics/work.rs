@@ -41,7 +41,8 @@ pub enum News {
         /// Milliseconds since 1970.
         triggered: Option<i64>,
     },
-    Node,
+    /// The Node, or the networks of Services.
+    Cluster,
 }
 
 impl From<&Change> for News {
@@ -52,7 +53,9 @@ impl From<&Change> for News {
                 Self::Endpoints { service: slice.service.clone(), triggered: slice.triggered }
             }
             Change::SliceGone(_) => Self::Endpoints { service: None, triggered: None },
-            Change::Node(_) | Change::NodeGone(_) => Self::Node,
+            Change::Node(_) | Change::NodeGone(_) | Change::ServiceCidr(..) | Change::ServiceCidrGone(_) => {
+                Self::Cluster
+            }
         }
     }
 }
@@ -169,7 +172,7 @@ impl Work {
                     self.note_trigger(service, triggered);
                 }
             }
-            News::Node => return,
+            News::Cluster => return,
         }
         self.last_queued.set(unix_seconds());
     }

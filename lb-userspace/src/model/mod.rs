@@ -11,6 +11,8 @@ pub use types::{
     SlicePort,
 };
 
+use ipnet::IpNet;
+
 use crate::entries::ServiceName;
 
 /// One change of one object.
@@ -22,6 +24,9 @@ pub enum Change {
     SliceGone(SliceName),
     Node(Box<Node>),
     NodeGone(String),
+    /// A ServiceCIDR and its networks.
+    ServiceCidr(String, Vec<IpNet>),
+    ServiceCidrGone(String),
 }
 
 /// What a change touches.
@@ -31,6 +36,8 @@ pub struct Touched {
     pub services: BTreeSet<ServiceName>,
     /// The Node object of this node changed.
     pub node: bool,
+    /// A ServiceCIDR changed.
+    pub service_cidrs: bool,
 }
 
 /// The objects of the cluster as far as they concern this node.
@@ -45,6 +52,7 @@ pub struct Model {
     /// Services with a hint in one of their slices: the only ones that care about this node's zone.
     hinted: BTreeSet<ServiceName>,
     node: Option<Node>,
+    service_cidrs: BTreeMap<String, Vec<IpNet>>,
 }
 
 impl Model {
@@ -57,6 +65,7 @@ impl Model {
             slice_service: BTreeMap::new(),
             hinted: BTreeSet::new(),
             node: None,
+            service_cidrs: BTreeMap::new(),
         }
     }
 
@@ -83,6 +92,13 @@ impl Model {
                     self.set_node(None, &mut touched);
                 }
             }
+            Change::ServiceCidr(name, nets) => {
+                touched.service_cidrs = self.service_cidrs.get(&name) != Some(&nets);
+                self.service_cidrs.insert(name, nets);
+            }
+            Change::ServiceCidrGone(name) => {
+                touched.service_cidrs = self.service_cidrs.remove(&name).is_some();
+            }
         }
         touched
     }
@@ -105,6 +121,11 @@ impl Model {
     /// The Node object of this node, if there is one.
     pub fn node(&self) -> Option<&Node> {
         self.node.as_ref()
+    }
+
+    /// The networks of every ServiceCIDR, in the order of their names.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = IpNet> {
+        self.service_cidrs.values().flatten().copied()
     }
 
     fn set_slice(&mut self, slice: Arc<EndpointSlice>, touched: &mut BTreeSet<ServiceName>) {

@@ -15,6 +15,7 @@ mod claims;
 mod install;
 mod maglev;
 mod members;
+mod networks;
 mod ranges;
 mod sources;
 
@@ -78,6 +79,8 @@ pub struct Reconciler {
     /// Numbers of Service ports.
     ports: ServiceIds,
     members: Members,
+    /// `NETWORKS4` and `NETWORKS6` as they are.
+    networks: [Vec<(IpNet, u32)>; 2],
     sources: Sources,
     /// Services with source ranges: they care about the node's addresses.
     restricted: BTreeSet<ServiceName>,
@@ -214,6 +217,7 @@ impl Reconciler {
             addresses: Addresses::new(limits.addresses, snapshot.addresses.clone()),
             ports: ServiceIds::default(),
             members: Members::new(limits.members, snapshot.members.clone()),
+            networks: snapshot.networks.clone(),
             sources: Sources::new(limits.sources, snapshot.sources.clone()),
             restricted: BTreeSet::new(),
             retired: VecDeque::new(),

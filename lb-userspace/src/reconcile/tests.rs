@@ -151,6 +151,7 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
             Op::RemoveFrontend { .. } => "-frontend",
             Op::AddMember { .. } => "member",
             Op::RemoveMember { .. } => "-member",
+            Op::SetNetwork { .. } => "network",
             Op::SetSource { .. } => "source",
             Op::RemoveSource { .. } => "-source",
             Op::SetAddress { .. } => "address",

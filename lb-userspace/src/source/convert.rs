@@ -8,6 +8,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 
@@ -214,6 +215,22 @@ pub fn node(object: core::Node) -> Node {
         node.addresses.extend(of_kind.filter_map(|address| parse_ip(&address.address)));
     }
     node
+}
+
+/// A ServiceCIDR.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServiceCidr {
+    pub name: String,
+    pub nets: Vec<IpNet>,
+}
+
+/// A ServiceCIDR. What is no network cannot have been used for any Service.
+pub fn service_cidr(object: networking::ServiceCIDR) -> ServiceCidr {
+    let cidrs = object.spec.and_then(|spec| spec.cidrs).unwrap_or_default();
+    ServiceCidr {
+        name: object.metadata.name.unwrap_or_default(),
+        nets: cidrs.iter().filter_map(|text| parse_network(text)).collect(),
+    }
 }
 
 /// Name of a Service.

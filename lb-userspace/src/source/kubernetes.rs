@@ -15,6 +15,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
@@ -23,6 +24,7 @@ use kube::{Api, Client, Config, Resource};
 use serde::{Deserialize, Deserializer};
 use tokio::task::JoinSet;
 
+use super::convert::ServiceCidr;
 use super::known::Known;
 use super::{Closed, Event, Kind, Sender, convert};
 use crate::entries::ServiceName;
@@ -115,6 +117,7 @@ pub fn follow_with(
 ) -> JoinSet<()> {
     let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
     let labelled = config.clone().labels(LABELS);
+    let cidrs = Follower::<ServiceCidr>::new(client, config.clone(), events, backoff());
     let ours = config.fields(&format!("metadata.name={node_name}"));
     let mut tasks = JoinSet::new();
     let services = Follower::<Service>::new(client, labelled.clone(), events, backoff());
@@ -123,6 +126,7 @@ pub fn follow_with(
     tasks.spawn(slices.run());
     let nodes = Follower::<Node>::new(client, ours, events, backoff());
     tasks.spawn(nodes.run());
+    tasks.spawn(cidrs.run());
     tasks
 }
 
@@ -201,6 +205,28 @@ impl Watched for Node {
 
     fn gone(name: String) -> Change {
         Change::NodeGone(name)
+    }
+}
+
+impl Watched for ServiceCidr {
+    type Object = networking::ServiceCIDR;
+    type Name = String;
+    const KIND: Kind = Kind::ServiceCidrs;
+
+    fn convert(object: networking::ServiceCIDR) -> Self {
+        convert::service_cidr(object)
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn changed(self) -> Change {
+        Change::ServiceCidr(self.name, self.nets)
+    }
+
+    fn gone(name: String) -> Change {
+        Change::ServiceCidrGone(name)
     }
 }
 
@@ -351,6 +377,9 @@ fn describe(kind: Kind, error: &watcher::Error) -> String {
                 "the API server does not let us read {kind}: {}; grant get, list and watch",
                 status.message
             ),
+            kube::Error::Api(status) if status.code == 404 => {
+                format!("the API server has no {kind}")
+            }
             kube::Error::Api(status) => format!("the API server answers {}: {}", status.code, status.message),
             error => format!("the API server cannot be asked: {}", with_causes(error)),
         },

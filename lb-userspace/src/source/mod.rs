@@ -30,10 +30,12 @@ pub enum Kind {
     Services,
     EndpointSlices,
     Nodes,
+    /// Not every API server has them.
+    ServiceCidrs,
 }
 
 impl Kind {
-    /// Every kind; the agent writes nothing before all of them are listed.
+    /// Every kind that every API server has; the agent writes nothing before all of them are listed.
     pub const ALL: [Self; 3] = [Self::Services, Self::EndpointSlices, Self::Nodes];
 }
 
@@ -43,6 +45,7 @@ impl fmt::Display for Kind {
             Self::Services => "Services",
             Self::EndpointSlices => "EndpointSlices",
             Self::Nodes => "Nodes",
+            Self::ServiceCidrs => "ServiceCIDRs",
         })
     }
 }

@@ -20,6 +20,10 @@ fn key(addr: &str, protocol: Protocol) -> FrontendKey {
     FrontendKey { addr: addr.ip(), port: addr.port(), protocol }
 }
 
+fn network(net: &str, flags: u32) -> (ipnet::IpNet, u32) {
+    (net.parse().unwrap(), flags)
+}
+
 fn service(id: u32, base: u32, len: u32) -> Service {
     Service {
         id,
@@ -40,6 +44,11 @@ fn after(ops: &[Op]) -> Snapshot {
             Op::WriteSlots { base, slots: ids } => drop(slots.insert(base, ids)),
             Op::SetFrontend { key, entry } => drop(snapshot.frontends.insert(key, entry)),
             Op::RemoveFrontend { key } => drop(snapshot.frontends.remove(&key)),
+            Op::SetNetwork { family, index, network } => {
+                let list = &mut snapshot.networks[usize::from(family == Family::V6)];
+                list.truncate(index as usize);
+                list.extend(network);
+            }
             Op::AddMember { window, backend } => {
                 snapshot.members.entry(window).or_default().insert(backend);
             }
@@ -95,6 +104,10 @@ fn what_is_written_is_read_back() {
             Op::RemoveFrontend { key: key("10.96.0.99:80", Protocol::Udp) },
             Op::RemoveAddress { addr: "192.0.2.1".parse().unwrap() },
             Op::RemoveAddress { addr: "192.0.2.2".parse().unwrap() },
+            Op::SetNetwork { family: Family::V4, index: 0, network: Some(network("10.96.0.0/12", 1)) },
+            Op::SetNetwork { family: Family::V4, index: 1, network: Some(network("10.244.0.0/16", 2)) },
+            Op::SetNetwork { family: Family::V6, index: 0, network: Some(network("fd00:10::/33", 3)) },
+            Op::SetNetwork { family: Family::V4, index: 1, network: None },
             Op::AddMember { window: 1, backend: 1 },
             Op::AddMember { window: 1, backend: 255 },
             Op::AddMember { window: 4090, backend: 2 },

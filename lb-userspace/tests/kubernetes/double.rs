@@ -18,6 +18,8 @@ use tokio::net::TcpListener;
 pub(crate) const SERVICES: &str = "/api/v1/services";
 pub(crate) const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 pub(crate) const NODES: &str = "/api/v1/nodes";
+/// Not there (404) before the first object is set, as before Kubernetes 1.33.
+pub(crate) const CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
 
 /// What the server does instead of answering.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -139,6 +141,9 @@ async fn answer(
 ) -> Response {
     let mut store = double.store();
     let path = uri.path().to_owned();
+    if path == CIDRS && !store.objects.contains_key(CIDRS) {
+        return refuse(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource");
+    }
     store.requests.push((format!("{} {path}", request.method()), parameters.clone()));
     let watch = parameters.get("watch").is_some_and(|value| value == "true");
     let gone = "too old resource version: 1 (2)";

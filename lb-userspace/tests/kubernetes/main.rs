@@ -6,7 +6,7 @@ mod double;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use double::{Double, Mood, NODES, SERVICES, SLICES};
+use double::{CIDRS, Double, Mood, NODES, SERVICES, SLICES};
 use fairlead::agent::Agent;
 use fairlead::compile::Facts;
 use fairlead::datapath::fake::FakeMaps;
@@ -100,6 +100,8 @@ fn show(event: &Event) -> String {
             format!("node {} {}", node.name, node.zone.as_deref().unwrap_or("?"))
         }
         Event::Changed(Change::NodeGone(name)) => format!("-node {name}"),
+        Event::Changed(Change::ServiceCidr(name, nets)) => format!("cidr {name} {nets:?}"),
+        Event::Changed(Change::ServiceCidrGone(name)) => format!("-cidr {name}"),
     }
 }
 
@@ -139,7 +141,7 @@ async fn lists_page_by_page_and_then_watches() {
     world.double.delete(SERVICES, "b");
     world.double.delete(SLICES, "s");
     world.expect(&["-b", "-slice s"]).await;
-    assert_eq!(world.tasks.len(), 3);
+    assert_eq!(world.tasks.len(), 4);
 }
 
 #[tokio::test]
@@ -167,6 +169,17 @@ async fn asks_only_for_what_it_uses() {
             assert!(parameters["limit"].parse::<u32>().unwrap() <= 500);
         }
     }
+}
+
+#[tokio::test]
+async fn service_cidrs_are_followed_where_there_are_any() {
+    let double = Double::start().await;
+    let cidr = |cidrs: &[&str]| json!({ "metadata": { "name": "k" }, "spec": { "cidrs": cidrs } });
+    let mut world = World::start(double).await;
+    // Nothing waits for them.
+    world.listed(&[]).await;
+    world.double.set(CIDRS, cidr(&["10.96.0.0/12", "fd00:10:96::/112"]));
+    world.expect(&["cidr k [10.96.0.0/12, fd00:10:96::/112]", "listed ServiceCIDRs"]).await;
 }
 
 #[tokio::test]

@@ -95,7 +95,7 @@ impl Follower {
         // Before the first look, so that nothing is missed in between.
         let mut watch = Watch::new(&self.path);
         self.look_at_all()?;
-        for kind in Kind::ALL {
+        for kind in [Kind::ServiceCidrs].into_iter().chain(Kind::ALL) {
             self.send(Event::Listed(kind))?;
         }
         loop {

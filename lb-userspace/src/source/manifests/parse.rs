@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::entries::ServiceName;
 use crate::model::{Change, EndpointSlice, Node, Service, SliceName};
-use crate::source::convert;
+use crate::source::convert::{self, ServiceCidr};
 
 /// An object's kind and name.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -19,6 +19,7 @@ pub(super) enum Key {
     Service(ServiceName),
     Slice(SliceName),
     Node(String),
+    ServiceCidr(String),
 }
 
 impl Key {
@@ -28,6 +29,7 @@ impl Key {
             Self::Service(name) => Change::ServiceGone(name),
             Self::Slice(name) => Change::SliceGone(name),
             Self::Node(name) => Change::NodeGone(name),
+            Self::ServiceCidr(name) => Change::ServiceCidrGone(name),
         }
     }
 }
@@ -38,6 +40,7 @@ impl std::fmt::Display for Key {
             Self::Service(name) => write!(f, "Service {name}"),
             Self::Slice(name) => write!(f, "EndpointSlice {name}"),
             Self::Node(name) => write!(f, "Node {name}"),
+            Self::ServiceCidr(name) => write!(f, "ServiceCIDR {name}"),
         }
     }
 }
@@ -48,6 +51,7 @@ pub(super) enum Object {
     Service(Arc<Service>),
     Slice(Arc<EndpointSlice>),
     Node(Box<Node>),
+    ServiceCidr(ServiceCidr),
 }
 
 impl Object {
@@ -56,6 +60,7 @@ impl Object {
             Self::Service(service) => Key::Service(service.name.clone()),
             Self::Slice(slice) => Key::Slice(slice.name.clone()),
             Self::Node(node) => Key::Node(node.name.clone()),
+            Self::ServiceCidr(cidr) => Key::ServiceCidr(cidr.name.clone()),
         }
     }
 
@@ -65,6 +70,7 @@ impl Object {
             Self::Service(service) => Change::Service(service),
             Self::Slice(slice) => Change::Slice(slice),
             Self::Node(node) => Change::Node(node),
+            Self::ServiceCidr(cidr) => Change::ServiceCidr(cidr.name, cidr.nets),
         }
     }
 }
@@ -167,6 +173,9 @@ fn object(document: Value, parsed: &mut Parsed, problems: &mut Vec<String>) {
             convert(document, convert::service).map(|service| Object::Service(Arc::new(service)))
         }
         ("v1", "Node") => convert(document, convert::node).map(|node| Object::Node(Box::new(node))),
+        ("networking.k8s.io/v1", "ServiceCIDR") => {
+            convert(document, convert::service_cidr).map(Object::ServiceCidr)
+        }
         ("discovery.k8s.io/v1", "EndpointSlice") => {
             convert(document, convert::slice).map(|slice| Object::Slice(Arc::new(slice)))
         }

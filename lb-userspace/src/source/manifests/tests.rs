@@ -52,7 +52,7 @@ impl World {
     }
 
     fn listed(&mut self) {
-        for kind in Kind::ALL {
+        for kind in [Kind::ServiceCidrs].into_iter().chain(Kind::ALL) {
             assert_eq!(self.next(), format!("listed {kind}"));
         }
     }
