@@ -7,9 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use aya::maps::{HashMap, Map};
 use ipnet::IpNet;
-use lb_common::maps::MAPS;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -108,11 +106,9 @@ fn attach(config: &Config, datapath: &Datapath) -> Result<Edges> {
         SocketLb::Off => hooks()?.detach_sockets()?,
         SocketLb::Host | SocketLb::All => hooks()?.attach_sockets(config.cgroup_root.as_deref())?,
     }
-    let spec = MAPS.iter().find(|spec| spec.name == "EDGES").context("no map EDGES")?;
-    let map = Map::from_map_data(datapath.map_data(spec)?).context("map EDGES")?;
     let edges = Edges::spawn(edges::Config {
         hooks: hooks()?,
-        map: HashMap::try_from(map).context("map EDGES")?,
+        map: datapath.edges_map()?,
         rules: config.rules.clone(),
         xdp: config.xdp,
         state,
