@@ -18,6 +18,7 @@
 )]
 #![warn(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod bounds;
 mod fib;
 mod globals;
 mod maps;

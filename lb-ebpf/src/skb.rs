@@ -12,9 +12,9 @@ use lb_common::packet::{ChecksumField, NETWORK, Route};
 use lb_common::wire::{EthHdr, Wire};
 use lb_common::{Family, Packet, Reason};
 
+use crate::bounds::locate;
 use crate::fib::{self, Hop};
 use crate::globals::HAVE_CSUM_IPV6;
-use crate::xdp::MAX_OFFSET;
 
 /// `TC_ACT_UNSPEC` / `TCX_NEXT`: whatever other programs stand behind this one have their say, then the stack.
 pub const NEXT: i32 = -1;
@@ -70,19 +70,6 @@ impl Skb {
         }
     }
 
-    #[inline(always)]
-    fn locate<T: Wire>(&self, at: usize) -> Result<*mut T, Reason> {
-        let (start, end) = self.bounds();
-        if at > MAX_OFFSET {
-            return Err(Reason::Truncated);
-        }
-        let header = start + at;
-        if header + size_of::<T>() > end {
-            return Err(Reason::Truncated);
-        }
-        Ok(header as *mut T)
-    }
-
     /// Sends the packet to the device that [`Packet::route`] found; the kernel resolves the next hop.
     #[inline(always)]
     pub fn forward(&self) -> i32 {
@@ -116,13 +103,13 @@ impl Packet for Skb {
     #[inline(always)]
     fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
         // SAFETY: inside of the packet as just checked; `Wire` types take any bytes.
-        self.locate::<T>(at).map(|header| unsafe { &*header })
+        locate::<T>(self.bounds(), at).map(|header| unsafe { &*header })
     }
 
     #[inline(always)]
     fn view_mut<T: Wire>(&mut self, at: usize) -> Result<&mut T, Reason> {
         // SAFETY: as in `view`; the verifier has the kernel unshare the headers of programs that write.
-        self.locate::<T>(at).map(|header| unsafe { &mut *header })
+        locate::<T>(self.bounds(), at).map(|header| unsafe { &mut *header })
     }
 
     #[inline(always)]

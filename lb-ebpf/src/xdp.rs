@@ -8,10 +8,8 @@ use lb_common::packet::Route;
 use lb_common::wire::{EthHdr, Wire};
 use lb_common::{Family, Packet, Reason};
 
+use crate::bounds::locate;
 use crate::fib::{self, Hop};
-
-/// Offsets beyond this are not looked at: the verifier wants a bound, and no header of ours is so far out.
-pub const MAX_OFFSET: usize = 1023;
 
 pub struct Xdp {
     ctx: *mut xdp_md,
@@ -37,19 +35,6 @@ impl Xdp {
                 read_volatile(addr_of!((*self.ctx).data_end)) as usize,
             )
         }
-    }
-
-    #[inline(always)]
-    fn locate<T: Wire>(&self, at: usize) -> Result<*mut T, Reason> {
-        let (start, end) = self.bounds();
-        if at > MAX_OFFSET {
-            return Err(Reason::Truncated);
-        }
-        let header = start + at;
-        if header + size_of::<T>() > end {
-            return Err(Reason::Truncated);
-        }
-        Ok(header as *mut T)
     }
 
     /// Sends the packet to the next hop that [`Packet::route`] found.
@@ -85,13 +70,13 @@ impl Packet for Xdp {
     #[inline(always)]
     fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
         // SAFETY: inside of the packet as just checked; `Wire` types take any bytes.
-        self.locate::<T>(at).map(|header| unsafe { &*header })
+        locate::<T>(self.bounds(), at).map(|header| unsafe { &*header })
     }
 
     #[inline(always)]
     fn view_mut<T: Wire>(&mut self, at: usize) -> Result<&mut T, Reason> {
         // SAFETY: as in `view`, and the packet is this program's alone.
-        self.locate::<T>(at).map(|header| unsafe { &mut *header })
+        locate::<T>(self.bounds(), at).map(|header| unsafe { &mut *header })
     }
 
     #[inline(always)]
