@@ -54,6 +54,26 @@ pub trait Family: Copy + Eq + Debug + 'static {
         payload: u16,
     ) -> Result<(), Reason>;
 
+    /// Whether an ICMP message of this type reports an error about a packet, which it then quotes.
+    fn is_icmp_error(kind: u8) -> bool;
+
+    /// Reads the IP header that an ICMP error quotes at a byte offset, turned around: `key` gets the addresses and the
+    /// protocol that a packet on the error's own way would have.
+    fn parse_quote<P: Packet>(packet: &P, at: usize, key: &mut FlowKey<Self::Addr>) -> Result<(), Reason>;
+
+    /// Writes new addresses into a quoted IP header; `addresses` is what they change in a sum. Returns what all of the
+    /// header changes in one: its own checksum makes up for the rest.
+    fn readdress_quote<P: Packet>(
+        packet: &mut P,
+        at: usize,
+        src: &Self::Addr,
+        dst: &Self::Addr,
+        addresses: Diff,
+    ) -> Result<Diff, Reason>;
+
+    /// The part of `addresses` that an ICMP checksum covers.
+    fn icmp_pseudo_change(addresses: Diff) -> Diff;
+
     /// The rest-of-header field of a "too big" message.
     fn too_big_rest(mtu: u32) -> u32;
 
@@ -194,6 +214,48 @@ impl Family for V4 {
         Ok(())
     }
 
+    /// Destination unreachable, time exceeded, parameter problem (RFC 792). A redirect is the router's word to its
+    /// neighbour, and source quench is dead (RFC 6633).
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        matches!(kind, 3 | 11 | 12)
+    }
+
+    #[inline(always)]
+    fn parse_quote<P: Packet>(packet: &P, at: usize, key: &mut FlowKey<Addr4>) -> Result<(), Reason> {
+        let ip = packet.view::<Ipv4Hdr>(at)?;
+        if ip.version_ihl != Ipv4Hdr::VERSION_IHL {
+            return Err(Reason::IpOptions);
+        }
+        if ip.fragment.get() & Ipv4Hdr::FRAGMENT_OFFSET != 0 {
+            return Err(Reason::Fragment);
+        }
+        (key.src, key.dst, key.proto) = (ip.dst, ip.src, ip.proto);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn readdress_quote<P: Packet>(
+        packet: &mut P,
+        at: usize,
+        src: &Addr4,
+        dst: &Addr4,
+        addresses: Diff,
+    ) -> Result<Diff, Reason> {
+        let ip = packet.view_mut::<Ipv4Hdr>(at)?;
+        let old = ip.check.raw();
+        let new = addresses.apply(old);
+        ip.src = *src;
+        ip.dst = *dst;
+        ip.check = Be16::from_raw(new);
+        Ok(addresses.and(Diff::between(u32::from(old), u32::from(new))))
+    }
+
+    #[inline(always)]
+    fn icmp_pseudo_change(_addresses: Diff) -> Diff {
+        Diff::NONE
+    }
+
     #[inline(always)]
     fn too_big_rest(mtu: u32) -> u32 {
         mtu & 0xffff
@@ -322,6 +384,41 @@ impl Family for V6 {
             dst: *dst,
         };
         Ok(())
+    }
+
+    /// Below 128 (RFC 4443, section 2.1).
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        matches!(kind, 1..=4)
+    }
+
+    #[inline(always)]
+    fn parse_quote<P: Packet>(packet: &P, at: usize, key: &mut FlowKey<Addr6>) -> Result<(), Reason> {
+        let ip = packet.view::<Ipv6Hdr>(at)?;
+        if ip.version_class_flow.get() >> 28 != 6 {
+            return Err(Reason::Truncated);
+        }
+        (key.src, key.dst, key.proto) = (ip.dst, ip.src, ip.next_header);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn readdress_quote<P: Packet>(
+        packet: &mut P,
+        at: usize,
+        src: &Addr6,
+        dst: &Addr6,
+        addresses: Diff,
+    ) -> Result<Diff, Reason> {
+        let ip = packet.view_mut::<Ipv6Hdr>(at)?;
+        ip.src = *src;
+        ip.dst = *dst;
+        Ok(addresses)
+    }
+
+    #[inline(always)]
+    fn icmp_pseudo_change(addresses: Diff) -> Diff {
+        addresses
     }
 
     #[inline(always)]

@@ -23,6 +23,7 @@ pub mod flow;
 pub mod hash;
 #[cfg(any(test, feature = "host"))]
 pub mod host;
+pub mod icmp;
 pub mod maps;
 pub mod packet;
 pub mod parse;

@@ -14,6 +14,7 @@ use crate::abi::{
 use crate::family::Family;
 use crate::flow;
 use crate::hash;
+use crate::icmp;
 use crate::packet::{Packet, Route};
 use crate::parse::{Parsed, parse};
 use crate::reason::{Action, Reason};
@@ -47,6 +48,12 @@ pub fn process<F: Family, P: Packet, T: Tables<F>>(
     let result = match side {
         Side::NicIn | Side::PodIn => ingress(packet, tables, side, &mut parsed),
         Side::NicOut | Side::PodOut => egress(packet, tables, side, &mut parsed),
+    };
+    let result = match result {
+        Err(Reason::UnknownProtocol) if icmp::is_error(packet, &parsed) => {
+            icmp::follow(packet, tables, &parsed)
+        }
+        result => result,
     };
     match result {
         Ok(Carry::Stack) => (Verdict::Pass, Reason::Translated),
@@ -284,7 +291,7 @@ fn carry<F: Family, P: Packet, T: Tables<F>>(
 
 /// Has the packet remember where its flow's new destination is reached.
 #[inline(never)]
-fn find_next_hop<F: Family, P: Packet, T: Tables<F>>(
+pub(crate) fn find_next_hop<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
     parsed: &Parsed<F>,

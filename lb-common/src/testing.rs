@@ -269,6 +269,24 @@ pub fn udp(src: SocketAddr, dst: SocketAddr, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// An ICMP error of this type and code that quotes a packet, given without its link header.
+///
+/// # Panics
+///
+/// If the addresses are of two families.
+pub fn icmp_error(src: IpAddr, dst: IpAddr, (kind, code): (u8, u8), quote: &[u8]) -> Vec<u8> {
+    let step = network(SocketAddr::new(src, 0), SocketAddr::new(dst, 0), TTL);
+    let is_too_big = (kind, code) == if src.is_ipv4() { V4::TOO_BIG } else { V6::TOO_BIG };
+    let (mut bytes, rest) = (Vec::new(), if is_too_big { 1280u32 } else { 0 }.to_be_bytes());
+    let written = if src.is_ipv4() {
+        step.icmpv4_raw(kind, code, rest).write(&mut bytes, quote)
+    } else {
+        step.icmpv6_raw(kind, code, rest).write(&mut bytes, quote)
+    };
+    written.unwrap_or_else(|e| panic!("{src} to {dst}: {e}"));
+    bytes
+}
+
 fn network(
     src: SocketAddr,
     dst: SocketAddr,

@@ -117,6 +117,8 @@ impl Ipv4Hdr {
     pub const VERSION_IHL: u8 = 0x45;
     /// In [`Ipv4Hdr::fragment`]: do not fragment.
     pub const DONT_FRAGMENT: u16 = 0x4000;
+    /// In [`Ipv4Hdr::fragment`]: where a fragment belongs, in units of 8 bytes.
+    pub const FRAGMENT_OFFSET: u16 = 0x1fff;
     /// In [`Ipv4Hdr::fragment`]: more fragments follow, or this is not the first.
     pub const IS_FRAGMENT: u16 = 0x3fff;
 }

@@ -26,7 +26,7 @@ pub const SHOT: i32 = 2;
 const BPF_F_IPV6: u64 = 1 << 7;
 
 /// Headers we look at without extension headers: Ethernet, IPv6, TCP.
-const HEADERS: u32 = NETWORK as u32 + 40 + 20;
+const HEADERS: usize = NETWORK + 40 + 20;
 
 pub struct Skb {
     skb: *mut __sk_buff,
@@ -37,13 +37,8 @@ impl Skb {
     /// Takes a socket buffer, with its headers in the linear part.
     #[inline(always)]
     pub fn new(skb: *mut __sk_buff) -> Self {
-        let packet = Self { skb, hop: Hop::default() };
-        let (start, end) = packet.bounds();
-        let len = packet.size();
-        if end - start < HEADERS as usize && ((end - start) as u32) < len {
-            // SAFETY: the context is valid; pointers are read anew afterwards. A failure shows as a truncated packet.
-            unsafe { bpf_skb_pull_data(skb, if len < HEADERS { len } else { HEADERS }) };
-        }
+        let mut packet = Self { skb, hop: Hop::default() };
+        packet.pull(HEADERS);
         packet
     }
 
@@ -113,6 +108,17 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn pull(&mut self, len: usize) {
+        let (start, end) = self.bounds();
+        let size = self.size();
+        if end - start < len && ((end - start) as u32) < size {
+            let len = if size < len as u32 { size } else { len as u32 };
+            // SAFETY: the context is valid; pointers are read anew afterwards. A failure shows as a truncated packet.
+            unsafe { bpf_skb_pull_data(self.skb, len) };
+        }
+    }
+
+    #[inline(always)]
     fn resize(&mut self, len: u16) -> Result<(), Reason> {
         // SAFETY: the context is valid; all pointers into the packet are read anew afterwards.
         match unsafe { bpf_skb_change_tail(self.skb, u32::from(len), 0) } {
@@ -148,7 +154,7 @@ impl Packet for Skb {
     ) -> Result<(), Reason> {
         let at = field.at() as u32;
         let zero = match field {
-            ChecksumField::Tcp { .. } => 0,
+            ChecksumField::Tcp { .. } | ChecksumField::Icmp { .. } => 0,
             ChecksumField::Udp { .. } => u64::from(BPF_F_MARK_MANGLED_0),
         };
         let is_v6 = F::HEADER_LEN == 40;

@@ -22,7 +22,7 @@ use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
 use lb_common::reason::counter_index;
 use lb_common::tables::FlowTable;
-use lb_common::testing::{Segment, TestFamily, at, cluster, ports, read, udp};
+use lb_common::testing::{Segment, TestFamily, at, cluster, icmp_error, ports, read, udp};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Hook, Reason, V4, V6};
 
@@ -377,10 +377,17 @@ impl Traffic {
         .build()
     }
 
-    /// The answer to a packet, as its receiver would send it.
-    fn answer(&mut self, frame: &[u8]) -> Option<Vec<u8>> {
+    /// The answer to a packet, as its receiver would send it, or somebody on the way who cannot take it on.
+    fn answer<F: TestFamily>(&mut self, frame: &[u8]) -> Option<Vec<u8>> {
         let seen = read(frame).ok()?;
         let (src, dst) = seen.ends();
+        if self.random.u8(..4) == 0 {
+            let kind = self.pick(&[F::TOO_BIG, F::PORT_UNREACHABLE, F::TIME_EXCEEDED]);
+            let speaker = self.pick(&[dst.ip(), at(F::UNALLOCATED, 0).ip()]);
+            let packet = &frame[NETWORK..];
+            let quoted = self.pick(&[F::HEADER_LEN + 8, F::HEADER_LEN + 20, F::HEADER_LEN + 7, packet.len()]);
+            return Some(icmp_error(speaker, src.ip(), kind, &packet[..quoted.min(packet.len())]));
+        }
         match seen {
             lb_common::testing::Seen::Tcp { .. } => {
                 let flags = self.pick(&[SYN | ACK, ACK, FIN | ACK, RST]);
@@ -406,7 +413,7 @@ where
     let mut pair = Pair::<F>::new(device);
     let mut traffic = Traffic { random: fastrand::Rng::with_seed(seed) };
     let mut reasons = std::collections::BTreeSet::new();
-    let mut next = None;
+    let (mut next, mut errors) = (None, 0);
     for n in 0..packets {
         let frame = next.take().unwrap_or_else(|| traffic.packet::<F>());
         let place = traffic.pick(&PLACES);
@@ -414,9 +421,10 @@ where
         reasons.insert(reason);
         if matches!(reason, Reason::Translated | Reason::Forwarded | Reason::Hairpinned) {
             assert_ne!(verdict, Verdict::Drop);
-            read(&out).unwrap_or_else(|e| panic!("seed {seed}, packet {n}: {e}: {out:02x?}"));
+            let seen = read(&out).unwrap_or_else(|e| panic!("seed {seed}, packet {n}: {e}: {out:02x?}"));
+            errors += usize::from(matches!(seen, lb_common::testing::Seen::Icmp { .. }));
             if traffic.random.u8(..3) > 0 {
-                next = traffic.answer(&out);
+                next = traffic.answer::<F>(&out);
             }
         }
         if n % 2000 == 1999 {
@@ -424,6 +432,7 @@ where
         }
     }
     pair.settle();
+    assert!(errors > packets / 100, "only {errors} ICMP errors were translated");
     for reason in [
         Reason::NotOurs,
         Reason::Translated,

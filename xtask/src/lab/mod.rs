@@ -127,6 +127,8 @@ pub struct Lab {
     pub outside: Machine,
     /// A client behind a router.
     pub far: Machine,
+    /// The switch that connects everything, and router between `far` and the rest.
+    switch: Netns,
     /// Agents and servers: not below the nodes' cgroups.
     processes: Cgroup,
     stop: Stop,
@@ -231,6 +233,7 @@ impl Lab {
             node_b: node("node-b", 2, node_b, Cni::Bridge)?,
             outside: machine("outside", outside, OUTSIDE)?,
             far: machine("far", far, FAR)?,
+            switch: switch.clone(),
             processes: Cgroup::create(cgroups.join("processes"))?,
             stop,
             xtask: xtask.to_owned(),
@@ -316,6 +319,17 @@ impl Lab {
         }
         let caller = Caller::in_thread(name, &ns, &self.stop)?;
         Ok(Pod { addrs, node: node.name.clone(), ns, device, caller })
+    }
+
+    /// Makes the link to `far` narrower than `far` tells its peers, so that they learn of it from the router alone.
+    pub fn narrow_far(&self, mtu: u16) -> Result<()> {
+        self.switch.ip(&format!("link set far mtu {mtu}\n"))?;
+        let Addrs { v4, v6 } = FAR_ROUTER;
+        self.far.ns.ip(&format!(
+            "link set eth0 mtu {mtu}\n\
+             route change default via {v4} advmss 1460\n\
+             route change default via {v6} advmss 1440\n"
+        ))
     }
 
     /// Starts servers that go on when this process ends, for a lab that is kept.
