@@ -25,6 +25,9 @@ pub const SHOT: i32 = 2;
 /// `CHECKSUM_COMPLETE` covers, so that its change and the checksum's cancel out.
 const BPF_F_IPV6: u64 = 1 << 7;
 
+/// `gso_size` of a packet that consists of a list of packets (`GSO_BY_FRAGS`): SCTP's.
+const BY_FRAGS: u32 = 0xffff;
+
 /// Headers we look at without extension headers: Ethernet, IPv6, TCP.
 const HEADERS: u32 = NETWORK as u32 + 40 + 20;
 
@@ -35,12 +38,17 @@ pub struct Skb {
 
 impl Skb {
     /// Takes a socket buffer, with its headers in the linear part.
+    ///
+    /// Not that of a local SCTP sender with GSO: the linear part has the headers of all its packets, which end with
+    /// SCTP's common header, and to pull the first of the packets in would change where the kernel divides them.
     #[inline(always)]
     pub fn new(skb: *mut __sk_buff) -> Self {
         let packet = Self { skb, hop: Hop::default() };
         let (start, end) = packet.bounds();
         let len = packet.size();
-        if end - start < HEADERS as usize && ((end - start) as u32) < len {
+        // SAFETY: the context is valid while the program runs.
+        let by_frags = unsafe { (*skb).gso_size } == BY_FRAGS;
+        if end - start < HEADERS as usize && ((end - start) as u32) < len && !by_frags {
             // SAFETY: the context is valid; pointers are read anew afterwards. A failure shows as a truncated packet.
             unsafe { bpf_skb_pull_data(skb, if len < HEADERS { len } else { HEADERS }) };
         }
