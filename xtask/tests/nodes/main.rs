@@ -5,4 +5,5 @@ mod agent;
 mod edges;
 mod lab;
 mod matrix;
+mod sctp;
 mod world;
