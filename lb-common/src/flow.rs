@@ -20,6 +20,9 @@ const REFRESH: u64 = 1_000_000_000;
 pub const UDP_TIMEOUT: u64 = 120_000_000_000;
 /// Without a packet for this long, a TCP flow is over (`nf_conntrack_tcp_timeout_established`: 5 days).
 pub const TCP_TIMEOUT: u64 = 432_000_000_000_000;
+/// Without a packet for this long, an SCTP association is over (`nf_conntrack_sctp_timeout_established`: 210 s): its ends
+/// send each other heartbeats, every 30 s by default (RFC 9260, section 16).
+pub const SCTP_TIMEOUT: u64 = 210_000_000_000;
 /// Without an answer for this long, a pending flow is over (`nf_conntrack_tcp_timeout_syn_recv`: 60 s).
 pub const PENDING_TIMEOUT: u64 = 60_000_000_000;
 /// Source ports tried for one new flow.
@@ -178,15 +181,20 @@ pub fn forget<F: Family, T: Tables<F>>(
 /// Whether a flow has ended: its tuple may serve another.
 #[inline(always)]
 fn is_over<A: Copy>(table: FlowTable, proto: u8, flow: &Flow<A>, now: u64) -> bool {
+    const TCP: u8 = IpProto::Tcp as u8;
+    const SCTP: u8 = IpProto::Sctp as u8;
     const BOTH: u8 = flow_flags::FIN | flow_flags::PEER_FIN;
     let idle = now.saturating_sub(flow.last_seen);
-    match (table, proto == IpProto::Tcp as u8) {
-        (FlowTable::Pending, _) => idle > PENDING_TIMEOUT,
-        (FlowTable::Established, false) => idle > UDP_TIMEOUT,
-        (FlowTable::Established, true) => {
-            idle > TCP_TIMEOUT || flow.flags & flow_flags::RST != 0 || flow.flags & BOTH == BOTH
-        }
+    if table as u32 == FlowTable::Pending as u32 {
+        return idle > PENDING_TIMEOUT;
     }
+    let timeout = match proto {
+        TCP => TCP_TIMEOUT,
+        SCTP => SCTP_TIMEOUT,
+        _ => UDP_TIMEOUT,
+    };
+    // UDP never has these flags.
+    idle > timeout || flow.flags & flow_flags::RST != 0 || flow.flags & BOTH == BOTH
 }
 
 /// Enters a new flow, both halves, into `PENDING`: rule 1, the tuple a reply is known by belongs to one flow.

@@ -18,6 +18,7 @@
 
 pub mod abi;
 pub mod checksum;
+pub mod crc32c;
 pub mod family;
 pub mod flow;
 pub mod hash;

@@ -133,9 +133,9 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             flow::promote::<F, T>(tables, &parsed.key, entry)?;
         }
     } else {
-        // A new SYN on an old tuple is a new connection; on a pending one it is the first SYN again.
+        // A new SYN (INIT) on an old tuple is a new connection; on a pending one it is the first again.
         let reopens = parsed.is_opening() && !pending;
-        let may_move = !parsed.is_tcp() || parsed.is_opening();
+        let may_move = parsed.is_udp() || parsed.is_opening();
         if reopens || (may_move && !service::is_alive::<F, T>(tables, flow.backend, flow.generation)) {
             flow::forget::<F, T>(tables, table, &parsed.key, entry);
             return Ok(None);

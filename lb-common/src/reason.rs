@@ -125,7 +125,7 @@ reasons! {
     PortsExhausted = 14, "ports_exhausted", Drop;
     /// The flow table refused an entry.
     FlowTableFull = 15, "flow_table_full", Drop;
-    /// A TCP RST for a connection we do not know.
+    /// A TCP RST for a connection we do not know, an SCTP ABORT or SHUTDOWN COMPLETE for such an association.
     StrayReset = 16, "stray_reset", Pass;
     /// The next hop is not known here; the hook after this one, or the stack, resolves it.
     NoNextHop = 17, "no_next_hop", Pass;

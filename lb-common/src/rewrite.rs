@@ -2,11 +2,12 @@
 
 use crate::abi::Flow;
 use crate::checksum::Diff;
+use crate::crc32c;
 use crate::family::Family;
 use crate::packet::{ChecksumField, Packet};
 use crate::parse::Parsed;
 use crate::reason::Reason;
-use crate::wire::{Be16, Ports};
+use crate::wire::{Be16, Le32, Ports, SctpHdr};
 
 /// Gives a packet the addresses and ports of its flow; with `forward`, takes one from its TTL.
 ///
@@ -28,6 +29,11 @@ pub fn rewrite<F: Family, P: Packet>(
     let new = Ports { src: Be16::new(flow.src_port), dst: Be16::new(flow.dst_port) };
     let old = Ports { src: Be16::new(key.src_port), dst: Be16::new(key.dst_port) };
     *packet.view_mut::<Ports>(header)? = new;
+    if parsed.is_sctp() {
+        let check = &mut packet.view_mut::<SctpHdr>(header)?.check;
+        *check = Le32::new(crc32c::update(check.get(), old, new, parsed.transport_len() as u16));
+        return Ok(());
+    }
 
     let field = if parsed.is_tcp() { ChecksumField::Tcp { header } } else { ChecksumField::Udp { header } };
     packet.update_checksum::<F>(field, addresses, port_change(old, new))

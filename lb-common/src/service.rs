@@ -148,7 +148,7 @@ pub fn networks<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> u32 {
 }
 
 /// Whether the backend a flow was given is still there and takes more: one that is about to go keeps its TCP
-/// connections, but UDP, which nobody opens, is better off elsewhere.
+/// connections and SCTP associations, but UDP, which nobody opens, is better off elsewhere.
 #[inline(always)]
 pub fn is_alive<F: Family, T: Tables<F>>(tables: &T, id: u32, generation: u32) -> bool {
     match tables.backend(id) {

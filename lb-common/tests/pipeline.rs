@@ -12,8 +12,9 @@ use lb_common::packet::Packet;
 use lb_common::pipeline::{Verdict, process};
 use lb_common::tables::FlowTable;
 use lb_common::testing::{
-    RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, cluster, ports, read, tcp, udp,
+    RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, cluster, ports, read, sctp, tcp, udp,
 };
+use lb_common::wire::sctp_chunk::{ABORT, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Reason, V4, V6};
 
@@ -89,6 +90,13 @@ both_families! {
     a_pod_reaches_any_backend_with_its_own_address
     a_pod_reaches_itself_through_its_service
     udp_flows_go_the_same_ways
+    sctp_associations_go_the_same_ways
+    one_port_number_leads_elsewhere_for_each_protocol
+    an_init_on_an_old_tuple_is_a_new_association
+    an_association_ends_with_an_abort_or_a_completed_shutdown
+    sctp_stays_with_a_backend_that_is_gone
+    aborts_without_an_association_pass
+    an_sctp_checksum_that_is_still_to_come_stays_zero
     frontends_without_endpoints_reset_tcp
     frontends_without_endpoints_send_port_unreachable
     policy_local_without_local_endpoints_drops
@@ -220,6 +228,133 @@ fn udp_flows_go_the_same_ways<F: TestFamily>() {
     assert_eq!(answer.seen(Verdict::Forward, Reason::Forwarded).ends(), (frontend, client));
 }
 
+/// As a packet of an association that is up.
+const DATA: u8 = 0;
+
+fn sctp_associations_go_the_same_ways<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let init = |from, to| sctp(from, to, INIT, &[1; 16]);
+    let (client, pod) = (client::<F>(40000), at(F::OTHER_POD, 40000));
+    // NodePort and ClusterIP to a pod of this node: from outside, from a pod.
+    let backend = at(F::POD, ports::TARGET_SCTP);
+    for (asker, frontend, into, back) in [
+        (client, at(F::NODE, ports::SIGNAL_NODE), Side::NicIn, Side::NicOut),
+        (pod, at(F::VIP, ports::SIGNAL), Side::PodIn, Side::PodOut),
+    ] {
+        let sent = node.send(into, init(asker, frontend));
+        assert_eq!(sent.seen(Verdict::Pass, Reason::Translated).ends(), (asker, backend));
+        let reply = node.send(back, sctp(backend, asker, INIT_ACK, &[2; 316]));
+        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (frontend, asker));
+        let data = node.send(into, sctp(asker, frontend, DATA, &[3; 1301]));
+        assert_eq!(data.seen(Verdict::Pass, Reason::Translated).ends(), (asker, backend));
+    }
+    // To a pod of another node: with this node's address and a port of ours, and back.
+    let frontend = at(F::NODE, ports::FAR_SIGNAL_NODE);
+    let (src, dst) =
+        node.send(Side::NicIn, init(client, frontend)).seen(Verdict::Forward, Reason::Forwarded).ends();
+    assert_eq!((src.ip(), dst), (at(F::NODE, 0).ip(), at(F::FAR_POD, ports::TARGET_SCTP)));
+    assert_ne!(src.port(), client.port());
+    let reply = node.send(Side::NicIn, sctp(dst, src, INIT_ACK, &[2; 316]));
+    assert_eq!(reply.seen(Verdict::Forward, Reason::Forwarded).ends(), (frontend, client));
+    // From a pod to itself.
+    let (itself, frontend) = (at(F::POD, 40000), at(F::VIP, ports::SIGNAL));
+    let (src, dst) =
+        node.send(Side::PodIn, init(itself, frontend)).seen(Verdict::SendBack, Reason::Hairpinned).ends();
+    assert_eq!((src.ip(), dst), (frontend.ip(), backend));
+}
+
+fn one_port_number_leads_elsewhere_for_each_protocol<F: TestFamily>() {
+    // Contract, rules 11 and 113.
+    let node = Node::<F>::new();
+    let client = client::<F>(40000);
+    for frontend in [at(F::VIP, ports::DNS), at(F::NODE, ports::DNS_NODE)] {
+        let target = |bytes| node.send(Side::NicIn, bytes).seen(Verdict::Pass, Reason::Translated).ends().1;
+        assert_eq!(target(udp(client, frontend, b"")), at(F::POD, ports::TARGET_UDP));
+        assert_eq!(target(sctp(client, frontend, INIT, &[1; 16])), at(F::POD, ports::TARGET_SCTP));
+    }
+}
+
+/// An association of a client outside with the pod of this node.
+fn associate<F: TestFamily>(node: &Node<F>) -> (SocketAddr, SocketAddr, SocketAddr) {
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::SIGNAL_NODE), at(F::POD, ports::TARGET_SCTP));
+    node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
+    node.send(Side::NicOut, sctp(backend, client, INIT_ACK, &[2; 16]));
+    assert_eq!((node.count(FlowTable::Established), node.count(FlowTable::Pending)), (2, 0));
+    (client, frontend, backend)
+}
+
+fn an_init_on_an_old_tuple_is_a_new_association<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let (client, frontend, _) = associate(&node);
+    node.tables.slots.insert(5, 6);
+    let data = node.send(Side::NicIn, sctp(client, frontend, DATA, &[3; 16]));
+    data.seen(Verdict::Pass, Reason::Translated);
+    let init = node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
+    let (_, dst) = init.seen(Verdict::Forward, Reason::Forwarded).ends();
+    assert_eq!(dst, at(F::FAR_POD, ports::TARGET_SCTP));
+}
+
+fn an_association_ends_with_an_abort_or_a_completed_shutdown<F: TestFamily>() {
+    // Another frontend's client of the same port may have the tuple once it is over, and keeps its port.
+    for (last, over) in [(ABORT, true), (SHUTDOWN_COMPLETE, true), (DATA, false)] {
+        let node = Node::<F>::new();
+        let (client, frontend, _) = associate(&node);
+        let packet = node.send(Side::NicIn, sctp(client, frontend, last, &[]));
+        packet.seen(Verdict::Pass, Reason::Translated);
+        let init = node.send(Side::NicIn, sctp(client, at(F::VIP, ports::SIGNAL), INIT, &[1; 16]));
+        let (src, _) = init.seen(Verdict::Pass, Reason::Translated).ends();
+        assert_eq!(src.port() == client.port(), over, "chunk {last}");
+    }
+    // Or once its ends are silent.
+    for (wait, over) in [(flow::SCTP_TIMEOUT, false), (flow::SCTP_TIMEOUT + 1, true)] {
+        let node = Node::<F>::new();
+        let (client, ..) = associate(&node);
+        node.wait(wait);
+        let init = node.send(Side::NicIn, sctp(client, at(F::VIP, ports::SIGNAL), INIT, &[1; 16]));
+        let (src, _) = init.seen(Verdict::Pass, Reason::Translated).ends();
+        assert_eq!(src.port() == client.port(), over, "after {wait} ns");
+    }
+}
+
+fn sctp_stays_with_a_backend_that_is_gone<F: TestFamily>() {
+    for state in [backend_state::TERMINATING, backend_state::UNUSED] {
+        let mut node = Node::<F>::new();
+        let (client, frontend, backend) = associate(&node);
+        node.tables.slots.insert(5, 6);
+        node.tables.backends.get_mut(&5).expect("backend 5").state = state;
+        let data = node.send(Side::NicIn, sctp(client, frontend, DATA, &[3; 16]));
+        assert_eq!(data.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+        let init = node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
+        init.seen(Verdict::Forward, Reason::Forwarded);
+    }
+}
+
+fn aborts_without_an_association_pass<F: TestFamily>() {
+    let node = Node::<F>::new();
+    for kind in [ABORT, SHUTDOWN_COMPLETE] {
+        let packet = sctp(client::<F>(40000), at(F::NODE, ports::SIGNAL_NODE), kind, &[]);
+        node.send(Side::NicIn, packet).untouched(Verdict::Pass, Reason::StrayReset);
+    }
+    assert_eq!(node.count(FlowTable::Pending), 0);
+}
+
+fn an_sctp_checksum_that_is_still_to_come_stays_zero<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (pod, frontend, backend) =
+        (at(F::OTHER_POD, 40000), at(F::VIP, ports::SIGNAL), at(F::POD, ports::TARGET_SCTP));
+    let check = 14 + F::HEADER_LEN + 8..14 + F::HEADER_LEN + 12;
+    let mut sent = sctp(pod, frontend, INIT, &[1; 16]);
+    sent[check.clone()].fill(0);
+    let outcome = node.send(Side::PodIn, sent);
+    assert_eq!(outcome.verdict, Verdict::Pass);
+    assert_eq!(outcome.bytes[check.clone()], [0; 4]);
+    // With the field that the device will fill in, the packet is the one that the backend expects.
+    let mut want = sctp(pod, backend, INIT, &[1; 16]);
+    want[check].fill(0);
+    assert_eq!(outcome.bytes[14 + F::HEADER_LEN..], want[14 + F::HEADER_LEN..]);
+}
+
 fn frontends_without_endpoints_reset_tcp<F: TestFamily>() {
     let node = Node::<F>::new();
     for (side, asker) in [(Side::NicIn, client::<F>(40000)), (Side::PodIn, at(F::OTHER_POD, 40000))] {
@@ -247,8 +382,13 @@ fn frontends_without_endpoints_send_port_unreachable<F: TestFamily>() {
     let node = Node::<F>::new();
     for (side, asker) in [(Side::NicIn, client::<F>(5000)), (Side::PodIn, at(F::OTHER_POD, 5000))] {
         for frontend in [at(F::VIP, ports::EMPTY), at(F::NODE, ports::EMPTY_NODE)] {
-            for payload in [&[][..], &[7; 1200][..]] {
-                let answer = node.send(side, udp(asker, frontend, payload));
+            for packet in [
+                udp(asker, frontend, &[]),
+                udp(asker, frontend, &[7; 1200]),
+                sctp(asker, frontend, INIT, &[7; 16]),
+                sctp(asker, frontend, DATA, &[7; 1200]),
+            ] {
+                let answer = node.send(side, packet);
                 let seen = answer.seen(Verdict::SendBack, Reason::NoEndpoints);
                 let Seen::Icmp { src, dst, kind, code, about } = seen else { panic!("{seen:?}") };
                 assert_eq!((src, dst, (kind, code)), (frontend.ip(), asker.ip(), F::PORT_UNREACHABLE));
@@ -271,9 +411,10 @@ fn ports_of_a_service_address_that_nobody_owns_are_rejected<F: TestFamily>() {
     for port in [ports::TARGET, ports::WEB_NODE] {
         node.send(Side::PodIn, tcp(pod, at(F::VIP, port), SYN)).seen(Verdict::SendBack, Reason::UnknownPort);
     }
-    // Contract, rule 12: a port that exists for TCP alone is none for UDP.
-    node.send(Side::PodIn, udp(pod, at(F::VIP, ports::WEB), b""))
-        .seen(Verdict::SendBack, Reason::UnknownPort);
+    // Contract, rule 12: a port that exists for TCP alone is none for UDP or SCTP.
+    let web = at(F::VIP, ports::WEB);
+    node.send(Side::PodIn, udp(pod, web, b"")).seen(Verdict::SendBack, Reason::UnknownPort);
+    node.send(Side::PodIn, sctp(pod, web, INIT, &[0; 16])).seen(Verdict::SendBack, Reason::UnknownPort);
 }
 
 fn what_is_not_ours_is_left_alone<F: TestFamily>() {
@@ -733,6 +874,24 @@ fn headers_that_are_not_understood_pass_in_ipv4() {
     let datagram = udp(client::<V4>(5000), at(V4::NODE, ports::DNS_NODE), b"four");
     passes::<V4>(Reason::Truncated, datagram.clone(), |b| b[39] = 13);
     passes::<V4>(Reason::Truncated, datagram, |b| b[39] = 7);
+}
+
+#[test]
+fn sctp_packets_without_a_whole_header_pass() {
+    let packet = || sctp(client::<V4>(5000), at(V4::NODE, ports::SIGNAL_NODE), INIT, &[1; 16]);
+    // The length of the IP packet ends within the common header, or the frame does.
+    passes::<V4>(Reason::Truncated, packet(), |b| b[17] = 31);
+    for len in 20..32 {
+        passes::<V4>(Reason::Truncated, packet(), |b| {
+            b.truncate(14 + usize::from(len));
+            b[17] = len;
+        });
+    }
+    // A common header without a chunk belongs to its association, but opens none.
+    let mut bytes = packet();
+    bytes.truncate(46);
+    bytes[17] = 32;
+    assert_eq!(Node::<V4>::new().send(Side::NicIn, bytes).verdict, Verdict::Pass);
 }
 
 #[test]

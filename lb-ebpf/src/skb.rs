@@ -25,6 +25,9 @@ pub const SHOT: i32 = 2;
 /// `CHECKSUM_COMPLETE` covers, so that its change and the checksum's cancel out.
 const BPF_F_IPV6: u64 = 1 << 7;
 
+/// `gso_size` of a packet that consists of a list of packets (`GSO_BY_FRAGS`): SCTP's.
+const BY_FRAGS: u32 = 0xffff;
+
 /// Headers we look at without extension headers: Ethernet, IPv6, TCP.
 const HEADERS: usize = NETWORK + 40 + 20;
 
@@ -35,10 +38,16 @@ pub struct Skb {
 
 impl Skb {
     /// Takes a socket buffer, with its headers in the linear part.
+    ///
+    /// Not that of a local SCTP sender with GSO: the linear part has the headers of all its packets, which end with
+    /// SCTP's common header, and to pull the first of the packets in would change where the kernel divides them.
     #[inline(always)]
     pub fn new(skb: *mut __sk_buff) -> Self {
         let mut packet = Self { skb, hop: Hop::default() };
-        packet.pull(HEADERS);
+        // SAFETY: the context is valid while the program runs.
+        if unsafe { (*skb).gso_size } != BY_FRAGS {
+            packet.pull(HEADERS);
+        }
         packet
     }
 

@@ -14,6 +14,7 @@ use lb_common::abi;
 pub enum Protocol {
     Tcp,
     Udp,
+    Sctp,
 }
 
 impl Protocol {
@@ -22,6 +23,7 @@ impl Protocol {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,
+            Self::Sctp => 132,
         }
     }
 
@@ -30,6 +32,7 @@ impl Protocol {
         match number {
             6 => Some(Self::Tcp),
             17 => Some(Self::Udp),
+            132 => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -40,6 +43,7 @@ impl fmt::Display for Protocol {
         f.pad(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         })
     }
 }
@@ -147,7 +151,7 @@ pub struct Backend {
 /// What becomes of the flows of a backend that no frontend chooses (any more).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Keep {
-    /// It does not serve: TCP connections may end on their own, UDP moves to another backend.
+    /// It does not serve: TCP and SCTP connections may end on their own, UDP moves to another backend.
     Connections,
     /// It serves: every flow it has goes on.
     Flows,
@@ -250,7 +254,7 @@ pub enum Op {
 pub struct BackendEntry {
     pub addr: SocketAddr,
     /// [`abi::backend_state`]. Every backend of a window is `ACTIVE`; so is one that no window names but
-    /// whose flows all go on. `TERMINATING`: TCP connections go on, UDP flows move to another backend with
+    /// whose flows all go on. `TERMINATING`: TCP and SCTP connections go on, UDP flows move to another backend with
     /// their next packet.
     pub state: u8,
     /// [`abi::backend_flags`].

@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::entries::Protocol;
 use crate::inspect::{
     BackendView, CounterView, EdgeView, FlowView, Inspector, LinkView, MapView, ProgramView, ScopeView,
     ServiceView,
@@ -239,11 +240,8 @@ fn flow_line(out: &mut dyn Write, flow: &FlowView) -> Result<()> {
     let pair = |from: IpAddr, from_port, to: IpAddr, to_port| {
         format!("{} > {}", SocketAddr::new(from, from_port), SocketAddr::new(to, to_port))
     };
-    let protocol = match flow.protocol {
-        6 => "TCP".to_owned(),
-        17 => "UDP".to_owned(),
-        number => number.to_string(),
-    };
+    let protocol = Protocol::from_number(flow.protocol)
+        .map_or_else(|| flow.protocol.to_string(), |known| known.to_string());
     writeln!(
         out,
         "{:7}  {:5}  {:8}  {:44}  {:44}  {:11}  {:7}  {} s",

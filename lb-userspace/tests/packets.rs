@@ -22,7 +22,8 @@ use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
 use lb_common::reason::counter_index;
 use lb_common::tables::FlowTable;
-use lb_common::testing::{Segment, TestFamily, at, cluster, icmp_error, ports, read, udp};
+use lb_common::testing::{Segment, TestFamily, at, cluster, icmp_error, ports, read, sctp, udp};
+use lb_common::wire::sctp_chunk::{ABORT, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Hook, Reason, V4, V6};
 
@@ -321,6 +322,9 @@ fn monotonic() -> u64 {
         + u64::try_from(now.tv_nsec()).expect("below a second")
 }
 
+/// SCTP's chunk of a packet that neither begins nor ends anything.
+const DATA: u8 = 0;
+
 /// Packets of a small world in which everything meets everything.
 struct Traffic {
     random: fastrand::Rng,
@@ -343,6 +347,8 @@ impl Traffic {
             ports::DNS,
             ports::DNS_NODE,
             ports::FAR_DNS_NODE,
+            ports::FAR_SIGNAL,
+            ports::FAR_SIGNAL_NODE,
             ports::MANY,
             ports::MANY_NODE,
             ports::GATED,
@@ -351,6 +357,7 @@ impl Traffic {
             ports::STICKY_NODE,
             ports::TARGET,
             ports::TARGET_UDP,
+            ports::TARGET_SCTP,
             40000,
             40001,
         ]);
@@ -362,8 +369,13 @@ impl Traffic {
         // Longer than the MTU in the end, and odd lengths.
         let len = self.pick(&[0, 0, 1, 2, 7, 64, 333, 1200, 1600]);
         let payload: Vec<u8> = (0..len).map(|_| self.random.u8(..)).collect();
-        if self.random.u8(..4) == 0 {
-            return udp(src, dst, &payload);
+        match self.random.u8(..8) {
+            0 | 1 => return udp(src, dst, &payload),
+            2 | 3 => {
+                let kind = self.pick(&[INIT, INIT, INIT_ACK, ABORT, SHUTDOWN_COMPLETE, DATA, DATA]);
+                return sctp(src, dst, kind, &payload);
+            }
+            _ => {}
         }
         let flags = self.pick(&[SYN, SYN, SYN | ACK, ACK, ACK, FIN | ACK, RST, RST | ACK, 0]);
         let ttl = self.pick(&[60, 60, 60, 60, 2, 1, 0]);
@@ -394,6 +406,10 @@ impl Traffic {
                 Some(Segment::new(dst, src, flags).build())
             }
             lb_common::testing::Seen::Udp { .. } => Some(udp(dst, src, b"answer")),
+            lb_common::testing::Seen::Sctp { .. } => {
+                let kind = self.pick(&[INIT_ACK, DATA, ABORT]);
+                Some(sctp(dst, src, kind, b"answer"))
+            }
             lb_common::testing::Seen::Icmp { .. } => None,
         }
     }

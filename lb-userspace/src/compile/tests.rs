@@ -156,14 +156,15 @@ fn policy_cluster_takes_every_ready_endpoint() {
 
 /// Rule 11.
 #[test]
-fn one_port_number_with_two_protocols() {
+fn one_port_number_with_three_protocols() {
     let mut service = cluster_ip();
     service.ports = vec![
         ServicePort { name: "p1".into(), port: 53, protocol: Protocol::Tcp, node_port: None },
         ServicePort { name: "p2".into(), port: 53, protocol: Protocol::Udp, node_port: None },
+        ServicePort { name: "p3".into(), port: 53, protocol: Protocol::Sctp, node_port: None },
     ];
     let slice = slice_of(
-        vec![("p1", 5353, Protocol::Tcp), ("p2", 53, Protocol::Udp)],
+        vec![("p1", 5353, Protocol::Tcp), ("p2", 53, Protocol::Udp), ("p3", 53, Protocol::Sctp)],
         vec![endpoint("10.0.0.1", "", "R")],
     );
     let (compiled, findings) = compile(&service, &[&slice], &facts());
@@ -173,6 +174,7 @@ fn one_port_number_with_two_protocols() {
     };
     assert_eq!(port(Protocol::Tcp), [(5353, Protocol::Tcp)]);
     assert_eq!(port(Protocol::Udp), [(53, Protocol::Udp)]);
+    assert_eq!(port(Protocol::Sctp), [(53, Protocol::Sctp)]);
     assert_eq!(findings, []);
 }
 

@@ -255,6 +255,7 @@ fn protocol(name: Option<&str>) -> Option<Protocol> {
     match name {
         None | Some("TCP" | "") => Some(Protocol::Tcp),
         Some("UDP") => Some(Protocol::Udp),
+        Some("SCTP") => Some(Protocol::Sctp),
         Some(_) => None,
     }
 }
@@ -607,7 +608,7 @@ mod tests {
             "type": "Cluster", "clusterIP": "172.30.0.41", "externalTrafficPolicy": "Remote",
             "ipFamilies": ["IPv5", "IPv4"],
             "ports": [
-                { "name": "s", "port": 80, "protocol": "SCTP" }, { "port": 0 }, { "port": 65536 },
+                { "name": "s", "port": 80, "protocol": "DCCP" }, { "port": 0 }, { "port": 65536 },
                 { "port": 80, "nodePort": 70000 },
             ],
         }));
@@ -617,7 +618,7 @@ mod tests {
             "spec.type: unknown value \"Cluster\"; taken as ClusterIP",
             "spec.externalTrafficPolicy: unknown value \"Remote\"; taken as Cluster",
             "spec.ipFamilies: unknown value \"IPv5\"; taken as nothing",
-            "port s: protocol SCTP is not supported; the port is left out",
+            "port s: protocol DCCP is not supported; the port is left out",
             "spec.ports[1].port: 0 is no port number; it is left out",
             "spec.ports[2].port: 65536 is no port number; it is left out",
             "spec.ports[3].nodePort: 70000 is no port number; it is left out",
@@ -668,7 +669,8 @@ mod tests {
         let slice = a_slice(&json!({
             "ports": [
                 { "name": "http", "port": 8080, "protocol": "TCP" }, { "port": 53, "protocol": "UDP" },
-                { "name": "all" }, { "name": "s", "port": 1, "protocol": "SCTP" }, { "name": "zero", "port": 0 },
+                { "name": "all" }, { "name": "s", "port": 1, "protocol": "SCTP" },
+                { "name": "d", "port": 1, "protocol": "DCCP" }, { "name": "zero", "port": 0 },
             ],
             "endpoints": [{
                 "addresses": ["10.0.0.1"], "nodeName": "node-a", "zone": "z9",
@@ -676,7 +678,8 @@ mod tests {
             }],
         }));
         let port = |name: &str, port, protocol| SlicePort { name: name.into(), port, protocol };
-        assert_eq!(slice.ports, [port("http", 8080, Protocol::Tcp), port("", 53, Protocol::Udp)]);
+        let ports = [("http", 8080, Protocol::Tcp), ("", 53, Protocol::Udp), ("s", 1, Protocol::Sctp)];
+        assert_eq!(slice.ports, ports.map(|(name, number, protocol)| port(name, number, protocol)));
         let expected = Endpoint {
             node: Some("node-a".into()),
             hints: Some(Box::new(Hints {

@@ -20,6 +20,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::cgroup::Cgroup;
 use super::netns::Netns;
+use super::sctp;
 use super::server::{Stop, serve};
 use super::wire::{self, Frame, Introduction, Protocol, Sender};
 
@@ -115,6 +116,7 @@ impl Call {
         let kind = match self.protocol {
             Protocol::Tcp => Type::STREAM,
             Protocol::Udp => Type::DGRAM,
+            Protocol::Sctp => return sctp::connect(self.target),
         };
         let socket = Socket::new(Domain::for_address(self.target), kind, None)?;
         if self.from_port.is_some() || self.protocol == Protocol::Udp {
@@ -131,7 +133,7 @@ impl Call {
         match self.protocol {
             Protocol::Tcp => socket.connect_timeout(&self.target.into(), self.patience)?,
             Protocol::Udp if self.connected => socket.connect(&self.target.into())?,
-            Protocol::Udp => {}
+            Protocol::Udp | Protocol::Sctp => {}
         }
         socket.set_read_timeout(Some(self.patience))?;
         socket.set_write_timeout(Some(self.patience))?;
@@ -289,6 +291,7 @@ impl Desk {
             Task::Bulk(call, len) => Report::Transfer(match call.protocol {
                 Protocol::Tcp => bulk_over_tcp(&call, len)?,
                 Protocol::Udp => bulk_over_udp(&call, len)?,
+                Protocol::Sctp => bail!("SCTP is spoken for single calls only"),
             }),
             Task::Open(call) => {
                 let id = self.next_session;
@@ -349,6 +352,7 @@ fn introduce(call: &Call, socket: &Socket, nonce: u64) -> io::Result<Outcome> {
             let (line, from) = receive_answer(&socket, nonce, call.patience)?;
             (line, if call.connected { socket.peer_addr()? } else { from })
         }
+        Protocol::Sctp => return sctp::introduce(call, socket, nonce),
     };
     let local = TcpStream::from(socket.try_clone()?).local_addr()?;
     if peer != call.target {

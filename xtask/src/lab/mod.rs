@@ -27,6 +27,7 @@ pub mod counters;
 pub mod custody;
 pub mod manifests;
 pub mod netns;
+mod sctp;
 pub mod server;
 mod veth;
 pub mod wire;

@@ -6,4 +6,5 @@ mod edges;
 mod icmp;
 mod lab;
 mod matrix;
+mod sctp;
 mod world;

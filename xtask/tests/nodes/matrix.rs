@@ -121,7 +121,7 @@ impl Cell<'_> {
         });
         let len = match self.protocol {
             Protocol::Tcp => self.bytes,
-            Protocol::Udp => SOME,
+            Protocol::Udp | Protocol::Sctp => SOME,
         };
         let transfer = findings.take(self.caller().transfer(call, len), || self.describe());
         findings.check(transfer.is_none_or(|transfer| transfer.server == self.backend.name()), || {
