@@ -20,6 +20,7 @@ pub mod abi;
 pub mod checksum;
 pub mod family;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 #[cfg(any(test, feature = "host"))]
 pub mod host;

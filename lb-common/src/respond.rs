@@ -22,6 +22,10 @@ pub fn respond<F: Family, P: Packet>(
     parsed: &Parsed<F>,
     reason: Reason,
 ) -> Result<(), Reason> {
+    if parsed.is_later_fragment() {
+        // The first fragment was answered (RFC 1122, section 3.2.2).
+        return Err(reason);
+    }
     match reason.action() {
         Action::Reject if parsed.is_tcp() => reset::<F, P>(packet, parsed, reason),
         Action::Shrink if !F::wants_too_big(packet)? => Err(reason),

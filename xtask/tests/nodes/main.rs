@@ -3,6 +3,7 @@
 
 mod agent;
 mod edges;
+mod fragments;
 mod lab;
 mod matrix;
 mod world;
