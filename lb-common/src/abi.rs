@@ -379,6 +379,36 @@ pub struct SocketPeer {
     pub generation: u32,
 }
 
+/// Key of `FRAGMENTS4/6`: a datagram that comes in pieces, and the [`Side`] it was seen at.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct FragmentKey<A> {
+    pub src: A,
+    pub dst: A,
+    /// Identification, host byte order; IPv4 has 16 bits.
+    pub id: u32,
+    /// IP protocol number; 0 for IPv6, where it does not identify a datagram (RFC 8200, section 4.5).
+    pub proto: u8,
+    /// [`Side`].
+    pub side: u8,
+    pub pad: u16,
+}
+
+/// Value of `FRAGMENTS4/6`: what only the first fragment of a datagram says.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Fragment {
+    /// `CLOCK_MONOTONIC`, ns, of the first fragment.
+    pub last_seen: u64,
+    /// Host byte order.
+    pub src_port: u16,
+    /// Host byte order.
+    pub dst_port: u16,
+    /// IP protocol number of what the ports belong to.
+    pub proto: u8,
+    pub pad: [u8; 3],
+}
+
 /// Value of `COUNTERS`, per CPU, indexed by [`crate::reason::counter_index`].
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -434,13 +464,16 @@ layout!(Flow<Addr4>, size 40, align 8, src 20, dst 24, src_port 28, flags 32, ca
 layout!(Flow<Addr6>, size 64, align 8, src 20, dst 36, src_port 52, flags 56, carry 57);
 layout!(SocketKey, size 32, align 8, addr 8, port 24, side 26, proto 27);
 layout!(SocketPeer, size 28, align 4, port 16, backend 20);
+layout!(FragmentKey<Addr4>, size 16, align 4, dst 4, id 8, proto 12, side 13);
+layout!(FragmentKey<Addr6>, size 40, align 4, dst 16, id 32, proto 36, side 37);
+layout!(Fragment, size 16, align 8, src_port 8, dst_port 10, proto 12);
 layout!(Counter, size 16, align 8);
 
 #[cfg(feature = "aya")]
 mod pod {
     use super::{
-        Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, MemberKey,
-        Network, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+        Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment,
+        FragmentKey, MemberKey, Network, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
     };
 
     macro_rules! pod {
@@ -451,6 +484,7 @@ mod pod {
     }
     pod!(Addr4, Addr6, ServiceKey<Addr4>, ServiceKey<Addr6>, Service, Backend<Addr4>, Backend<Addr6>);
     pod!(AddressInfo, Edge, FlowKey<Addr4>, FlowKey<Addr6>, Flow<Addr4>, Flow<Addr6>);
+    pod!(FragmentKey<Addr4>, FragmentKey<Addr6>, Fragment);
     pod!(SocketKey, SocketPeer, Counter, Usage, Affinity, AffinityKey<Addr4>, AffinityKey<Addr6>, MemberKey);
     pod!(Source<Addr4>, Source<Addr6>, Network<Addr4>, Network<Addr6>);
 }

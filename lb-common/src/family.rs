@@ -8,7 +8,9 @@ use crate::checksum::{self, Diff};
 use crate::packet::{NETWORK, Packet};
 use crate::parse::Parsed;
 use crate::reason::Reason;
-use crate::wire::{Be16, Be32, EtherType, IcmpHdr, IpProto, Ipv4Hdr, Ipv6ExtHdr, Ipv6Hdr, Quote, Wire};
+use crate::wire::{
+    Be16, Be32, EtherType, IcmpHdr, IpProto, Ipv4Hdr, Ipv6ExtHdr, Ipv6FragHdr, Ipv6Hdr, Quote, Wire,
+};
 
 /// An IP family.
 pub trait Family: Copy + Eq + Debug + 'static {
@@ -31,6 +33,9 @@ pub trait Family: Copy + Eq + Debug + 'static {
     const TIME_EXCEEDED: (u8, u8);
     /// ICMP type and code: fragmentation needed, or packet too big.
     const TOO_BIG: (u8, u8);
+
+    /// How long the first fragment of a datagram is remembered, ns: as long as a receiver waits for the others.
+    const FRAGMENT_TIMEOUT: u64;
 
     /// Checks the IP header and finds the transport header: fills the addresses, protocol and offsets of `parsed`.
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason>;
@@ -138,6 +143,8 @@ impl Family for V4 {
     const PORT_UNREACHABLE: (u8, u8) = (3, 3);
     const TIME_EXCEEDED: (u8, u8) = (11, 0);
     const TOO_BIG: (u8, u8) = (3, 4);
+    /// `net.ipv4.ipfrag_time`.
+    const FRAGMENT_TIMEOUT: u64 = 30_000_000_000;
 
     #[inline(always)]
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason> {
@@ -158,9 +165,9 @@ impl Family for V4 {
         if len > room {
             return Err(Reason::Truncated);
         }
-        if ip.fragment.get() & Ipv4Hdr::IS_FRAGMENT != 0 {
-            return Err(Reason::Fragment);
-        }
+        parsed.fragment = ip.fragment.get() & (Ipv4Hdr::MORE_FRAGMENTS | Ipv4Hdr::FRAGMENT_OFFSET);
+        parsed.id = u32::from(ip.id.get());
+        parsed.id_proto = ip.proto;
         parsed.ip_len = len;
         parsed.transport = (NETWORK + Ipv4Hdr::LEN) as u16;
         parsed.ttl = ip.ttl;
@@ -306,6 +313,8 @@ impl Family for V6 {
     const PORT_UNREACHABLE: (u8, u8) = (1, 4);
     const TIME_EXCEEDED: (u8, u8) = (3, 0);
     const TOO_BIG: (u8, u8) = (2, 0);
+    /// `net.ipv6.ip6frag_time`.
+    const FRAGMENT_TIMEOUT: u64 = 60_000_000_000;
 
     #[inline(always)]
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason> {
@@ -339,14 +348,25 @@ impl Family for V6 {
             next = header.next_header;
             transport += 8 + 8 * header.len as usize;
         }
-        if next == IpProto::Ipv6Frag as u8 {
-            return Err(Reason::Fragment);
-        }
-        if is_walkable(next) || is_opaque(next) || transport > MAX_TRANSPORT {
+        if transport > MAX_TRANSPORT {
             return Err(Reason::ExtensionHeader);
+        }
+        if next == IpProto::Ipv6Frag as u8 {
+            // What stands behind it is walked no further: fragments have their options in front, if any.
+            let fragment = packet.view::<Ipv6FragHdr>(transport)?;
+            next = fragment.next_header;
+            transport += Ipv6FragHdr::LEN;
+            parsed.fragment = fragment.piece();
+            parsed.id = fragment.id.get();
         }
         parsed.transport = transport as u16;
         parsed.key.proto = next;
+        if parsed.is_later_fragment() {
+            return Ok(());
+        }
+        if is_walkable(next) || is_opaque(next) {
+            return Err(Reason::ExtensionHeader);
+        }
         Ok(())
     }
 

@@ -42,6 +42,9 @@ pub fn follow<F: Family, P: Packet, T: Tables<F>>(
     tables: &T,
     parsed: &Parsed<F>,
 ) -> Result<Carry, Reason> {
+    if parsed.is_first_fragment() {
+        return Err(Reason::Fragment);
+    }
     let quote = parsed.transport as usize + IcmpHdr::LEN;
     packet.pull(quote + F::HEADER_LEN + TcpHdr::LEN);
     let mut key = FlowKey { side: parsed.key.side, ..FlowKey::default() };

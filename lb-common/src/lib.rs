@@ -21,6 +21,7 @@ pub mod checksum;
 pub mod crc32c;
 pub mod family;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 #[cfg(any(test, feature = "host"))]
 pub mod host;

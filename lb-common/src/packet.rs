@@ -33,6 +33,9 @@ pub trait Packet {
     /// The device it came in through, or goes out of.
     fn ifindex(&self) -> u32;
 
+    /// Whether another hook of ours sees the packet after this one, on its way into the stack.
+    fn has_hook_behind(&self) -> bool;
+
     /// Looks at a header at a byte offset; [`Reason::Truncated`] if the packet ends before it does.
     fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason>;
 
@@ -75,6 +78,14 @@ pub trait Packet {
             ChecksumField::Tcp { .. } | ChecksumField::Icmp { .. } => diff.apply(check.raw()),
             ChecksumField::Udp { .. } => diff.apply_udp(check.raw()),
         });
+        Ok(())
+    }
+
+    /// The addresses of a packet were changed whose checksum over them is in another fragment.
+    ///
+    /// A socket buffer overrides this: its `CHECKSUM_COMPLETE` is a sum over this packet alone.
+    #[inline(always)]
+    fn readdressed<F: Family>(&mut self, _addresses: Diff) -> Result<(), Reason> {
         Ok(())
     }
 

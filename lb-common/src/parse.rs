@@ -4,7 +4,7 @@ use crate::abi::{FlowKey, Side};
 use crate::family::Family;
 use crate::packet::{NETWORK, Packet};
 use crate::reason::Reason;
-use crate::wire::{IpProto, SctpChunkHdr, SctpHdr, TcpHdr, UdpHdr, sctp_chunk, tcp_flags};
+use crate::wire::{IpProto, Ipv4Hdr, SctpChunkHdr, SctpHdr, TcpHdr, UdpHdr, sctp_chunk, tcp_flags};
 
 /// What the pipeline needs to know about a packet.
 #[repr(C)]
@@ -17,14 +17,32 @@ pub struct Parsed<F: Family> {
     pub transport: u16,
     /// TTL or hop limit.
     pub ttl: u8,
+    /// Which part of its datagram the packet is, as IPv4 says it: [`Ipv4Hdr::MORE_FRAGMENTS`] and
+    /// [`Ipv4Hdr::FRAGMENT_OFFSET`]. 0: all of it.
+    ///
+    /// Bits and no enum: a value that it knows makes the verifier walk everything behind it once for each.
+    pub fragment: u16,
     /// TCP flags, or those that say of an SCTP association what its packet says; 0 for UDP.
     pub tcp_flags: u8,
+    /// Identification of the datagram that a fragment is of.
+    pub id: u32,
+    /// The protocol, as far as it is part of that identification ([`crate::abi::FragmentKey::proto`]).
+    pub id_proto: u8,
 }
 
 impl<F: Family> Default for Parsed<F> {
     #[inline(always)]
     fn default() -> Self {
-        Self { key: FlowKey::default(), ip_len: 0, transport: 0, ttl: 0, tcp_flags: 0 }
+        Self {
+            key: FlowKey::default(),
+            ip_len: 0,
+            transport: 0,
+            ttl: 0,
+            tcp_flags: 0,
+            fragment: 0,
+            id: 0,
+            id_proto: 0,
+        }
     }
 }
 
@@ -53,6 +71,18 @@ impl<F: Family> Parsed<F> {
         self.key.proto == IpProto::Sctp as u8
     }
 
+    /// Whether the packet is a fragment without transport header.
+    #[inline(always)]
+    pub const fn is_later_fragment(&self) -> bool {
+        self.fragment & Ipv4Hdr::FRAGMENT_OFFSET != 0
+    }
+
+    /// Whether the packet is the fragment that has the transport header.
+    #[inline(always)]
+    pub const fn is_first_fragment(&self) -> bool {
+        self.fragment == Ipv4Hdr::MORE_FRAGMENTS
+    }
+
     /// Whether the packet opens a TCP connection or an SCTP association.
     #[inline(always)]
     pub const fn is_opening(&self) -> bool {
@@ -61,7 +91,7 @@ impl<F: Family> Parsed<F> {
     }
 }
 
-/// Checks every header and every length of a packet and fills `parsed`.
+/// Checks every header and every length of a packet and fills `parsed`; of a later fragment, all but the ports.
 ///
 /// # Errors
 ///
@@ -70,6 +100,9 @@ impl<F: Family> Parsed<F> {
 pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F>) -> Result<(), Reason> {
     F::parse(packet, parsed)?;
     parsed.key.side = side as u8;
+    if parsed.is_later_fragment() {
+        return Ok(());
+    }
     let transport = parsed.transport as usize;
     let room = parsed.transport_len();
     if parsed.is_tcp() {
@@ -84,12 +117,17 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
     } else if parsed.is_udp() {
         let udp = packet.view::<UdpHdr>(transport)?;
         let len = u32::from(udp.len.get());
-        if len < UdpHdr::LEN as u32 || len > room {
+        // In a first fragment it is the length of the whole datagram.
+        if len < UdpHdr::LEN as u32 || (len > room && !parsed.is_first_fragment()) {
             return Err(Reason::Truncated);
         }
         parsed.key.src_port = udp.ports.src.get();
         parsed.key.dst_port = udp.ports.dst.get();
     } else if parsed.is_sctp() {
+        if parsed.is_first_fragment() {
+            // Its checksum covers the whole packet, whose length only the last fragment tells.
+            return Err(Reason::Fragment);
+        }
         let sctp = packet.view::<SctpHdr>(transport)?;
         if room < SctpHdr::LEN as u32 {
             return Err(Reason::Truncated);

@@ -13,6 +13,7 @@ use crate::abi::{
 };
 use crate::family::Family;
 use crate::flow;
+use crate::fragment;
 use crate::hash;
 use crate::icmp;
 use crate::packet::{Packet, Route};
@@ -45,15 +46,9 @@ pub fn process<F: Family, P: Packet, T: Tables<F>>(
     side: Side,
 ) -> (Verdict, Reason) {
     let mut parsed = Parsed::<F>::default();
-    let result = match side {
-        Side::NicIn | Side::PodIn => ingress(packet, tables, side, &mut parsed),
-        Side::NicOut | Side::PodOut => egress(packet, tables, side, &mut parsed),
-    };
-    let result = match result {
-        Err(Reason::UnknownProtocol) if icmp::is_error(packet, &parsed) => {
-            icmp::follow(packet, tables, &parsed)
-        }
-        result => result,
+    let result = match (translate(packet, tables, side, &mut parsed), side) {
+        (Err(reason), Side::NicIn | Side::PodIn) => Err(refuse(packet, tables, &parsed, reason)),
+        (result, _) => result,
     };
     match result {
         Ok(Carry::Stack) => (Verdict::Pass, Reason::Translated),
@@ -70,15 +65,38 @@ pub fn process<F: Family, P: Packet, T: Tables<F>>(
     }
 }
 
-/// A packet that comes in: from outside, or from a pod.
+/// Finds the flow of a packet and does as it says.
 #[inline(always)]
-fn ingress<F: Family, P: Packet, T: Tables<F>>(
+fn translate<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
     side: Side,
     parsed: &mut Parsed<F>,
 ) -> Result<Carry, Reason> {
-    parse(packet, side, parsed)?;
+    match parse(packet, side, parsed) {
+        Err(Reason::UnknownProtocol) if icmp::is_error(packet, parsed) => {
+            return icmp::follow(packet, tables, parsed);
+        }
+        result => result?,
+    }
+    if parsed.is_later_fragment() {
+        return trail(packet, tables, parsed);
+    }
+    let carry = match side {
+        Side::NicIn | Side::PodIn => ingress(packet, tables, parsed),
+        Side::NicOut | Side::PodOut => egress(packet, tables, parsed),
+    }?;
+    fragment::remember::<F, T>(tables, parsed);
+    Ok(carry)
+}
+
+/// A packet that comes in: from outside, or from a pod.
+#[inline(always)]
+fn ingress<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+) -> Result<Carry, Reason> {
     if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key)
         && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Established)?
     {
@@ -94,7 +112,28 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
     {
         return Ok(carry);
     }
-    begin(packet, tables, parsed, info)
+    begin(packet, tables, parsed, info)?;
+    // Looked up instead of handed over: what `begin` has on the stack is given back before the packet is carried.
+    let entry = tables.flow(FlowTable::Pending, &parsed.key).ok_or(Reason::FlowTableFull)?;
+    carry(packet, tables, parsed, &entry)
+}
+
+/// What becomes of an incoming packet that was not translated for `reason`: behind an address that is only a
+/// Service's there is nobody who could make something of it, and the stack would send it out by its default route.
+#[inline(always)]
+fn refuse<F: Family, P: Packet, T: Tables<F>>(
+    packet: &P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    reason: Reason,
+) -> Reason {
+    match reason {
+        // The hook behind may know the first fragment, if that had to wait for it.
+        Reason::Fragment if !packet.has_hook_behind() => {
+            service::refuse::<F, T>(tables, &parsed.key.dst, reason, Reason::StrayFragment)
+        }
+        _ => reason,
+    }
 }
 
 /// A packet that goes out: to a client outside, or to a pod. Only replies of flows are translated here.
@@ -102,15 +141,27 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
 fn egress<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
-    side: Side,
-    parsed: &mut Parsed<F>,
+    parsed: &Parsed<F>,
 ) -> Result<Carry, Reason> {
-    parse(packet, side, parsed)?;
     if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key) {
         return follow(packet, tables, parsed, &entry, FlowTable::Established)?.ok_or(Reason::NotOurs);
     }
     let entry = tables.flow(FlowTable::Pending, &parsed.key).ok_or(Reason::NotOurs)?;
     follow(packet, tables, parsed, &entry, FlowTable::Pending)?.ok_or(Reason::NotOurs)
+}
+
+/// A later fragment: goes the way of its first one, which has said all there is to say about the flow.
+#[inline(never)]
+fn trail<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &mut Parsed<F>,
+) -> Result<Carry, Reason> {
+    fragment::recall::<F, T>(tables, parsed)?;
+    let established = tables.flow(FlowTable::Established, &parsed.key);
+    let entry =
+        established.or_else(|| tables.flow(FlowTable::Pending, &parsed.key)).ok_or(Reason::Fragment)?;
+    carry(packet, tables, parsed, &entry)
 }
 
 /// A packet of a flow. `None`: the flow does not speak for this packet, which begins a new one.
@@ -147,14 +198,14 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
     carry(packet, tables, parsed, entry).map(Some)
 }
 
-/// A packet without a flow, addressed to this node or to a Service: a new flow, if there is a frontend.
+/// A packet without a flow, addressed to this node or to a Service: enters a new flow, if there is a frontend.
 #[inline(never)]
 fn begin<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
     parsed: &Parsed<F>,
     info: AddressInfo,
-) -> Result<Carry, Reason> {
+) -> Result<(), Reason> {
     let key = &parsed.key;
     if info.flags & address_flags::LOOPBACK != 0 {
         return Err(Reason::NotOurs);
@@ -177,7 +228,7 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
         return Err(reason);
     }
     tables.count(service.id, Event::Connection);
-    carry(packet, tables, parsed, &flow)
+    Ok(())
 }
 
 /// Chooses a backend for a client, if it may ask for the frontend.
@@ -239,14 +290,15 @@ fn find_way<F: Family, P: Packet, T: Tables<F>>(
     parsed: &Parsed<F>,
     entry: &Cell<Flow<F::Addr>>,
 ) -> Result<(), Reason> {
-    let mut flow = entry.get();
-    if flow.carry != Carry::Forward as u8 {
+    if entry.get().carry != Carry::Forward as u8 {
         return Ok(());
     }
-    let edge = match packet.route::<F>(&flow.src, &flow.dst, parsed.ip_len)? {
+    let Flow { src, dst, .. } = entry.get();
+    let edge = match packet.route::<F>(&src, &dst, parsed.ip_len)? {
         Route::Out => tables.edge(packet.out_ifindex()),
         Route::Local => None,
     };
+    let mut flow = entry.get();
     match edge {
         Some(edge) => {
             flow.src = F::edge_addr(&edge);

@@ -111,7 +111,7 @@ reasons! {
     IpOptions = 7, "ip_options", Pass;
     /// An IPv6 extension header that cannot be walked.
     ExtensionHeader = 8, "extension_header", Pass;
-    /// A fragment.
+    /// A fragment whose first fragment was not translated, or has not come yet.
     Fragment = 9, "fragment", Pass;
     /// The frontend has no usable endpoint.
     NoEndpoints = 10, "no_endpoints", Reject;
@@ -143,6 +143,8 @@ reasons! {
     SourceNotAllowed = 23, "source_not_allowed", Drop;
     /// An address of a ServiceCIDR that no Service has.
     NoSuchService = 24, "no_such_service", Drop;
+    /// The same, to an address that only a Service has: nobody waits for it there.
+    StrayFragment = 25, "stray_fragment", Drop;
 }
 
 /// Number of entries of `COUNTERS`.

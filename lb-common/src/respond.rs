@@ -23,7 +23,8 @@ pub fn respond<F: Family, P: Packet>(
     parsed: &Parsed<F>,
     reason: Reason,
 ) -> Result<(), Reason> {
-    if icmp::is_error(packet, parsed) {
+    // Errors are not answered, and of fragments the first was (RFC 1122, section 3.2.2).
+    if parsed.is_later_fragment() || icmp::is_error(packet, parsed) {
         return Err(reason);
     }
     match reason.action() {

@@ -9,7 +9,7 @@ use crate::parse::Parsed;
 use crate::reason::Reason;
 use crate::wire::{Be16, Le32, Ports, SctpHdr};
 
-/// Gives a packet the addresses and ports of its flow; with `forward`, takes one from its TTL.
+/// Gives a packet the addresses and ports of its flow, a later fragment the addresses alone; with `forward`, takes one from its TTL.
 ///
 /// # Errors
 ///
@@ -25,6 +25,9 @@ pub fn rewrite<F: Family, P: Packet>(
     let addresses = address_change::<F>(&key.src, &key.dst, &flow.src, &flow.dst);
     F::readdress(packet, &flow.src, &flow.dst, addresses, forward)?;
 
+    if parsed.is_later_fragment() {
+        return packet.readdressed::<F>(addresses);
+    }
     let header = parsed.transport as usize;
     let new = Ports { src: Be16::new(flow.src_port), dst: Be16::new(flow.dst_port) };
     let old = Ports { src: Be16::new(key.src_port), dst: Be16::new(key.dst_port) };

@@ -2,7 +2,7 @@
 
 use crate::abi::{
     AddressInfo, Affinity, AffinityKey, Backend, MemberKey, Service, ServiceKey, Source, Window,
-    address_flags, backend_state, service_flags,
+    address_flags, backend_state, network_flags, service_flags,
 };
 use crate::family::Family;
 use crate::maps::MAX_NETWORKS;
@@ -44,10 +44,27 @@ pub fn find<F: Family, T: Tables<F>>(
             return Ok(());
         }
     }
-    if info.flags & (address_flags::SERVICE | address_flags::NODE) == address_flags::SERVICE {
+    if is_service_alone(info) {
         return Err(Reason::UnknownPort);
     }
     Err(Reason::NotOurs)
+}
+
+/// What to say of a packet to `dst` that no frontend can take: `served` if the address is only a Service's,
+/// [`Reason::NoSuchService`] if it could be one's, else `reason`.
+#[inline(never)]
+pub fn refuse<F: Family, T: Tables<F>>(tables: &T, dst: &F::Addr, reason: Reason, served: Reason) -> Reason {
+    match tables.address(dst) {
+        Some(info) if is_service_alone(info) => served,
+        None if networks::<F, T>(tables, dst) & network_flags::SERVICE != 0 => Reason::NoSuchService,
+        _ => reason,
+    }
+}
+
+/// Whether an address is a Service's and not the node's.
+#[inline(always)]
+const fn is_service_alone(info: AddressInfo) -> bool {
+    info.flags & (address_flags::SERVICE | address_flags::NODE) == address_flags::SERVICE
 }
 
 /// Chooses a backend: one array read. With session affinity, one hash lookup for the client and, if it is known, one

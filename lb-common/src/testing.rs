@@ -3,7 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use etherparse::{
-    IpNumber, LaxPacketHeaders, NetHeaders, PacketBuilder, PacketHeaders, PayloadSlice, TransportHeader,
+    IpNumber, Ipv4HeaderSlice, LaxPacketHeaders, NetHeaders, PacketBuilder, PacketHeaders, PayloadSlice,
+    TransportHeader,
 };
 
 use crate::abi::{
@@ -339,6 +340,99 @@ fn network(
         (IpAddr::V4(src), IpAddr::V4(dst)) => ethernet.ipv4(src.octets(), dst.octets(), ttl),
         (IpAddr::V6(src), IpAddr::V6(dst)) => ethernet.ipv6(src.octets(), dst.octets(), ttl),
         _ => panic!("{src} and {dst} are of two families"),
+    }
+}
+
+/// Offset of the payload of an IPv4 packet without options and of an IPv6 packet without extension headers.
+const PAYLOAD: [usize; 2] = [34, 54];
+/// Bytes of an IPv6 fragment header.
+const FRAGMENT_HEADER: usize = 8;
+/// Protocol number of the IPv6 fragment header.
+const FRAGMENT: u8 = IpProto::Ipv6Frag as u8;
+
+/// The fragments of a packet, with so many bytes of its payload each (RFC 791 section 3.2, RFC 8200 section 4.5).
+///
+/// # Panics
+///
+/// If the size is no multiple of 8.
+pub fn fragments(packet: &[u8], id: u32, size: usize) -> Vec<Vec<u8>> {
+    assert_eq!(size % 8, 0);
+    let v6 = packet[12] == 0x86;
+    let (header, payload) = packet.split_at(PAYLOAD[usize::from(v6)]);
+    let fragment = |(n, piece): (usize, &[u8])| {
+        let (at, more) = (n * size, u16::from((n + 1) * size < payload.len()));
+        let offset = u16::try_from(at / 8).expect("a packet");
+        let mut bytes = header.to_vec();
+        if v6 {
+            bytes.extend([header[20], 0]);
+            bytes.extend((offset << 3 | more).to_be_bytes());
+            bytes.extend(id.to_be_bytes());
+            bytes[20] = FRAGMENT;
+        } else {
+            bytes[18..20].copy_from_slice(&id.to_be_bytes()[2..]);
+            bytes[20..22].copy_from_slice(&(more << 13 | offset).to_be_bytes());
+        }
+        bytes.extend(piece);
+        settle_header(&mut bytes);
+        bytes
+    };
+    payload.chunks(size).enumerate().map(fragment).collect()
+}
+
+/// The packet that a receiver makes of fragments, whose headers must differ in what fragments differ in, no more.
+///
+/// # Errors
+///
+/// What is wrong with them.
+pub fn reassemble(fragments: &[Vec<u8>]) -> Result<Vec<u8>, String> {
+    let mut packet = Vec::new();
+    let mut common = None;
+    for bytes in fragments {
+        let v6 = bytes[12] == 0x86;
+        let mut header = bytes[..PAYLOAD[usize::from(v6)]].to_vec();
+        let mut rest = &bytes[header.len()..];
+        let at = if v6 {
+            if header[20] != FRAGMENT {
+                return Err("no fragment header".into());
+            }
+            header[20] = rest[0];
+            let at = u16::from_be_bytes([rest[2], rest[3]]) & 0xfff8;
+            rest = &rest[FRAGMENT_HEADER..];
+            usize::from(at)
+        } else {
+            let checksum = Ipv4HeaderSlice::from_slice(&header[14..]).map_err(|e| e.to_string())?;
+            if checksum.to_header().calc_header_checksum() != checksum.header_checksum() {
+                return Err("IPv4 header checksum of a fragment".into());
+            }
+            let at = u16::from_be_bytes([header[20], header[21]]) & 0x1fff;
+            header[20..22].fill(0);
+            usize::from(at) * 8
+        };
+        if packet.is_empty() {
+            packet.extend(&header);
+        }
+        if packet.len() != header.len() + at {
+            return Err(format!("a fragment at {at}"));
+        }
+        packet.extend(rest);
+        settle_header(&mut header);
+        if *common.get_or_insert_with(|| header.clone()) != header {
+            return Err(format!("headers of fragments differ: {common:02x?} and {header:02x?}"));
+        }
+    }
+    settle_header(&mut packet);
+    Ok(packet)
+}
+
+/// Sets length and checksum of the IP header to what is behind it.
+fn settle_header(packet: &mut [u8]) {
+    let v6 = packet[12] == 0x86;
+    let len = u16::try_from(packet.len() - if v6 { 54 } else { 14 }).expect("a packet");
+    let at = if v6 { 18 } else { 16 };
+    packet[at..at + 2].copy_from_slice(&len.to_be_bytes());
+    if !v6 {
+        let header = Ipv4HeaderSlice::from_slice(&packet[14..34]).expect("an IPv4 header").to_header();
+        packet[24..26].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
     }
 }
 

@@ -138,10 +138,10 @@ impl Ipv4Hdr {
     pub const VERSION_IHL: u8 = 0x45;
     /// In [`Ipv4Hdr::fragment`]: do not fragment.
     pub const DONT_FRAGMENT: u16 = 0x4000;
-    /// In [`Ipv4Hdr::fragment`]: where a fragment belongs, in units of 8 bytes.
+    /// In [`Ipv4Hdr::fragment`]: more fragments follow.
+    pub const MORE_FRAGMENTS: u16 = 0x2000;
+    /// In [`Ipv4Hdr::fragment`]: where the fragment belongs, in units of 8 octets.
     pub const FRAGMENT_OFFSET: u16 = 0x1fff;
-    /// In [`Ipv4Hdr::fragment`]: more fragments follow, or this is not the first.
-    pub const IS_FRAGMENT: u16 = 0x3fff;
 }
 
 /// IPv6 header (RFC 8200).
@@ -172,6 +172,30 @@ pub struct Ipv6ExtHdr {
     pub routing_type: u8,
     /// Routing header: hops still to visit.
     pub segments_left: u8,
+}
+
+/// IPv6 fragment header (RFC 8200, section 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Ipv6FragHdr {
+    pub next_header: u8,
+    pub reserved: u8,
+    /// Offset, two reserved bits, and whether more fragments follow.
+    pub fragment: Be16,
+    pub id: Be32,
+}
+
+impl Ipv6FragHdr {
+    /// Bytes.
+    pub const LEN: usize = size_of::<Self>();
+
+    /// Which part of its datagram the packet is, as IPv4 says it. One that is all of it gives 0: its header is as good
+    /// as none (RFC 6946).
+    #[inline(always)]
+    pub const fn piece(&self) -> u16 {
+        let fragment = self.fragment.get();
+        (fragment >> 3) | ((fragment & 1) << 13)
+    }
 }
 
 /// The ports, at the same place in TCP, UDP and SCTP.
@@ -296,8 +320,25 @@ macro_rules! wire {
         )*
     };
 }
-wire!(Be16, Be32, Mac, EthHdr, Ipv4Hdr, Ipv6Hdr, Ipv6ExtHdr, Ports, TcpHdr, UdpHdr, IcmpHdr, Addr4, Addr6);
-wire!(Le32, SctpHdr, SctpChunkHdr);
+wire!(
+    Be16,
+    Be32,
+    Mac,
+    EthHdr,
+    Ipv4Hdr,
+    Ipv6Hdr,
+    Ipv6ExtHdr,
+    Ipv6FragHdr,
+    Ports,
+    TcpHdr,
+    UdpHdr,
+    IcmpHdr,
+    Addr4,
+    Addr6,
+    Le32,
+    SctpHdr,
+    SctpChunkHdr
+);
 wire!(Quote<14>, Quote<24>);
 
 #[cfg(test)]

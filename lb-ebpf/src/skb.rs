@@ -105,6 +105,11 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn has_hook_behind(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
     fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
         // SAFETY: inside of the packet as just checked; `Wire` types take any bytes.
         locate::<T>(self.bounds(), at).map(|header| unsafe { &*header })
@@ -184,6 +189,16 @@ impl Packet for Skb {
             if bpf_l4_csum_replace(self.skb, at, 0, u64::from(body.sum()), zero) != 0 {
                 return Err(Reason::RewriteFailed);
             }
+        }
+        Ok(())
+    }
+
+    /// IPv4 makes up for it in its own header's checksum, IPv6 has none.
+    #[inline(always)]
+    fn readdressed<F: Family>(&mut self, addresses: Diff) -> Result<(), Reason> {
+        if F::HEADER_LEN == 40 {
+            // SAFETY: the context is valid. Without CHECKSUM_COMPLETE it does nothing.
+            unsafe { bpf_csum_update(self.skb, addresses.sum()) };
         }
         Ok(())
     }

@@ -15,14 +15,18 @@ use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use fairlead::datapath::test_run::{Input, test_run};
 use fairlead::datapath::{Datapath, Options, Place, Sizes};
 use fairlead::sys::netns;
-use lb_common::abi::{Affinity, AffinityKey, Counter, Flow, FlowKey, Network, Side, Source, Usage};
+use lb_common::abi::{
+    Affinity, AffinityKey, Counter, Flow, FlowKey, Fragment, FragmentKey, Network, Side, Source, Usage,
+};
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::maps::MAPS;
 use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
-use lb_common::reason::counter_index;
+use lb_common::reason::{Action, counter_index};
 use lb_common::tables::FlowTable;
-use lb_common::testing::{Segment, TestFamily, at, cluster, icmp_error, ports, read, sctp, udp};
+use lb_common::testing::{
+    Segment, TestFamily, at, cluster, fragments, icmp_error, ports, read, reassemble, sctp, udp,
+};
 use lb_common::wire::sctp_chunk::{ABORT, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Hook, Reason, V4, V6};
@@ -170,6 +174,16 @@ where
     map.iter().map(|entry| entry.expect("an entry")).collect()
 }
 
+/// The datagrams that came in pieces.
+fn remembered<F: KernelFamily>(datapath: &Datapath) -> BTreeMap<FragmentKey<F::Addr>, Fragment>
+where
+    FragmentKey<F::Addr>: Pod,
+{
+    let map =
+        HashMap::try_from(Map::LruHashMap(map::<F>(datapath, "FRAGMENTS"))).expect("a hash of datagrams");
+    map.iter().map(|entry| entry.expect("an entry")).collect()
+}
+
 /// What went through each Service of the small cluster.
 fn usage<F: KernelFamily>(datapath: &Datapath) -> BTreeMap<u32, Usage> {
     let map: PerCpuArray<_, Usage> =
@@ -233,6 +247,7 @@ where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
+    FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
     Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,
@@ -251,6 +266,9 @@ where
         let mut packet = HostPacket::new(frame, self.device)
             .with_route(route)
             .with_local::<F>(&F::wire(at(F::NODE, 0).ip()));
+        if place == Place::Xdp {
+            packet = packet.with_hook_behind();
+        }
         let (verdict, reason) = if is_family::<F>(frame) {
             process::<F, _, _>(&mut packet, &self.host, side)
         } else {
@@ -280,6 +298,23 @@ where
         (verdict, reason, want)
     }
 
+    /// Sends the fragments of a packet; if all of them in order are translated, the whole must be sound.
+    fn send_in_pieces(&mut self, place: (Place, Side, Hook), pieces: &[Vec<u8>]) -> Vec<Reason> {
+        let (reasons, carried): (Vec<_>, Vec<_>) = pieces
+            .iter()
+            .map(|piece| self.send(place, piece))
+            .map(|(_, reason, bytes)| (reason, bytes))
+            .unzip();
+        let is_carried = |reason: &Reason| matches!(reason.action(), Action::Carry);
+        if reasons.iter().all(is_carried)
+            && let Ok(sent) = reassemble(pieces)
+        {
+            let whole = reassemble(&carried).unwrap_or_else(|e| panic!("{e}: {sent:02x?}"));
+            read(&whole).unwrap_or_else(|e| panic!("{e}: {sent:02x?}"));
+        }
+        reasons
+    }
+
     /// Compares the flow tables, what is known of clients, and all that is counted.
     fn settle(&self) {
         for table in [FlowTable::Established, FlowTable::Pending] {
@@ -293,6 +328,10 @@ where
             clients.into_iter().map(|(key, known)| (key, Affinity { last_seen: 0, ..known })).collect()
         };
         assert_eq!(clean(self.host.affinity.borrow().clone()), clean(affinities::<F>(&self.kernel)));
+        let clean = |datagrams: BTreeMap<FragmentKey<F::Addr>, Fragment>| -> BTreeMap<_, _> {
+            datagrams.into_iter().map(|(key, first)| (key, Fragment { last_seen: 0, ..first })).collect()
+        };
+        assert_eq!(clean(self.host.fragments.borrow().clone()), clean(remembered::<F>(&self.kernel)));
         assert_eq!(*self.host.usage.borrow(), usage::<F>(&self.kernel));
         let host: Vec<_> = self.counts.iter().map(|((hook, reason), n)| (*hook, *reason, *n)).collect();
         assert_eq!(host, counters::<F>(&self.kernel));
@@ -389,6 +428,16 @@ impl Traffic {
         .build()
     }
 
+    /// The packet in pieces that may be too small for its header, mostly in their order.
+    fn pieces(&mut self, frame: &[u8]) -> Vec<Vec<u8>> {
+        let (id, size) = (self.random.u32(..3), self.pick(&[8, 24, 64, 600, 600]));
+        let mut pieces = fragments(frame, id, size);
+        if self.random.u8(..4) == 0 {
+            self.random.shuffle(&mut pieces);
+        }
+        pieces
+    }
+
     /// The answer to a packet, as its receiver would send it, or somebody on the way who cannot take it on.
     fn answer<F: TestFamily>(&mut self, frame: &[u8]) -> Option<Vec<u8>> {
         let seen = read(frame).ok()?;
@@ -421,6 +470,7 @@ where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
+    FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
     Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,
@@ -433,6 +483,10 @@ where
     for n in 0..packets {
         let frame = next.take().unwrap_or_else(|| traffic.packet::<F>());
         let place = traffic.pick(&PLACES);
+        if frame.len() > 200 && traffic.random.u8(..3) == 0 {
+            reasons.extend(pair.send_in_pieces(place, &traffic.pieces(&frame)));
+            continue;
+        }
         let (verdict, reason, out) = pair.send(place, &frame);
         reasons.insert(reason);
         if matches!(reason, Reason::Translated | Reason::Forwarded | Reason::Hairpinned) {
@@ -462,6 +516,8 @@ where
         Reason::StrayReset,
         Reason::TtlExceeded,
         Reason::PacketTooBig,
+        Reason::Fragment,
+        Reason::StrayFragment,
     ] {
         assert!(reasons.contains(&reason), "{reason:?} was never the case: this test tests nothing of it");
     }
@@ -521,6 +577,7 @@ where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
+    FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
     Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,

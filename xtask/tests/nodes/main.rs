@@ -3,6 +3,7 @@
 
 mod agent;
 mod edges;
+mod fragments;
 mod icmp;
 mod lab;
 mod matrix;
