@@ -464,6 +464,18 @@ impl Traffic {
     }
 }
 
+/// Where the answer is met to a packet that was translated at `place`.
+fn where_answers_come(place: (Place, Side, Hook), verdict: Verdict) -> (Place, Side, Hook) {
+    let answer = match place.0 {
+        _ if verdict != Verdict::Pass => place.0,
+        Place::Xdp | Place::NicIn => Place::NicOut,
+        Place::NicOut => Place::NicIn,
+        Place::PodIn => Place::PodOut,
+        Place::PodOut => Place::PodIn,
+    };
+    PLACES.into_iter().find(|place| place.0 == answer).expect("every place is in it")
+}
+
 /// Random conversations at every hook, which share their flows: what goes in at one place is answered at another.
 fn conversations<F: KernelFamily>(device: u32, seed: u64, packets: usize)
 where
@@ -481,8 +493,10 @@ where
     let mut reasons = std::collections::BTreeSet::new();
     let (mut next, mut errors) = (None, 0);
     for n in 0..packets {
-        let frame = next.take().unwrap_or_else(|| traffic.packet::<F>());
-        let place = traffic.pick(&PLACES);
+        // An answer mostly comes where it is expected.
+        let anywhere = traffic.pick(&PLACES);
+        let (frame, expected) = next.take().unwrap_or_else(|| (traffic.packet::<F>(), anywhere));
+        let place = traffic.pick(&[expected, expected, anywhere]);
         if frame.len() > 200 && traffic.random.u8(..3) == 0 {
             reasons.extend(pair.send_in_pieces(place, &traffic.pieces(&frame)));
             continue;
@@ -494,7 +508,7 @@ where
             let seen = read(&out).unwrap_or_else(|e| panic!("seed {seed}, packet {n}: {e}: {out:02x?}"));
             errors += usize::from(matches!(seen, lb_common::testing::Seen::Icmp { .. }));
             if traffic.random.u8(..3) > 0 {
-                next = traffic.answer::<F>(&out);
+                next = traffic.answer::<F>(&out).map(|frame| (frame, where_answers_come(place, verdict)));
             }
         }
         if n % 2000 == 1999 {
@@ -502,7 +516,7 @@ where
         }
     }
     pair.settle();
-    assert!(errors > packets / 100, "only {errors} ICMP errors were translated");
+    assert!(errors > packets / 1000, "only {errors} ICMP errors were translated");
     for reason in [
         Reason::NotOurs,
         Reason::Translated,
