@@ -323,7 +323,7 @@ pub mod flow_flags {
     pub const FIN: u8 = 1 << 1;
     /// A FIN was seen in the other direction.
     pub const PEER_FIN: u8 = 1 << 2;
-    /// A RST was seen in either direction.
+    /// A RST was seen in either direction, or what ends an SCTP association: ABORT, SHUTDOWN COMPLETE.
     pub const RST: u8 = 1 << 3;
 }
 

@@ -5,7 +5,7 @@
 //! only new ports change it; and no part of it can be taken out and put back by addition. But a CRC is linear: bits
 //! are coefficients of a polynomial over GF(2), the message is multiplied and divided by the generator
 //! x^32 + x^28 + x^27 + x^26 + x^25 + x^23 + x^22 + x^20 + x^19 + x^18 + x^14 + x^13 + x^11 + x^10 + x^9 + x^8 + x^6 + 1
-//! ([`GENERATOR`]), and the remainder is the CRC. So
+//! (`GENERATOR`), and the remainder is the CRC. So
 //!
 //! ```text
 //! crc(old xor change) = crc(old) xor remainder(change)

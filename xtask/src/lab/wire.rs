@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub enum Protocol {
     Tcp,
     Udp,
-    /// Without sockets ([`sctp`](super::sctp)): single calls only.
+    /// Without sockets: single calls only.
     Sctp,
 }
 
