@@ -1,6 +1,6 @@
 //! What is wrong with one object: said once, of that object, while everything else goes on.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -42,6 +42,9 @@ pub enum Finding {
     /// An older Service has this frontend.
     #[error("{key} belongs to Service {owner}; it is left out here")]
     Taken { key: FrontendKey, owner: ServiceName },
+    /// Nobody can be answered on its `healthCheckNodePort`.
+    #[error("healthCheckNodePort: cannot listen on {at} ({reason}); load balancers get no answer there")]
+    HealthPort { at: SocketAddr, reason: String },
     /// No room in the maps.
     #[error(
         "does not fit: {need} more {what} needed, {free} of {limit} free ({flag} sets the limit); \

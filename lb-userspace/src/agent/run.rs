@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -60,6 +61,7 @@ pub async fn run(config: Config) -> Result<()> {
         }
     };
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, "fairlead starts");
+    raise_file_limit();
     // What can be refused without touching the node comes first.
     let source = Source::start(&config).await?;
     let health = Health::new(source.needs_node);
@@ -92,6 +94,15 @@ pub async fn run(config: Config) -> Result<()> {
     // The follower of devices ends first, so that nothing is attached behind our back.
     drop(edges);
     outcome
+}
+
+/// Every healthCheckNodePort takes file descriptors.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// Puts the programs on the node's hooks.
@@ -194,7 +205,9 @@ async fn follow(
             () = sleep => {}
         }
         if addresses && let Some(view) = view.borrow_and_update().as_deref() {
-            agent.set_addresses(nodeports::flags(&view.addresses, &config.nodeport_addresses, agent.node()));
+            let flags = nodeports::flags(&view.addresses, &config.nodeport_addresses, agent.node());
+            agent.listen_on(config.nodeport_addresses.servers(&flags));
+            agent.set_addresses(flags);
         }
         agent.settle(Instant::now());
         if first && agent.unlisted().is_empty() {

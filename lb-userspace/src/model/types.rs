@@ -33,6 +33,8 @@ pub struct Service {
     pub affinity: Option<u32>,
     pub internal_policy: Policy,
     pub external_policy: Policy,
+    /// `spec.healthCheckNodePort`, where it means something: type LoadBalancer with the external policy Local.
+    pub health_port: Option<u16>,
     /// The annotation [`Service::ALGORITHM`].
     pub algorithm: Option<Algorithm>,
     /// What could not be understood in the object.
@@ -62,6 +64,7 @@ impl Service {
             affinity: None,
             internal_policy: Policy::Cluster,
             external_policy: Policy::Cluster,
+            health_port: None,
             algorithm: None,
             findings: vec![],
         }

@@ -105,6 +105,9 @@ pub fn service(object: core::Service) -> Service {
     service.load_balancer_ips = findings.addresses("status.loadBalancer.ingress.ip", vips);
     let ranges = spec.load_balancer_source_ranges.unwrap_or_default();
     service.source_ranges = findings.source_ranges("spec.loadBalancerSourceRanges", ranges);
+    let asked = service.kind == ServiceType::LoadBalancer && service.external_policy == Policy::Local;
+    let health_port = spec.health_check_node_port.filter(|number| asked && *number != 0);
+    service.health_port = health_port.and_then(|number| findings.port("spec.healthCheckNodePort", number));
     for (i, port) in spec.ports.unwrap_or_default().into_iter().enumerate() {
         service.ports.extend(service_port(i, port, &mut findings));
     }
@@ -442,6 +445,7 @@ mod tests {
                 "ipFamilies": ["IPv4", "IPv6"],
                 "externalIPs": ["192.168.99.11"],
                 "internalTrafficPolicy": "Local", "externalTrafficPolicy": "Local",
+                "healthCheckNodePort": 32000,
                 "ports": [
                     { "name": "http", "port": 80, "nodePort": 30080, "targetPort": "web" },
                     { "name": "dns", "port": 53, "protocol": "UDP" },
@@ -459,6 +463,7 @@ mod tests {
             load_balancer_ips: vec!["1.2.3.4".parse().unwrap()],
             internal_policy: Policy::Local,
             external_policy: Policy::Local,
+            health_port: Some(32_000),
             ports: vec![
                 ServicePort {
                     name: "http".into(),
@@ -471,6 +476,22 @@ mod tests {
             ..Service::named(ServiceName { namespace: "ns".into(), name: "svc".into() })
         };
         assert_eq!(service(serde_json::from_value(object).unwrap()), expected);
+    }
+
+    #[test]
+    fn a_health_port_is_for_load_balancers_with_policy_local() {
+        let health_port = |kind: &str, policy: &str, port: i32| {
+            let service = a_service(&json!({
+                "type": kind, "clusterIP": "172.30.0.41", "externalTrafficPolicy": policy, "healthCheckNodePort": port,
+            }));
+            (service.health_port, texts_of(&service))
+        };
+        assert_eq!(health_port("LoadBalancer", "Local", 32_000), (Some(32_000), vec![]));
+        assert_eq!(health_port("LoadBalancer", "Local", 0), (None, vec![]));
+        assert_eq!(health_port("LoadBalancer", "Cluster", 32_000), (None, vec![]));
+        assert_eq!(health_port("NodePort", "Local", 32_000), (None, vec![]));
+        let text = "spec.healthCheckNodePort: 65536 is no port number; it is left out".to_owned();
+        assert_eq!(health_port("LoadBalancer", "Local", 65_536), (None, vec![text]));
     }
 
     /// Rule 63.

@@ -3,6 +3,7 @@
 
 mod agent;
 mod edges;
+mod health;
 mod lab;
 mod matrix;
 mod world;
