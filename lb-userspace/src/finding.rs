@@ -66,6 +66,14 @@ pub enum Finding {
 }
 
 impl Finding {
+    /// What it is, in one word.
+    pub fn kind(&self) -> String {
+        let mut text = format!("{self:?}");
+        let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
+        text.truncate(end);
+        text
+    }
+
     /// It depends on other Services and the room in the maps, not on the object alone.
     pub fn is_of_maps(&self) -> bool {
         matches!(
@@ -77,5 +85,17 @@ impl Finding {
                 | Self::NetworkDoesNotFit { .. }
                 | Self::ListInsteadOfTable
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_finding_has_a_kind() {
+        assert_eq!(Finding::NoClusterIp.kind(), "NoClusterIp");
+        let finding = Finding::BadAddress { field: "spec.clusterIPs".into(), value: "x".into() };
+        assert_eq!(finding.kind(), "BadAddress");
     }
 }

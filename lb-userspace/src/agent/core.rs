@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use crate::compile::{Facts, compile};
 use crate::datapath::{ApplyError, MapError, Maps};
 use crate::entries::{Op, ServiceName};
+use crate::events::Events;
 use crate::finding::Finding;
 use crate::health::{Health, HealthPorts};
 use crate::metrics::{Metrics, News, Size};
@@ -55,6 +56,7 @@ pub struct Agent<M> {
     health: Health,
     ports: HealthPorts,
     metrics: Metrics,
+    events: Option<Events>,
     unlisted: Unlisted,
     /// Flags of the node's own addresses; `None`: not known yet.
     addresses: Option<BTreeMap<IpAddr, u32>>,
@@ -93,6 +95,7 @@ impl<M: Maps> Agent<M> {
             metrics: Metrics::new(&health),
             ports: HealthPorts::new(health.clone()),
             health,
+            events: None,
             unlisted: Unlisted::default(),
             addresses: None,
             addresses_changed: false,
@@ -113,6 +116,11 @@ impl<M: Maps> Agent<M> {
     pub fn observe(&mut self, metrics: Metrics) {
         metrics.note_found(self.reconciler.unclaimed_ids());
         self.metrics = metrics;
+    }
+
+    /// Tells the API server, too, what is wrong with Services.
+    pub fn report(&mut self, events: Events) {
+        self.events = Some(events);
     }
 
     /// Takes an event. `true`: the Node object changed.
@@ -411,6 +419,9 @@ impl<M: Maps> Agent<M> {
         let news: Vec<&Finding> = findings.difference(&known).collect();
         for finding in news.iter().take(TOLD) {
             tracing::warn!(service = %name, "{finding}");
+            if let Some(events) = &mut self.events {
+                events.tell(name, self.model.service(name).map_or("", |service| &service.uid), finding);
+            }
         }
         if news.len() > TOLD {
             tracing::warn!(service = %name, "and {} more like these", news.len() - TOLD);

@@ -14,6 +14,8 @@ use crate::finding::Finding;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
     pub name: ServiceName,
+    /// `metadata.uid`; may be empty.
+    pub uid: Box<str>,
     /// `metadata.creationTimestamp`, seconds since 1970; of two Services that claim one frontend the older
     /// has it.
     pub created: i64,
@@ -52,6 +54,7 @@ impl Service {
     pub fn named(name: ServiceName) -> Self {
         Self {
             name,
+            uid: Box::default(),
             created: 0,
             kind: ServiceType::ClusterIP,
             ignored: None,

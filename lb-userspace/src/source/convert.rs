@@ -38,6 +38,7 @@ const DEFAULT_NAMESPACE: &str = "default";
 pub fn service(object: core::Service) -> Service {
     let mut service = Service::named(service_name(&object.metadata));
     let mut findings = Findings { prefix: String::new(), found: vec![] };
+    service.uid = object.metadata.uid.unwrap_or_default().into();
     service.created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
     let annotations = object.metadata.annotations.unwrap_or_default();
     let labels = object.metadata.labels.unwrap_or_default();
@@ -436,7 +437,7 @@ mod tests {
     fn everything_that_matters_is_taken_over() {
         let object = json!({
             "metadata": {
-                "name": "svc", "namespace": "ns", "creationTimestamp": "1970-01-01T00:01:00Z",
+                "name": "svc", "namespace": "ns", "creationTimestamp": "1970-01-01T00:01:00Z", "uid": "u-1",
                 "annotations": { Service::ALGORITHM: "random" },
             },
             "spec": {
@@ -454,6 +455,7 @@ mod tests {
             "status": { "loadBalancer": { "ingress": [{ "ip": "1.2.3.4" }, { "hostname": "example.org" }] } },
         });
         let expected = Service {
+            uid: "u-1".into(),
             created: 60,
             kind: ServiceType::LoadBalancer,
             algorithm: Some(Algorithm::Random),

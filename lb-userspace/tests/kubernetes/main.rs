@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod double;
+mod events;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
