@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::str::FromStr;
 
 use ipnet::IpNet;
 use lb_common::abi::address_flags;
@@ -10,6 +9,7 @@ use lb_common::abi::address_flags;
 use crate::edges::LocalAddress;
 use crate::entries::Family;
 use crate::model::Node;
+use crate::source::convert::parse_network;
 
 /// `--nodeport-addresses`.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -35,7 +35,7 @@ impl NodePortAddresses {
             [] => Ok(Self::All),
             [primary] if primary == "primary" => Ok(Self::Primary),
             networks => {
-                let parse = |text: &String| IpNet::from_str(text).map_err(|_| BadNetwork(text.clone()));
+                let parse = |text: &String| parse_network(text).ok_or_else(|| BadNetwork(text.clone()));
                 networks.iter().map(parse).collect::<Result<_, _>>().map(Self::In)
             }
         }
@@ -145,6 +145,7 @@ mod tests {
             ("fd00::2", NODE | NODE_PORT),
         ]);
         assert_eq!(show(&["192.0.2.0/24", "fd00::/8"], None), expected);
+        assert_eq!(show(&["192.000.002.000/024", "fd00::/8"], None), expected);
     }
 
     #[test]
