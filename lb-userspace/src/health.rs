@@ -309,11 +309,19 @@ mod tests {
         let (_, body) = ask(addr, "/healthz").await;
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!(body["nodeEligible"], true);
-        assert!(body["lastUpdated"].is_string() && body["currentTime"].is_string());
+        assert!(body["lastUpdated"].is_string() && body["lastUpdated"] == body["currentTime"]);
         // The node is being deleted, or drained by the autoscaler.
         health.note_node(Some(true));
         assert_eq!(all().await, [503, 200, 200]);
         assert_eq!(ask(addr, "/metrics").await.0, 404);
+        // It was well before, not now.
+        let (_, body) = ask(addr, "/healthz").await;
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(body["nodeEligible"], false);
+        assert!(body["lastUpdated"].as_str().unwrap() < body["currentTime"].as_str().unwrap());
+        health.note_node(Some(false));
+        health.note_waiting(Instant::now().checked_sub(TIMEOUT).unwrap());
+        assert_eq!(all().await, [503, 503, 503]);
         let alone = Health::new(false);
         alone.note_synced();
         let addr = serve("127.0.0.1:0".parse().unwrap(), alone).await.unwrap();
