@@ -220,6 +220,17 @@ pub struct Compiled {
     /// Endpoints that no frontend chooses now: not ready, terminating, elsewhere. Flows they have from
     /// earlier outlive the choice.
     pub kept: BTreeMap<Backend, Keep>,
+    /// Load balancers ask for it.
+    pub health: Option<HealthCheck>,
+}
+
+/// What load balancers ask a node, to find out whether to send anything there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HealthCheck {
+    /// `healthCheckNodePort`.
+    pub port: u16,
+    /// Ready endpoints on this node.
+    pub endpoints: usize,
 }
 
 /// One write to the maps. `reconcile` orders them so that no packet meets a dangling reference.

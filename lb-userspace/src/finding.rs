@@ -1,6 +1,6 @@
 //! What is wrong with one object: said once, of that object, while everything else goes on.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -42,6 +42,9 @@ pub enum Finding {
     /// An older Service has this frontend.
     #[error("{key} belongs to Service {owner}; it is left out here")]
     Taken { key: FrontendKey, owner: ServiceName },
+    /// Nobody can be answered on its `healthCheckNodePort`.
+    #[error("healthCheckNodePort: cannot listen on {at} ({reason}); load balancers get no answer there")]
+    HealthPort { at: SocketAddr, reason: String },
     /// No room in the maps.
     #[error(
         "does not fit: {need} more {what} needed, {free} of {limit} free ({flag} sets the limit); \
@@ -63,6 +66,14 @@ pub enum Finding {
 }
 
 impl Finding {
+    /// What it is, in one word.
+    pub fn kind(&self) -> String {
+        let mut text = format!("{self:?}");
+        let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
+        text.truncate(end);
+        text
+    }
+
     /// It depends on other Services and the room in the maps, not on the object alone.
     pub fn is_of_maps(&self) -> bool {
         matches!(
@@ -74,5 +85,17 @@ impl Finding {
                 | Self::NetworkDoesNotFit { .. }
                 | Self::ListInsteadOfTable
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_finding_has_a_kind() {
+        assert_eq!(Finding::NoClusterIp.kind(), "NoClusterIp");
+        let finding = Finding::BadAddress { field: "spec.clusterIPs".into(), value: "x".into() };
+        assert_eq!(finding.kind(), "BadAddress");
     }
 }

@@ -7,6 +7,7 @@ pub mod compile;
 pub mod datapath;
 pub mod edges;
 pub mod entries;
+pub mod events;
 pub mod finding;
 pub mod health;
 pub mod inspect;

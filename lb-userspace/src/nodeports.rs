@@ -1,8 +1,7 @@
 //! `--nodeport-addresses`: on which of the node's addresses NodePorts answer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::str::FromStr;
 
 use ipnet::IpNet;
 use lb_common::abi::address_flags;
@@ -10,6 +9,7 @@ use lb_common::abi::address_flags;
 use crate::edges::LocalAddress;
 use crate::entries::Family;
 use crate::model::Node;
+use crate::source::convert::parse_network;
 
 /// `--nodeport-addresses`.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -35,10 +35,26 @@ impl NodePortAddresses {
             [] => Ok(Self::All),
             [primary] if primary == "primary" => Ok(Self::Primary),
             networks => {
-                let parse = |text: &String| IpNet::from_str(text).map_err(|_| BadNetwork(text.clone()));
+                let parse = |text: &String| parse_network(text).ok_or_else(|| BadNetwork(text.clone()));
                 networks.iter().map(parse).collect::<Result<_, _>>().map(Self::In)
             }
         }
+    }
+
+    /// Where a server has to listen that answers on the same addresses.
+    pub fn servers(&self, flags: &BTreeMap<IpAddr, u32>) -> BTreeSet<IpAddr> {
+        let flagged = flags.iter().filter(|(_, flags)| **flags & address_flags::NODE_PORT != 0);
+        let listed = flagged.map(|(addr, _)| *addr);
+        let all = |family| match self {
+            Self::All => true,
+            Self::Primary => false,
+            Self::In(nets) => {
+                nets.iter().any(|net| net.prefix_len() == 0 && Family::of(net.addr()) == family)
+            }
+        };
+        let families = [Family::V4, Family::V6].into_iter().filter(|family| all(*family));
+        let any: BTreeSet<IpAddr> = families.map(Family::unspecified).collect();
+        listed.filter(|addr| !all(Family::of(*addr))).chain(any.iter().copied()).collect()
     }
 
     fn allow(&self, addr: IpAddr, node: Option<&Node>) -> bool {
@@ -129,6 +145,7 @@ mod tests {
             ("fd00::2", NODE | NODE_PORT),
         ]);
         assert_eq!(show(&["192.0.2.0/24", "fd00::/8"], None), expected);
+        assert_eq!(show(&["192.000.002.000/024", "fd00::/8"], None), expected);
     }
 
     #[test]
@@ -145,6 +162,24 @@ mod tests {
         ]);
         assert_eq!(show(&["primary"], Some(&node)), expected);
         assert!(show(&["primary"], None).iter().all(|(_, flags)| flags & NODE_PORT == 0));
+    }
+
+    /// Rule 101.
+    #[test]
+    fn servers_listen_where_node_ports_answer() {
+        let servers = |values: &[&str]| {
+            let addresses =
+                [local("192.0.2.2", false), local("198.51.100.2", false), local("fd00::2", false)];
+            let values: Vec<String> = values.iter().map(|value| (*value).into()).collect();
+            let allowed = NodePortAddresses::parse(&values).unwrap();
+            let servers = allowed.servers(&flags(&addresses, &allowed, None));
+            servers.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(servers(&[]), ["0.0.0.0", "::"]);
+        assert_eq!(servers(&["0.0.0.0/0", "::/0"]), ["0.0.0.0", "::"]);
+        assert_eq!(servers(&["192.0.2.0/24", "fd00::/8"]), ["192.0.2.2", "fd00::2"]);
+        assert_eq!(servers(&["192.0.2.0/24", "127.0.0.0/8", "::/0"]), ["127.0.0.1", "192.0.2.2", "::"]);
+        assert_eq!(servers(&["primary"]), [""; 0]);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::datapath::{self, DEFAULT_BPFFS, Sizes, TcMode};
 use crate::edges::{self, Rules};
 use crate::entries;
 use crate::nodeports::{BadNetwork, NodePortAddresses};
+use crate::source::convert::parse_network;
 use crate::source::kubernetes;
 
 /// Default port of `--healthz-bind-address`, as kube-proxy's.
@@ -333,8 +334,7 @@ impl Settings {
 /// Values of `--cluster-cidr`; empty ones as kube-proxy's configurations have them.
 fn networks(values: Vec<String>) -> Result<Vec<IpNet>, Error> {
     let values = values.into_iter().filter(|text| !text.trim().is_empty());
-    let parse = |text: String| text.trim().parse().map_err(|_| Error::ClusterCidr(text));
-    values.map(|text| parse(text).map(|net: IpNet| net.trunc())).collect()
+    values.map(|text| parse_network(&text).ok_or(Error::ClusterCidr(text))).collect()
 }
 
 /// As the kubelet names its Node.

@@ -9,8 +9,9 @@ use ipnet::IpNet;
 use crate::compile::{Facts, compile};
 use crate::datapath::{ApplyError, MapError, Maps};
 use crate::entries::{Op, ServiceName};
+use crate::events::Events;
 use crate::finding::Finding;
-use crate::health::Health;
+use crate::health::{Health, HealthPorts};
 use crate::metrics::{Metrics, News, Size};
 use crate::model::{Model, Node};
 use crate::reconcile::{Batch, Desired, Reconciler};
@@ -53,7 +54,9 @@ pub struct Agent<M> {
     maps: M,
     reconciler: Reconciler,
     health: Health,
+    ports: HealthPorts,
     metrics: Metrics,
+    events: Option<Events>,
     unlisted: Unlisted,
     /// Flags of the node's own addresses; `None`: not known yet.
     addresses: Option<BTreeMap<IpAddr, u32>>,
@@ -90,7 +93,9 @@ impl<M: Maps> Agent<M> {
             maps,
             reconciler,
             metrics: Metrics::new(&health),
+            ports: HealthPorts::new(health.clone()),
             health,
+            events: None,
             unlisted: Unlisted::default(),
             addresses: None,
             addresses_changed: false,
@@ -111,6 +116,11 @@ impl<M: Maps> Agent<M> {
     pub fn observe(&mut self, metrics: Metrics) {
         metrics.note_found(self.reconciler.unclaimed_ids());
         self.metrics = metrics;
+    }
+
+    /// Tells the API server, too, what is wrong with Services.
+    pub fn report(&mut self, events: Events) {
+        self.events = Some(events);
     }
 
     /// Takes an event. `true`: the Node object changed.
@@ -151,6 +161,11 @@ impl<M: Maps> Agent<M> {
             self.addresses = Some(flags);
             self.addresses_changed = true;
         }
+    }
+
+    /// Answers load balancers on these addresses.
+    pub fn listen_on(&mut self, addresses: BTreeSet<IpAddr>) {
+        self.ports.listen_on(addresses);
     }
 
     /// Pods have their addresses in these networks, on other nodes too.
@@ -217,6 +232,7 @@ impl<M: Maps> Agent<M> {
         [
             self.doubtful,
             self.reconciler.next_expiry(),
+            self.ports.next_retry(),
             self.refused.values().map(|refused| refused.again).min(),
         ]
         .into_iter()
@@ -247,6 +263,10 @@ impl<M: Maps> Agent<M> {
         while let Some(name) = self.pending.pop_first() {
             self.settle_service(&name, now)?;
         }
+        for name in self.ports.settle(now) {
+            let told = self.said.get(&name).into_iter().flatten().cloned().collect();
+            self.say(&name, told);
+        }
         self.loaded = true;
         // What is stale may be of a Service that was refused.
         if self.unfinished && self.refused.is_empty() {
@@ -271,11 +291,13 @@ impl<M: Maps> Agent<M> {
             let said = self.said.remove(name).map_or(0, |findings| findings.len());
             self.metrics.work().note_findings(said, 0);
             self.metrics.forget_service(name);
+            self.ports.want(name, None);
             let batch = self.reconciler.remove_service(name, now);
             return self.carry_out(batch, Some(name), now);
         };
         if desired.compiled.frontends.is_empty() {
             self.metrics.forget_service(name);
+            self.ports.want(name, None);
             let batch = self.reconciler.remove_service(name, now);
             self.carry_out(batch, Some(name), now)?;
             self.refused.remove(name);
@@ -283,6 +305,7 @@ impl<M: Maps> Agent<M> {
             return Ok(());
         }
         self.metrics.note_policies(name, &desired.compiled);
+        let health = desired.compiled.health;
         let mut batch = self.reconciler.set_service(name, desired, now);
         // Before the maps have it, so that nothing is counted for whoever had its number before.
         if let Some(id) = self.reconciler.service_id(name) {
@@ -291,6 +314,7 @@ impl<M: Maps> Agent<M> {
         findings.extend(batch.findings.remove(name).unwrap_or_default());
         self.carry_out(batch, Some(name), now)?;
         self.refused.remove(name);
+        self.ports.want(name, health);
         self.say(name, findings);
         self.metrics.work().note_programmed(name);
         Ok(())
@@ -389,11 +413,15 @@ impl<M: Maps> Agent<M> {
 
     /// Says what is wrong with a Service, as far as it is news.
     fn say(&mut self, name: &ServiceName, findings: Vec<Finding>) {
-        let findings: BTreeSet<Finding> = findings.into_iter().collect();
+        let of_object = findings.into_iter().filter(|finding| !matches!(finding, Finding::HealthPort { .. }));
+        let findings: BTreeSet<Finding> = of_object.chain(self.ports.finding(name).cloned()).collect();
         let known = self.said.remove(name).unwrap_or_default();
         let news: Vec<&Finding> = findings.difference(&known).collect();
         for finding in news.iter().take(TOLD) {
             tracing::warn!(service = %name, "{finding}");
+            if let Some(events) = &mut self.events {
+                events.tell(name, self.model.service(name).map_or("", |service| &service.uid), finding);
+            }
         }
         if news.len() > TOLD {
             tracing::warn!(service = %name, "and {} more like these", news.len() - TOLD);

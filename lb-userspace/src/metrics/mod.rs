@@ -29,6 +29,7 @@ pub use self::kernel::{Counts, KernelCounts};
 pub use self::work::{News, Size, Work};
 use crate::datapath::Features;
 use crate::entries::{Compiled, ServiceName};
+use crate::events::Outcomes;
 use crate::health::{self, Health};
 use accounts::Accounts;
 use collect::Collection;
@@ -52,6 +53,7 @@ struct Inner {
     work: Work,
     shared: Arc<Shared>,
     features: Family<Label, Gauge>,
+    events: Outcomes,
     /// One answer is made at a time.
     turn: tokio::sync::Mutex<()>,
 }
@@ -105,9 +107,15 @@ impl Metrics {
             "Reads of counting maps that failed while metrics were collected",
             shared.errors.clone(),
         );
+        let events = Outcomes::default();
+        registry.register(
+            "fairlead_events",
+            "Events about Services, by what became of them",
+            events.family().clone(),
+        );
         process::register(&mut registry);
         let turn = tokio::sync::Mutex::default();
-        Self(Arc::new(Inner { registry, work, shared, features, turn }))
+        Self(Arc::new(Inner { registry, work, shared, features, events, turn }))
     }
 
     /// There is a datapath, with these maps.
@@ -117,6 +125,11 @@ impl Metrics {
         }
         // There is one datapath in the life of an agent.
         let _ = self.0.shared.counts.set(counts);
+    }
+
+    /// What became of Events.
+    pub fn events(&self) -> &Outcomes {
+        &self.0.events
     }
 
     /// How the agent keeps up.

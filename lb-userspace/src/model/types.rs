@@ -14,6 +14,8 @@ use crate::finding::Finding;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
     pub name: ServiceName,
+    /// `metadata.uid`; may be empty.
+    pub uid: Box<str>,
     /// `metadata.creationTimestamp`, seconds since 1970; of two Services that claim one frontend the older
     /// has it.
     pub created: i64,
@@ -33,6 +35,8 @@ pub struct Service {
     pub affinity: Option<u32>,
     pub internal_policy: Policy,
     pub external_policy: Policy,
+    /// `spec.healthCheckNodePort`, where it means something: type LoadBalancer with the external policy Local.
+    pub health_port: Option<u16>,
     /// The annotation [`Service::ALGORITHM`].
     pub algorithm: Option<Algorithm>,
     /// What could not be understood in the object.
@@ -50,6 +54,7 @@ impl Service {
     pub fn named(name: ServiceName) -> Self {
         Self {
             name,
+            uid: Box::default(),
             created: 0,
             kind: ServiceType::ClusterIP,
             ignored: None,
@@ -62,6 +67,7 @@ impl Service {
             affinity: None,
             internal_policy: Policy::Cluster,
             external_policy: Policy::Cluster,
+            health_port: None,
             algorithm: None,
             findings: vec![],
         }

@@ -703,7 +703,7 @@ fn any_desired() -> impl Strategy<Value = Desired> {
                 of_family.insert(net);
             }
         }
-        Desired { created, compiled: Compiled { frontends, sources, kept } }
+        Desired { created, compiled: Compiled { frontends, sources, kept, health: None } }
     })
 }
 

@@ -31,6 +31,9 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Set by the cluster autoscaler before it drains a node.
 const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
+/// Bytes of somebody's text in a message.
+const QUOTED: usize = 100;
+
 /// Namespace of an object that names none.
 const DEFAULT_NAMESPACE: &str = "default";
 
@@ -38,6 +41,7 @@ const DEFAULT_NAMESPACE: &str = "default";
 pub fn service(object: core::Service) -> Service {
     let mut service = Service::named(service_name(&object.metadata));
     let mut findings = Findings { prefix: String::new(), found: vec![] };
+    service.uid = object.metadata.uid.unwrap_or_default().into();
     service.created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
     let annotations = object.metadata.annotations.unwrap_or_default();
     let labels = object.metadata.labels.unwrap_or_default();
@@ -105,6 +109,9 @@ pub fn service(object: core::Service) -> Service {
     service.load_balancer_ips = findings.addresses("status.loadBalancer.ingress.ip", vips);
     let ranges = spec.load_balancer_source_ranges.unwrap_or_default();
     service.source_ranges = findings.source_ranges("spec.loadBalancerSourceRanges", ranges);
+    let asked = service.kind == ServiceType::LoadBalancer && service.external_policy == Policy::Local;
+    let health_port = spec.health_check_node_port.filter(|number| asked && *number != 0);
+    service.health_port = health_port.and_then(|number| findings.port("spec.healthCheckNodePort", number));
     for (i, port) in spec.ports.unwrap_or_default().into_iter().enumerate() {
         service.ports.extend(service_port(i, port, &mut findings));
     }
@@ -142,10 +149,11 @@ pub fn slice(object: discovery::EndpointSlice) -> EndpointSlice {
         findings: vec![],
     };
     let family = match object.address_type.as_str() {
-        "IPv4" => Family::V4,
-        "IPv6" => Family::V6,
-        // FQDN, which no proxy serves.
-        _ => return slice,
+        "IPv4" => Some(Family::V4),
+        "IPv6" => Some(Family::V6),
+        // Domain names, which no proxy serves; of what nobody knows the Service should hear.
+        other if other.is_empty() || other == "FQDN" => return slice,
+        _ => None,
     };
     if labels.contains_key(PROXY_NAME_LABEL) || labels.contains_key(HEADLESS_LABEL) {
         return slice;
@@ -156,6 +164,11 @@ pub fn slice(object: discovery::EndpointSlice) -> EndpointSlice {
 
     let prefix = format!("EndpointSlice {} ", slice.name.name);
     let mut findings = Findings { prefix, found: vec![] };
+    let Some(family) = family else {
+        findings.one_of("addressType", Some(&object.address_type), &[("FQDN", ())]);
+        slice.findings = findings.found;
+        return slice;
+    };
     for (i, port) in object.ports.unwrap_or_default().into_iter().enumerate() {
         // No number means "all ports" for consumers that can do that; a Service cannot ask for it.
         let Some(number) = port.port else { continue };
@@ -276,7 +289,7 @@ fn parse_ip(text: &str) -> Option<IpAddr> {
 }
 
 /// As Kubernetes reads networks: white space around them does not matter, nor do bits behind the prefix.
-fn parse_network(text: &str) -> Option<IpNet> {
+pub fn parse_network(text: &str) -> Option<IpNet> {
     let (addr, prefix) = text.trim().split_once('/')?;
     let mapped = addr.contains(':');
     let addr = parse_ip(addr)?;
@@ -284,6 +297,15 @@ fn parse_network(text: &str) -> Option<IpNet> {
     let prefix: u8 = if digits { prefix.parse().ok()? } else { return None };
     let prefix = if mapped && addr.is_ipv4() { prefix.checked_sub(96)? } else { prefix };
     Some(IpNet::new(addr, prefix).ok()?.trunc())
+}
+
+/// What somebody wrote, as far as a message has room for it.
+fn shortened(mut text: String) -> String {
+    if text.len() > QUOTED {
+        text.truncate(text.floor_char_boundary(QUOTED));
+        text.push('…');
+    }
+    text
 }
 
 /// An address that no Service and no endpoint can have.
@@ -307,13 +329,13 @@ impl Findings {
 
     fn unusable(&mut self, field: &str, value: String) {
         let field = self.field(field);
-        self.found.push(Finding::UnusableAddress { field, value });
+        self.found.push(Finding::UnusableAddress { field, value: shortened(value) });
     }
 
     fn address(&mut self, field: &str, text: String) -> Option<IpAddr> {
         let Some(addr) = parse_ip(&text) else {
             let field = self.field(field);
-            self.found.push(Finding::BadAddress { field, value: text });
+            self.found.push(Finding::BadAddress { field, value: shortened(text) });
             return None;
         };
         if is_unusable(addr) {
@@ -337,7 +359,7 @@ impl Findings {
             } else {
                 ranges.entry(if text.contains(':') { Family::V6 } else { Family::V4 }).or_default();
                 let field = self.field(field);
-                self.found.push(Finding::BadNetwork { field, value: text });
+                self.found.push(Finding::BadNetwork { field, value: shortened(text) });
             }
         }
         ranges.retain(|_, nets| nets.iter().all(|net| net.prefix_len() > 0));
@@ -366,7 +388,7 @@ impl Findings {
     fn protocol(&mut self, port: String, name: Option<String>) -> Option<Protocol> {
         let converted = protocol(name.as_deref());
         if converted.is_none() {
-            let protocol = name.unwrap_or_default();
+            let protocol = shortened(name.unwrap_or_default());
             self.found.push(Finding::UnsupportedProtocol { port, protocol });
         }
         converted
@@ -386,7 +408,7 @@ impl Findings {
             return *known;
         }
         let field = self.field(field);
-        self.found.push(Finding::UnknownValue { field, value: value.to_owned(), taken: default });
+        self.found.push(Finding::UnknownValue { field, value: shortened(value.to_owned()), taken: default });
         fallback
     }
 }
@@ -434,7 +456,7 @@ mod tests {
     fn everything_that_matters_is_taken_over() {
         let object = json!({
             "metadata": {
-                "name": "svc", "namespace": "ns", "creationTimestamp": "1970-01-01T00:01:00Z",
+                "name": "svc", "namespace": "ns", "creationTimestamp": "1970-01-01T00:01:00Z", "uid": "u-1",
                 "annotations": { Service::ALGORITHM: "random" },
             },
             "spec": {
@@ -443,6 +465,7 @@ mod tests {
                 "ipFamilies": ["IPv4", "IPv6"],
                 "externalIPs": ["192.168.99.11"],
                 "internalTrafficPolicy": "Local", "externalTrafficPolicy": "Local",
+                "healthCheckNodePort": 32000,
                 "ports": [
                     { "name": "http", "port": 80, "nodePort": 30080, "targetPort": "web" },
                     { "name": "dns", "port": 53, "protocol": "UDP" },
@@ -451,6 +474,7 @@ mod tests {
             "status": { "loadBalancer": { "ingress": [{ "ip": "1.2.3.4" }, { "hostname": "example.org" }] } },
         });
         let expected = Service {
+            uid: "u-1".into(),
             created: 60,
             kind: ServiceType::LoadBalancer,
             algorithm: Some(Algorithm::Random),
@@ -460,6 +484,7 @@ mod tests {
             load_balancer_ips: vec!["1.2.3.4".parse().unwrap()],
             internal_policy: Policy::Local,
             external_policy: Policy::Local,
+            health_port: Some(32_000),
             ports: vec![
                 ServicePort {
                     name: "http".into(),
@@ -472,6 +497,22 @@ mod tests {
             ..Service::named(ServiceName { namespace: "ns".into(), name: "svc".into() })
         };
         assert_eq!(service(serde_json::from_value(object).unwrap()), expected);
+    }
+
+    #[test]
+    fn a_health_port_is_for_load_balancers_with_policy_local() {
+        let health_port = |kind: &str, policy: &str, port: i32| {
+            let service = a_service(&json!({
+                "type": kind, "clusterIP": "172.30.0.41", "externalTrafficPolicy": policy, "healthCheckNodePort": port,
+            }));
+            (service.health_port, texts_of(&service))
+        };
+        assert_eq!(health_port("LoadBalancer", "Local", 32_000), (Some(32_000), vec![]));
+        assert_eq!(health_port("LoadBalancer", "Local", 0), (None, vec![]));
+        assert_eq!(health_port("LoadBalancer", "Cluster", 32_000), (None, vec![]));
+        assert_eq!(health_port("NodePort", "Local", 32_000), (None, vec![]));
+        let text = "spec.healthCheckNodePort: 65536 is no port number; it is left out".to_owned();
+        assert_eq!(health_port("LoadBalancer", "Local", 65_536), (None, vec![text]));
     }
 
     /// Rule 63.
@@ -501,6 +542,21 @@ mod tests {
         assert_eq!(addrs, ["172.30.0.41", "192.168.99.11", "10.0.0.1"]);
         let slice = a_slice(&json!({ "endpoints": [{ "addresses": ["010.180.00.001"] }] }));
         assert_eq!(slice.endpoints[0].addr.to_string(), "10.180.0.1");
+        let object = json!({
+            "metadata": { "name": "svc" },
+            "spec": { "type": "LoadBalancer", "clusterIPs": ["172.30.0.041"] },
+            "status": { "loadBalancer": { "ingress": [{ "ip": "001.002.003.004" }] } },
+        });
+        let service = super::service(serde_json::from_value(object).unwrap());
+        assert_eq!(
+            (service.cluster_ips[0].to_string(), service.load_balancer_ips[0].to_string()),
+            ("172.30.0.41".into(), "1.2.3.4".into())
+        );
+        let addresses = json!([{ "type": "InternalIP", "address": "192.168.000.002" }]);
+        let object = json!({ "metadata": { "name": "n" }, "status": { "addresses": addresses } });
+        assert_eq!(node(serde_json::from_value(object).unwrap()).addresses[0].to_string(), "192.168.0.2");
+        let object = json!({ "metadata": { "name": "k" }, "spec": { "cidrs": ["010.096.0.0/012"] } });
+        assert_eq!(service_cidr(serde_json::from_value(object).unwrap()).nets[0].to_string(), "10.96.0.0/12");
     }
 
     /// Rules 23 to 25, and 64.
@@ -643,8 +699,37 @@ mod tests {
             let slice = a_slice(&json!({ "metadata": { "name": "s", "labels": labels } }));
             assert_eq!(slice.service, None);
         }
-        for address_type in ["FQDN", "", "IPv9"] {
+        for address_type in ["FQDN", ""] {
             assert_eq!(a_slice(&json!({ "addressType": address_type })).service, None);
+        }
+    }
+
+    #[test]
+    fn a_slice_of_unknown_addresses_is_named_and_has_none() {
+        let slice = a_slice(&json!({ "addressType": "IPv9", "endpoints": [{ "addresses": ["10.0.0.1"] }] }));
+        assert_eq!((slice.service.unwrap().to_string(), slice.endpoints), ("ns/svc".into(), vec![]));
+        let text = "EndpointSlice svc-1 addressType: unknown value \"IPv9\"; taken as FQDN";
+        assert_eq!(texts(&slice.findings), [text]);
+    }
+
+    /// Rule 156.
+    #[test]
+    fn long_texts_are_shortened_where_they_are_quoted() {
+        let long = "ü".repeat(200);
+        let object = json!({
+            "metadata": { "name": "svc", "annotations": { Service::ALGORITHM: long, "note": long } },
+            "spec": {
+                "clusterIP": "172.30.0.41", "type": long, "externalIPs": [long], "loadBalancerSourceRanges": [long],
+                "ports": [{ "port": 80 }, { "port": 81, "protocol": long }],
+            },
+        });
+        let service = service(serde_json::from_value(object).unwrap());
+        assert_eq!((service.ports.len(), service.cluster_ips.len()), (1, 1));
+        let quoted = format!("{}…", "ü".repeat(50));
+        let texts = texts_of(&service);
+        assert_eq!(texts.len(), 5, "{texts:?}");
+        for text in texts {
+            assert!(text.contains(&quoted) && text.len() < 250, "{text}");
         }
     }
 

@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Query, Request, State};
-use axum::http::{StatusCode, Uri};
+use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Json, Response};
 use futures::StreamExt;
 use futures::channel::mpsc::{UnboundedSender, unbounded};
@@ -43,6 +43,9 @@ struct Store {
     watchers: Vec<(String, UnboundedSender<Result<Bytes, Infallible>>)>,
     requests: Vec<(String, HashMap<String, String>)>,
     mood: Option<Mood>,
+    /// Events that were created.
+    created: Vec<Value>,
+    refuses_events: bool,
     page: usize,
 }
 
@@ -97,6 +100,16 @@ impl Double {
         self.store().mood = Some(mood);
     }
 
+    /// Every Event that was created.
+    pub(crate) fn created(&self) -> Vec<Value> {
+        self.store().created.clone()
+    }
+
+    /// 403 to Events.
+    pub(crate) fn refuse_events(&self, refuse: bool) {
+        self.store().refuses_events = refuse;
+    }
+
     /// Every request so far: path and parameters.
     pub(crate) fn requests(&self) -> Vec<(String, HashMap<String, String>)> {
         self.store().requests.clone()
@@ -139,8 +152,11 @@ async fn answer(
     uri: Uri,
     request: Request,
 ) -> Response {
-    let mut store = double.store();
     let path = uri.path().to_owned();
+    if request.method() == Method::POST {
+        return create(&double, path, request).await;
+    }
+    let mut store = double.store();
     if path == CIDRS && !store.objects.contains_key(CIDRS) {
         return refuse(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource");
     }
@@ -170,6 +186,22 @@ async fn answer(
     }
     store.watchers.push((path, sender));
     Body::from_stream(receiver.map(|bytes: Result<Bytes, Infallible>| bytes)).into_response()
+}
+
+/// Events are the only objects that the agent creates.
+async fn create(double: &Double, path: String, request: Request) -> Response {
+    let body = to_bytes(request.into_body(), 64 * 1024).await.unwrap();
+    let mut store = double.store();
+    store.requests.push((format!("POST {path}"), HashMap::new()));
+    let event: Value = serde_json::from_slice(&body).unwrap();
+    let namespace = event["metadata"]["namespace"].as_str().unwrap();
+    assert_eq!(path, format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
+    if store.refuses_events {
+        let message = "events.events.k8s.io is forbidden: User \"system:node\" cannot create resource";
+        return refuse(StatusCode::FORBIDDEN, "Forbidden", message);
+    }
+    store.created.push(event.clone());
+    (StatusCode::CREATED, Json(event)).into_response()
 }
 
 fn list(store: &Store, path: &str, parameters: &HashMap<String, String>) -> Response {

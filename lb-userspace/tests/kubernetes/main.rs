@@ -1,7 +1,9 @@
 //! The Kubernetes source on the wire, against a double of the API server.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod bad;
 mod double;
+mod events;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};

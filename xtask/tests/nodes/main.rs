@@ -4,6 +4,7 @@
 mod agent;
 mod edges;
 mod fragments;
+mod health;
 mod icmp;
 mod lab;
 mod matrix;

@@ -262,3 +262,37 @@ fn a_service_that_is_refused_for_good_stops_no_other() {
     agent.settle(now);
     assert_eq!(agent.stats().read, read);
 }
+
+fn balanced(n: usize, port: u16) -> Event {
+    let Event::Changed(Change::Service(service)) = service(n) else { unreachable!() };
+    Event::Changed(Change::Service(Arc::new(Service { health_port: Some(port), ..(*service).clone() })))
+}
+
+/// Rule 98: who is asked follows the Service; a port that is in use is nobody else's trouble.
+#[tokio::test]
+async fn health_ports_follow_their_services() {
+    let mut world = World::full(2, 1);
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    let addr = IpAddr::from([127, high, low, 101]);
+    let taken = std::net::TcpListener::bind((addr, 30_001)).unwrap();
+    let listens = |port| std::net::TcpStream::connect((addr, port)).is_ok();
+    world.agent.listen_on(BTreeSet::from([addr]));
+    world.take(balanced(0, 30_001));
+    world.take(balanced(1, 30_002));
+    world.settle();
+    let found = |world: &World| world.agent.said.get(&name(0)).map_or(0, BTreeSet::len);
+    assert!(listens(30_002) && found(&world) == 1 && !world.agent.said.contains_key(&name(1)));
+    // Found again with every look at the Service, and there once.
+    world.take(slice(0, &["10.9.9.9"]));
+    world.settle();
+    assert_eq!(found(&world), 1);
+    drop(taken);
+    let wake = world.agent.next_wake().unwrap();
+    world.pass(wake - world.now + RETRY);
+    assert!(listens(30_001) && found(&world) == 0);
+    // Another policy; no Service.
+    world.take(service(0));
+    world.take(Event::Changed(Change::ServiceGone(name(1))));
+    world.settle();
+    assert!(!listens(30_001) && !listens(30_002));
+}
