@@ -27,7 +27,8 @@ pub struct Addr6 {
 /// Key of `SERVICES4/6`: what a client addresses.
 ///
 /// A NodePort has the unspecified address (`0.0.0.0` / `::`): it answers on every address that `ADDRESSES`
-/// marks with [`address_flags::NODE_PORT`].
+/// marks with [`address_flags::NODE_PORT`]. A host port for any address has it, too, and answers where
+/// [`address_flags::HOST_PORT`] says so.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct ServiceKey<A> {
@@ -57,7 +58,7 @@ pub struct Service {
     pub id: u32,
     /// [`service_flags`].
     pub flags: u16,
-    /// [`frontend_kind`], for people and metrics; the datapath does not look at it.
+    /// [`frontend_kind`]; the datapath tells NodePorts from host ports by it, no more.
     pub kind: u8,
     pub pad: u8,
     /// For pods and processes of the node.
@@ -234,6 +235,8 @@ pub mod address_flags {
     pub const SERVICE: u32 = 1 << 2;
     /// A loopback address: only sockets of this node can ask for it.
     pub const LOOPBACK: u32 = 1 << 3;
+    /// Host ports answer on this address.
+    pub const HOST_PORT: u32 = 1 << 4;
 }
 
 /// Value of `EDGES`, keyed by interface index: an external edge of this node.

@@ -7,14 +7,14 @@ use proptest::sample::subsequence;
 use super::*;
 use crate::datapath::Maps;
 use crate::datapath::fake::FakeMaps;
-use crate::entries::{BackendEntry, Frontend, Protocol, Target, WhenEmpty};
+use crate::entries::{BackendEntry, Frontend, Protocol, ServiceName, Target, WhenEmpty};
 
 const GRACE: Duration = Duration::from_secs(10);
 const ROOMY: Limits =
     Limits { services: 1000, backends: 1000, slots: 16_000, addresses: 1000, sources: 1000, members: 1000 };
 
-fn name(name: &str) -> ServiceName {
-    ServiceName { namespace: "ns".into(), name: name.into() }
+fn name(name: &str) -> Owner {
+    ServiceName { namespace: "ns".into(), name: name.into() }.into()
 }
 
 fn backend(addr: &str) -> Backend {
@@ -479,7 +479,11 @@ fn service_numbers_are_small_distinct_and_survive_a_restart() {
     world.set("a", desired(&[(VIP, &[])]));
     world.set("b", desired(&[("172.30.0.2:80", &[])]));
     let ids = |world: &World| {
-        world.reconciler.service_ids().map(|(id, n)| (n.name.to_string(), id)).collect::<Vec<_>>()
+        world
+            .reconciler
+            .service_ids()
+            .map(|(id, n)| (n.service().unwrap().name.to_string(), id))
+            .collect::<Vec<_>>()
     };
     assert_eq!(ids(&world), [("a".into(), 1), ("b".into(), 2)]);
     world.restart();

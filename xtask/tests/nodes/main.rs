@@ -3,6 +3,7 @@
 
 mod agent;
 mod edges;
+mod hostports;
 mod lab;
 mod matrix;
 mod world;
