@@ -186,6 +186,28 @@ pub struct Usage {
     pub refused: u64,
 }
 
+/// Value of `NAMES`, keyed by [`Service::id`]: whose frontends have this number. For people: the datapath does not look.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct OwnerName {
+    /// [`owner_kind`].
+    pub kind: u32,
+    /// UTF-8, the rest NUL.
+    pub namespace: [u8; NAME_LEN],
+    /// UTF-8, the rest NUL. The middle of a longer name is left out: it ends in what tells Pods of one owner apart.
+    pub name: [u8; NAME_LEN],
+}
+
+/// Bytes of a name in [`OwnerName`].
+pub const NAME_LEN: usize = 64;
+
+/// Values of [`OwnerName::kind`].
+pub mod owner_kind {
+    pub const SERVICE: u32 = 1;
+    /// A Pod with host ports.
+    pub const POD: u32 = 2;
+}
+
 /// Value of `BACKENDS4/6`, indexed by backend id.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -426,6 +448,7 @@ layout!(Affinity, size 16, align 8, backend 8, generation 12);
 layout!(MemberKey, size 8, align 4, backend 4);
 layout!(Network<Addr4>, size 12, align 4, mask 4, flags 8);
 layout!(Network<Addr6>, size 36, align 4, mask 16, flags 32);
+layout!(OwnerName, size 132, align 4, namespace 4, name 68);
 layout!(Usage, size 32, align 8, packets 8, bytes 16, refused 24);
 layout!(Backend<Addr4>, size 12, align 4, port 4, state 6, generation 8);
 layout!(Backend<Addr6>, size 24, align 4, port 16, state 18, generation 20);
@@ -443,7 +466,7 @@ layout!(Counter, size 16, align 8);
 mod pod {
     use super::{
         Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, MemberKey,
-        Network, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+        Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
     };
 
     macro_rules! pod {
@@ -454,6 +477,7 @@ mod pod {
     }
     pod!(Addr4, Addr6, ServiceKey<Addr4>, ServiceKey<Addr6>, Service, Backend<Addr4>, Backend<Addr6>);
     pod!(AddressInfo, Edge, FlowKey<Addr4>, FlowKey<Addr6>, Flow<Addr4>, Flow<Addr6>);
+    pod!(OwnerName);
     pod!(SocketKey, SocketPeer, Counter, Usage, Affinity, AffinityKey<Addr4>, AffinityKey<Addr6>, MemberKey);
     pod!(Source<Addr4>, Source<Addr6>, Network<Addr4>, Network<Addr6>);
 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use lb_common::abi::{NAME_LEN, OwnerName, owner_kind};
+
 use crate::entries::ServiceName;
 
 /// Whom a frontend belongs to. A Service comes before a Pod.
@@ -39,6 +41,47 @@ impl fmt::Display for Owner {
     }
 }
 
+impl From<&Owner> for OwnerName {
+    fn from(owner: &Owner) -> Self {
+        let (kind, namespace, name) = match owner {
+            Owner::Service(name) => (owner_kind::SERVICE, &name.namespace, &name.name),
+            Owner::Pod(name) => (owner_kind::POD, &name.namespace, &name.name),
+        };
+        Self { kind, namespace: field(namespace), name: field(name) }
+    }
+}
+
+/// Stands for the middle of a name that is too long.
+const GAP: &str = "..";
+/// Bytes of its end that stay: the generated parts of a Pod's name.
+const END: usize = 24;
+
+/// NUL-padded, with a NUL at the end.
+fn field(text: &str) -> [u8; NAME_LEN] {
+    const ROOM: usize = NAME_LEN - 1;
+
+    let mut field = [0; NAME_LEN];
+    let mut fill = |parts: &[&str]| {
+        let bytes = parts.iter().flat_map(|part| part.bytes());
+        for (to, from) in field.iter_mut().zip(bytes) {
+            *to = from;
+        }
+    };
+    if text.len() <= ROOM {
+        fill(&[text]);
+    } else {
+        let head = &text[..text.floor_char_boundary(ROOM - END - GAP.len())];
+        fill(&[head, GAP, &text[text.ceil_char_boundary(text.len() - END)..]]);
+    }
+    field
+}
+
+/// The text in a field of [`OwnerName`].
+pub fn text(field: &[u8; NAME_LEN]) -> String {
+    let len = field.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
+    String::from_utf8_lossy(&field[..len]).into_owned()
+}
+
 impl From<ServiceName> for Owner {
     fn from(name: ServiceName) -> Self {
         Self::Service(name)
@@ -61,5 +104,38 @@ pub struct PodName {
 impl fmt::Display for PodName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(name: &str) -> OwnerName {
+        OwnerName::from(&Owner::from(PodName { namespace: "ns".into(), name: name.into() }))
+    }
+
+    #[test]
+    fn a_name_in_the_map_reads_as_it_was() {
+        let service = ServiceName { namespace: "ns".into(), name: "x".repeat(63).into() };
+        let name = OwnerName::from(&Owner::from(service));
+        assert_eq!(name.kind, owner_kind::SERVICE);
+        assert_eq!((text(&name.namespace), text(&name.name)), ("ns".into(), "x".repeat(63)));
+        assert_eq!((&name.namespace[2..], name.name[63]), (&[0; 62][..], 0));
+        assert_eq!((pod("p").kind, text(&pod("p").name)), (owner_kind::POD, "p".into()));
+        assert_eq!(text(&pod("").name), "");
+    }
+
+    #[test]
+    fn long_names_keep_what_tells_them_apart() {
+        let name = |end: &str| text(&pod(&format!("{}-7d9c5b8f6d-{end}", "a".repeat(200))).name);
+        assert_eq!(name("x2v4p"), format!("{}..aaaaaaa-7d9c5b8f6d-x2v4p", "a".repeat(37)));
+        assert_ne!(name("x2v4p"), name("x2v4q"));
+        assert_eq!(name("x2v4p").len(), 63);
+        // No character is cut in two, whatever a manifest says.
+        for n in 20..40 {
+            let odd = format!("{}{}", "a".repeat(n), "ö".repeat(40));
+            assert!(text(&pod(&odd).name).chars().all(|c| "aö.".contains(c)), "{odd}");
+        }
     }
 }

@@ -69,6 +69,11 @@ impl Reconciler {
             }
         }
         self.release_ports(&mut service, &wanted, now);
+        if service.keys.is_empty() {
+            steps.retire.extend(self.names.remove(service.id));
+        } else {
+            steps.names.extend(self.names.set(service.id, name));
+        }
         self.services.insert(name.clone(), service);
         let touched = std::mem::take(&mut steps.touched);
         let findings = self.settle_addresses(touched, &mut steps.addresses);

@@ -17,6 +17,7 @@ mod claims;
 mod install;
 mod maglev;
 mod members;
+mod names;
 mod networks;
 mod ranges;
 mod sources;
@@ -35,6 +36,7 @@ use self::backends::{Backends, Settled};
 use self::claims::{Claimed, ServiceIds};
 use self::install::Removals;
 use self::members::Members;
+use self::names::Names;
 use self::ranges::Ranges;
 use self::sources::Sources;
 use crate::entries::{
@@ -82,6 +84,7 @@ pub struct Reconciler {
     /// Numbers of Service ports.
     ports: ServiceIds,
     members: Members,
+    names: Names,
     /// `NETWORKS4` and `NETWORKS6` as they are.
     networks: [Vec<(IpNet, u32)>; 2],
     sources: Sources,
@@ -181,6 +184,7 @@ struct Steps {
     backends: Vec<Op>,
     windows: Vec<Op>,
     sources: Vec<Op>,
+    names: Vec<Op>,
     frontends: Vec<Op>,
     addresses: Vec<Op>,
     retire: Vec<Op>,
@@ -191,8 +195,8 @@ struct Steps {
 
 impl Steps {
     fn into_batch(self, batch: &mut Batch) {
-        let Self { remove, backends, windows, sources, frontends, addresses, retire, .. } = self;
-        for ops in [remove, backends, windows, sources, frontends, addresses, retire] {
+        let Self { remove, backends, windows, sources, names, frontends, addresses, retire, .. } = self;
+        for ops in [remove, backends, windows, sources, names, frontends, addresses, retire] {
             batch.ops.extend(ops);
         }
     }
@@ -220,6 +224,7 @@ impl Reconciler {
             addresses: Addresses::new(limits.addresses, snapshot.addresses.clone()),
             ports: ServiceIds::default(),
             members: Members::new(limits.members, snapshot.members.clone()),
+            names: Names::new(limits.services, snapshot.names.clone()),
             networks: snapshot.networks.clone(),
             sources: Sources::new(limits.sources, snapshot.sources.clone()),
             restricted: BTreeSet::new(),
@@ -336,6 +341,7 @@ impl Reconciler {
         }
         let known: BTreeSet<u32> = self.services.values().map(|service| service.id).collect();
         steps.retire.extend(self.sources.finish(&known));
+        steps.retire.extend(self.names.finish());
         let retired = |base: u32| {
             self.retired
                 .iter()

@@ -158,11 +158,11 @@ fn a_new_agent_writes_only_what_changed_meanwhile() {
     }
     world.list();
     world.settle();
-    // Service 0 is gone: its frontend, its address, two backends to retire.
-    assert_eq!(world.agent.stats().ops, 4);
+    // Service 0 is gone: its frontend, its address, its name, two backends to retire.
+    assert_eq!(world.agent.stats().ops, 5);
     assert_eq!(world.keys().len(), 49);
     world.pass(GRACE);
-    assert_eq!(world.agent.stats().ops, 6);
+    assert_eq!(world.agent.stats().ops, 7);
 }
 
 #[test]
