@@ -118,7 +118,7 @@ impl fmt::Display for FrontendKind {
     }
 }
 
-/// What a client addresses. The unspecified address stands for every address that NodePorts answer on.
+/// What a client addresses. The unspecified address stands for every address that NodePorts, or host ports, answer on.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FrontendKey {
     pub addr: IpAddr,

@@ -1,7 +1,8 @@
 //! Host ports: `nodeIP:hostPort` leads to the Pod that has it, from everywhere, for as long as it has it.
 use std::net::SocketAddr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use xtask::lab::{Call, Caller, Family, Protocol};
 
 use crate::world::{Findings, SILENCE, TARGET_PORT, World, node_port, options, service, until};
@@ -151,5 +152,43 @@ fn a_host_port_goes_with_its_pod_and_is_free_for_the_next() -> Result<()> {
     let ports = [(Protocol::Tcp, "", HOST_PORT, TARGET_PORT), (Protocol::Udp, "", HOST_PORT, TARGET_PORT)];
     manifests.apply_pod(&world.a2, &ports)?;
     until(outside, &call, |outcome| outcome.server() == Some("a2"))?;
+    Ok(())
+}
+
+/// Whose the host port is, by the pinned maps alone: owner, namespace, name, connections.
+fn shown(world: &World) -> Result<(Value, u64)> {
+    let text = world.cluster.fairlead(world.node_a(), &["services", "-o", "json"])?;
+    let frontends: Vec<Value> = serde_json::from_str(&text)?;
+    let is_ours = |frontend: &&Value| {
+        frontend["port"] == HOST_PORT && frontend["protocol"] == "TCP" && frontend["family"] == "IPv4"
+    };
+    let ours = frontends.iter().find(is_ours).with_context(|| text.clone())?;
+    let what = ["kind", "address", "owner", "namespace", "name"].map(|field| ours[field].clone());
+    Ok((what.to_vec().into(), ours["usage"]["connections"].as_u64().context("no usage")?))
+}
+
+#[test]
+fn a_host_port_works_and_is_named_while_no_agent_runs() -> Result<()> {
+    let world = with_host_ports(&[])?;
+    let call = Call::tcp(world.node_a().at(Family::V4, HOST_PORT));
+    until(&world.lab().outside, &call, |outcome| outcome.server() == Some("a1"))?;
+    for agent in world.cluster.take_agents() {
+        agent.kill()?;
+    }
+    let (what, before) = shown(&world)?;
+    ensure!(what == serde_json::json!(["HostPort", null, "Pod", "default", "a1"]), "{what}");
+    ensure!(world.lab().outside.ask(call.clone())?.server() == Some("a1"), "not answered");
+    ensure!(shown(&world)? == (what.clone(), before + 1), "{:?} after {before}", shown(&world)?);
+    let table = world.cluster.fairlead(world.node_a(), &["services"])?;
+    let named = |line: &str| line.contains("HostPort") && line.contains("default/a1");
+    ensure!(table.lines().any(named), "{table}");
+    ensure!(
+        table.lines().any(|line| line.contains("NodePort") && line.contains("default/service-1")),
+        "{table}"
+    );
+    // The next agent finds everything as it should be.
+    world.cluster.start()?;
+    until(&world.lab().outside, &call, |outcome| outcome.server() == Some("a1"))?;
+    ensure!(shown(&world)?.0 == what, "{:?}", shown(&world)?);
     Ok(())
 }
