@@ -192,10 +192,10 @@ pub struct Usage {
 pub struct OwnerName {
     /// [`owner_kind`].
     pub kind: u32,
-    /// UTF-8, the rest NUL.
-    pub namespace: [u8; NAME_LEN],
+    /// UTF-8, the rest NUL. `i8` because it is what bpftool prints as text.
+    pub namespace: [i8; NAME_LEN],
     /// UTF-8, the rest NUL. The middle of a longer name is left out: it ends in what tells Pods of one owner apart.
-    pub name: [u8; NAME_LEN],
+    pub name: [i8; NAME_LEN],
 }
 
 /// Bytes of a name in [`OwnerName`].

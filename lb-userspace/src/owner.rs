@@ -57,14 +57,14 @@ const GAP: &str = "..";
 const END: usize = 24;
 
 /// NUL-padded, with a NUL at the end.
-fn field(text: &str) -> [u8; NAME_LEN] {
+fn field(text: &str) -> [i8; NAME_LEN] {
     const ROOM: usize = NAME_LEN - 1;
 
     let mut field = [0; NAME_LEN];
     let mut fill = |parts: &[&str]| {
         let bytes = parts.iter().flat_map(|part| part.bytes());
         for (to, from) in field.iter_mut().zip(bytes) {
-            *to = from;
+            *to = from.cast_signed();
         }
     };
     if text.len() <= ROOM {
@@ -77,9 +77,9 @@ fn field(text: &str) -> [u8; NAME_LEN] {
 }
 
 /// The text in a field of [`OwnerName`].
-pub fn text(field: &[u8; NAME_LEN]) -> String {
-    let len = field.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
-    String::from_utf8_lossy(&field[..len]).into_owned()
+pub fn text(field: &[i8; NAME_LEN]) -> String {
+    let bytes = field.iter().take_while(|byte| **byte != 0).map(|byte| byte.cast_unsigned());
+    String::from_utf8_lossy(&bytes.collect::<Vec<u8>>()).into_owned()
 }
 
 impl From<ServiceName> for Owner {

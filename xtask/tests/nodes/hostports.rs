@@ -1,5 +1,7 @@
 //! Host ports: `nodeIP:hostPort` leads to the Pod that has it, from everywhere, for as long as it has it.
 use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -155,6 +157,12 @@ fn a_host_port_goes_with_its_pod_and_is_free_for_the_next() -> Result<()> {
     Ok(())
 }
 
+fn bpftool(args: &[&str], pin: &Path) -> Result<Value> {
+    let output = Command::new("bpftool").arg("-j").args(args).arg("pinned").arg(pin).output()?;
+    ensure!(output.status.success(), "bpftool {args:?}: {}", String::from_utf8_lossy(&output.stdout));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
 /// Whose the host port is, by the pinned maps alone: owner, namespace, name, connections.
 fn shown(world: &World) -> Result<(Value, u64)> {
     let text = world.cluster.fairlead(world.node_a(), &["services", "-o", "json"])?;
@@ -186,6 +194,12 @@ fn a_host_port_works_and_is_named_while_no_agent_runs() -> Result<()> {
         table.lines().any(|line| line.contains("NodePort") && line.contains("default/service-1")),
         "{table}"
     );
+    // Nobody needs Fairlead to read it.
+    let dump = bpftool(&["map", "dump"], &world.lab().pins(world.node_a()).join("v1/NAMES"))?;
+    let named = |entry: &Value| {
+        entry["formatted"]["value"]["name"] == "a1" && entry["formatted"]["value"]["kind"] == 2
+    };
+    ensure!(dump.as_array().is_some_and(|entries| entries.iter().any(named)), "{dump}");
     // The next agent finds everything as it should be.
     world.cluster.start()?;
     until(&world.lab().outside, &call, |outcome| outcome.server() == Some("a1"))?;
