@@ -5,7 +5,8 @@ use core::mem::size_of;
 
 use crate::abi::{
     Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment,
-    FragmentKey, MemberKey, Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    FragmentKey, MemberKey, Network, OwnerName, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer,
+    Source, Usage,
 };
 use crate::reason;
 
@@ -101,7 +102,7 @@ const fn spec<K, V>(name: &'static str, kind: MapKind, capacity: Capacity, flags
 }
 
 /// Every pinned map.
-pub const MAPS: [MapSpec; 24] = [
+pub const MAPS: [MapSpec; 25] = [
     spec::<ServiceKey<Addr4>, Service>("SERVICES4", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<ServiceKey<Addr6>, Service>("SERVICES6", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Backend<Addr4>>("BACKENDS4", MapKind::Array, Capacity::Backends, 0),
@@ -134,6 +135,7 @@ pub const MAPS: [MapSpec; 24] = [
     spec::<MemberKey, u32>("MEMBERS", MapKind::Hash, Capacity::Fixed(MAX_MEMBERS), NO_PREALLOC),
     spec::<u32, Network<Addr4>>("NETWORKS4", MapKind::Array, Capacity::Fixed(MAX_NETWORKS), 0),
     spec::<u32, Network<Addr6>>("NETWORKS6", MapKind::Array, Capacity::Fixed(MAX_NETWORKS), 0),
+    spec::<u32, OwnerName>("NAMES", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Usage>("USAGE", MapKind::PerCpuArray, Capacity::Fixed(MAX_USAGES), 0),
     spec::<u32, Counter>("COUNTERS", MapKind::PerCpuArray, Capacity::Fixed(reason::COUNTERS), 0),
 ];

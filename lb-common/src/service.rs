@@ -2,7 +2,7 @@
 
 use crate::abi::{
     AddressInfo, Affinity, AffinityKey, Backend, MemberKey, Service, ServiceKey, Source, Window,
-    address_flags, backend_state, network_flags, service_flags,
+    address_flags, backend_state, frontend_kind, network_flags, service_flags,
 };
 use crate::family::Family;
 use crate::maps::MAX_NETWORKS;
@@ -21,7 +21,8 @@ pub enum Scope {
     External,
 }
 
-/// Finds the frontend that answers on `key`: the exact one, else a NodePort if `info` says that they answer there.
+/// Finds the frontend that answers on `key`: the exact one, else the NodePort or host port for any address, if `info`
+/// says that such answer there.
 ///
 /// # Errors
 ///
@@ -37,11 +38,15 @@ pub fn find<F: Family, T: Tables<F>>(
         *found = service;
         return Ok(());
     }
-    if info.flags & address_flags::NODE_PORT != 0 {
-        let node_port = ServiceKey { addr: F::Addr::default(), ..*key };
-        if let Some(service) = tables.service(&node_port) {
-            *found = service;
-            return Ok(());
+    if info.flags & (address_flags::NODE_PORT | address_flags::HOST_PORT) != 0 {
+        let any = ServiceKey { addr: F::Addr::default(), ..*key };
+        if let Some(service) = tables.service(&any) {
+            let host_port = service.kind == frontend_kind::HOST_PORT;
+            let needed = if host_port { address_flags::HOST_PORT } else { address_flags::NODE_PORT };
+            if info.flags & needed != 0 {
+                *found = service;
+                return Ok(());
+            }
         }
     }
     if is_service_alone(info) {

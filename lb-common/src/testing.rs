@@ -166,7 +166,10 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
     let addr = |text: &str| F::wire(at(text, 0).ip());
 
     let address = |flags| AddressInfo { flags };
-    tables.addresses.insert(addr(F::NODE), address(address_flags::NODE | address_flags::NODE_PORT));
+    tables.addresses.insert(
+        addr(F::NODE),
+        address(address_flags::NODE | address_flags::NODE_PORT | address_flags::HOST_PORT),
+    );
     tables.addresses.insert(addr(F::VIP), address(address_flags::SERVICE));
     tables.edges.insert(nic, F::edge(at(F::NODE, 0).ip(), 0));
 

@@ -9,7 +9,7 @@ use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns,
 use aya_ebpf::macros::btf_map;
 use lb_common::abi::{
     AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment, FragmentKey,
-    MemberKey, Network, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use lb_common::maps::{
     DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING, MAX_ADDRESSES,
@@ -74,6 +74,9 @@ static MEMBERS: HashMap<MemberKey, u32, { MAX_MEMBERS as usize }, WRITTEN_BY_AGE
 static NETWORKS4: Array<Network<Addr4>, { MAX_NETWORKS as usize }> = Array::new();
 #[btf_map]
 static NETWORKS6: Array<Network<Addr6>, { MAX_NETWORKS as usize }> = Array::new();
+/// No program uses it: the agent writes it, for people.
+#[btf_map]
+static NAMES: HashMap<u32, OwnerName, SERVICE_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
 #[btf_map]
 static USAGE: PerCpuArray<Usage, { MAX_USAGES as usize }> = PerCpuArray::new();
 #[btf_map]

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use lb_common::abi;
 
+use crate::owner::Owner;
+
 /// IP protocol of a frontend.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Protocol {
@@ -120,7 +122,7 @@ impl fmt::Display for FrontendKind {
     }
 }
 
-/// What a client addresses. The unspecified address stands for every address that NodePorts answer on.
+/// What a client addresses. The unspecified address stands for every address that NodePorts, or host ports, answer on.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FrontendKey {
     pub addr: IpAddr,
@@ -254,6 +256,10 @@ pub enum Op {
     SetSource { service: u32, net: IpNet },
     /// Removes a network from `SOURCES4/6`; fine if it is not there.
     RemoveSource { service: u32, net: IpNet },
+    /// `NAMES[service] = owner`: whose frontends have this number.
+    SetName { service: u32, owner: Owner },
+    /// Removes `NAMES[service]`; fine if it is not there.
+    RemoveName { service: u32 },
     /// `ADDRESSES4/6[addr].flags = flags` ([`abi::address_flags`]).
     SetAddress { addr: IpAddr, flags: u32 },
     /// Removes `ADDRESSES4/6[addr]`; fine if it is not there.
@@ -287,13 +293,15 @@ pub struct Snapshot {
     /// Backends by the base of the window.
     pub members: BTreeMap<u32, BTreeSet<u32>>,
     /// By the number of the Service.
+    pub names: BTreeMap<u32, abi::OwnerName>,
+    /// By the number of the Service.
     pub sources: BTreeMap<u32, BTreeSet<IpNet>>,
 }
 
 /// How many entries the maps take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// Frontends per family.
+    /// Frontends per family, and names of Services.
     pub services: u32,
     /// Backends per family; ids run from 1 to this number less 1.
     pub backends: u32,

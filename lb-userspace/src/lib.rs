@@ -15,6 +15,7 @@ pub mod logging;
 pub mod metrics;
 pub mod model;
 pub mod nodeports;
+pub mod owner;
 pub mod reconcile;
 pub mod settings;
 pub mod show;

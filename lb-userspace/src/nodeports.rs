@@ -1,4 +1,5 @@
-//! `--nodeport-addresses`: on which of the node's addresses NodePorts answer.
+//! `--nodeport-addresses`: on which of the node's addresses NodePorts answer. Host ports, which nobody restricts,
+//! answer on all of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -81,10 +82,13 @@ pub fn flags(
         let kind = if address.loopback { address_flags::LOOPBACK } else { address_flags::NODE };
         flags.insert(address.addr, kind);
     }
-    // Known before loopback is up, and whatever else is on it: of 127.0.0.0/8 NodePorts answer on one.
+    // Known before loopback is up, and whatever else is on it: of 127.0.0.0/8 ports answer on one.
     flags.extend(loopback.map(|addr| (addr, address_flags::LOOPBACK)));
     for (addr, flags) in &mut flags {
         let candidate = *flags & address_flags::LOOPBACK == 0 || loopback.contains(addr);
+        if candidate {
+            *flags |= address_flags::HOST_PORT;
+        }
         if candidate && allowed.allow(*addr, node) {
             *flags |= address_flags::NODE_PORT;
         }
@@ -94,7 +98,7 @@ pub fn flags(
 
 #[cfg(test)]
 mod tests {
-    use address_flags::{LOOPBACK, NODE, NODE_PORT};
+    use address_flags::{HOST_PORT, LOOPBACK, NODE, NODE_PORT};
 
     use super::*;
 
@@ -123,12 +127,12 @@ mod tests {
     #[test]
     fn every_address_is_the_default() {
         let expected = expect([
-            ("127.0.0.1", LOOPBACK | NODE_PORT),
+            ("127.0.0.1", LOOPBACK | HOST_PORT | NODE_PORT),
             ("127.0.0.53", LOOPBACK),
-            ("192.0.2.2", NODE | NODE_PORT),
-            ("198.51.100.2", NODE | NODE_PORT),
-            ("::1", LOOPBACK | NODE_PORT),
-            ("fd00::2", NODE | NODE_PORT),
+            ("192.0.2.2", NODE | HOST_PORT | NODE_PORT),
+            ("198.51.100.2", NODE | HOST_PORT | NODE_PORT),
+            ("::1", LOOPBACK | HOST_PORT | NODE_PORT),
+            ("fd00::2", NODE | HOST_PORT | NODE_PORT),
         ]);
         assert_eq!(show(&[], None), expected);
         assert_eq!(show(&["0.0.0.0/0", "::/0"], None), expected);
@@ -137,12 +141,12 @@ mod tests {
     #[test]
     fn networks_restrict() {
         let expected = expect([
-            ("127.0.0.1", LOOPBACK),
+            ("127.0.0.1", LOOPBACK | HOST_PORT),
             ("127.0.0.53", LOOPBACK),
-            ("192.0.2.2", NODE | NODE_PORT),
-            ("198.51.100.2", NODE),
-            ("::1", LOOPBACK),
-            ("fd00::2", NODE | NODE_PORT),
+            ("192.0.2.2", NODE | HOST_PORT | NODE_PORT),
+            ("198.51.100.2", NODE | HOST_PORT),
+            ("::1", LOOPBACK | HOST_PORT),
+            ("fd00::2", NODE | HOST_PORT | NODE_PORT),
         ]);
         assert_eq!(show(&["192.0.2.0/24", "fd00::/8"], None), expected);
         assert_eq!(show(&["192.000.002.000/024", "fd00::/8"], None), expected);
@@ -153,12 +157,12 @@ mod tests {
         let mut node = Node::named("node-a");
         node.addresses = ["198.51.100.2", "192.0.2.2"].map(|addr| addr.parse().unwrap()).to_vec();
         let expected = expect([
-            ("127.0.0.1", LOOPBACK),
+            ("127.0.0.1", LOOPBACK | HOST_PORT),
             ("127.0.0.53", LOOPBACK),
-            ("192.0.2.2", NODE),
-            ("198.51.100.2", NODE | NODE_PORT),
-            ("::1", LOOPBACK),
-            ("fd00::2", NODE),
+            ("192.0.2.2", NODE | HOST_PORT),
+            ("198.51.100.2", NODE | HOST_PORT | NODE_PORT),
+            ("::1", LOOPBACK | HOST_PORT),
+            ("fd00::2", NODE | HOST_PORT),
         ]);
         assert_eq!(show(&["primary"], Some(&node)), expected);
         assert!(show(&["primary"], None).iter().all(|(_, flags)| flags & NODE_PORT == 0));

@@ -1,13 +1,15 @@
-//! One Service on this node -> its frontends and backend sets. Pure and deterministic: it sees no map, and
+//! One Service, or the host ports of one Pod, on this node -> its frontends and backend sets. Pure and deterministic: it sees no map, and
 //! nothing of any other Service.
 
 mod endpoints;
+mod pods;
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub use self::pods::compile_pod;
 use crate::compile::endpoints::Choice;
 use crate::entries::{
     Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, HealthCheck, Target, WhenEmpty,

@@ -31,6 +31,7 @@ use crate::datapath::Features;
 use crate::entries::{Compiled, ServiceName};
 use crate::events::Outcomes;
 use crate::health::{self, Health};
+use crate::owner::Owner;
 use accounts::Accounts;
 use collect::Collection;
 
@@ -147,8 +148,8 @@ impl Metrics {
         self.0.work.note_policies(name, compiled);
     }
 
-    /// The Service gets this id in the maps.
-    pub fn note_service(&self, name: &ServiceName, id: u32) {
+    /// The Service or Pod gets this id in the maps.
+    pub fn note_service(&self, name: &Owner, id: u32) {
         let shared = &self.0.shared;
         let found = lock(&shared.found).remove(&id);
         let old = lock(&shared.accounts).id(name);
@@ -166,9 +167,11 @@ impl Metrics {
         lock(&shared.accounts).assign(name, id);
     }
 
-    /// The Service is not in the maps any more.
-    pub fn forget_service(&self, name: &ServiceName) {
-        self.0.work.forget_policies(name);
+    /// The Service or Pod is not in the maps any more.
+    pub fn forget_service(&self, name: &Owner) {
+        if let Some(service) = name.service() {
+            self.0.work.forget_policies(service);
+        }
         let shared = &self.0.shared;
         let id = lock(&shared.accounts).id(name);
         if let Some(id) = id {

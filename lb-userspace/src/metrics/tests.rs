@@ -324,9 +324,9 @@ fn only_the_busiest_have_metrics_of_their_own_and_nothing_goes_backwards() {
 #[test]
 fn a_service_beyond_the_last_index_is_one_of_the_others() {
     let mut accounts = Accounts::new(10);
-    accounts.assign(&name(1), MAX_USAGES);
+    accounts.assign(&name(1).into(), MAX_USAGES);
     assert_eq!(accounts.counted(), []);
-    accounts.credit(&name(1), MAX_USAGES, Usage { connections: 5, ..Usage::default() });
+    accounts.credit(&name(1).into(), MAX_USAGES, Usage { connections: 5, ..Usage::default() });
     accounts.credit_shared(Usage { connections: 7, ..Usage::default() });
     let rows = accounts.rows();
     assert_eq!(rows.len(), 1);

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
+use crate::owner::PodName;
 
 /// A Service.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -196,6 +197,48 @@ impl Endpoint {
     /// The nodes it is meant for.
     pub fn node_hints(&self) -> &[Box<str>] {
         self.hints.as_ref().map(|hints| &*hints.nodes).unwrap_or_default()
+    }
+}
+
+/// A Pod, as far as its host ports go.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pod {
+    pub name: PodName,
+    /// `metadata.creationTimestamp`, seconds since 1970; as with Services the older has a frontend.
+    pub created: i64,
+    /// `spec.nodeName`.
+    pub node: Option<Box<str>>,
+    /// `status.podIPs`.
+    pub addrs: Vec<IpAddr>,
+    /// None if it has ended, has no address yet, or has the node's network.
+    pub ports: Vec<HostPort>,
+    /// What could not be understood in the object.
+    pub findings: Vec<Finding>,
+}
+
+impl Pod {
+    /// A Pod on no node, without addresses or host ports.
+    pub fn named(name: PodName) -> Self {
+        Self { name, created: 0, node: None, addrs: vec![], ports: vec![], findings: vec![] }
+    }
+}
+
+/// A port of a container that has a `hostPort`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostPort {
+    /// May be empty.
+    pub name: String,
+    pub host_port: u16,
+    /// `hostIP`; unspecified: every address of the node of its family; none: of both families.
+    pub host_ip: Option<IpAddr>,
+    pub container_port: u16,
+    pub protocol: Protocol,
+}
+
+impl HostPort {
+    /// Its name, or the host port if it has none: how messages call it.
+    pub fn label(&self) -> String {
+        if self.name.is_empty() { self.host_port.to_string() } else { self.name.clone() }
     }
 }
 

@@ -15,9 +15,10 @@ use k8s_openapi::jiff::Timestamp;
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
 use crate::model::{
-    Endpoint, EndpointSlice, Hints, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName,
-    SlicePort,
+    Endpoint, EndpointSlice, Hints, HostPort, Ignored, Node, Pod, Policy, Service, ServicePort, ServiceType,
+    SliceName, SlicePort,
 };
+use crate::owner::PodName;
 
 /// On Services and EndpointSlices: another proxy serves them.
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
@@ -215,6 +216,56 @@ fn convert_endpoint(
     })
 }
 
+/// A Pod. One that ended, or that has the node's network, has no host ports of ours; one that is being deleted keeps
+/// them until it is gone.
+pub fn pod(object: core::Pod) -> Pod {
+    let mut pod = Pod::named(pod_name(&object.metadata));
+    pod.created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
+    let spec = object.spec.unwrap_or_default();
+    let status = object.status.unwrap_or_default();
+    pod.node = spec.node_name.map(String::into_boxed_str);
+    let over = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+    if over || spec.host_network == Some(true) {
+        return pod;
+    }
+    let mut findings = Findings { prefix: String::new(), found: vec![] };
+    let ips: Vec<String> = status.pod_ips.unwrap_or_default().into_iter().map(|ip| ip.ip).collect();
+    let ips = if ips.is_empty() { status.pod_ip.into_iter().collect() } else { ips };
+    let ips: Vec<String> = ips.into_iter().filter(|ip| !ip.is_empty()).collect();
+    // Those of init containers that stay.
+    let sidecars = spec.init_containers.unwrap_or_default().into_iter();
+    let sidecars = sidecars.filter(|container| container.restart_policy.as_deref() == Some("Always"));
+    let mut ports: Vec<(String, core::ContainerPort)> = vec![];
+    for container in spec.containers.into_iter().chain(sidecars) {
+        let own = container.ports.unwrap_or_default().into_iter();
+        let own = own.filter(|port| port.host_port.is_some_and(|number| number != 0));
+        ports.extend(own.map(|port| (container.name.clone(), port)));
+    }
+    if ips.is_empty() || ports.is_empty() {
+        return pod;
+    }
+    pod.addrs = findings.addresses("status.podIPs", ips);
+    pod.ports = ports.into_iter().filter_map(|(name, port)| host_port(&name, port, &mut findings)).collect();
+    pod.findings = findings.found;
+    pod
+}
+
+fn host_port(container: &str, port: core::ContainerPort, findings: &mut Findings) -> Option<HostPort> {
+    let field = |name: &str| format!("container {container} {name}");
+    let mut converted = HostPort {
+        name: port.name.unwrap_or_default(),
+        host_port: findings.port(&field("hostPort"), port.host_port?)?,
+        host_ip: None,
+        container_port: findings.port(&field("containerPort"), port.container_port)?,
+        protocol: Protocol::Tcp,
+    };
+    converted.protocol = findings.protocol(converted.label(), port.protocol)?;
+    if let Some(text) = port.host_ip.filter(|text| !text.is_empty()) {
+        converted.host_ip = Some(findings.host_ip(&field("hostIP"), text)?);
+    }
+    Some(converted)
+}
+
 /// A Node.
 pub fn node(object: core::Node) -> Node {
     let mut node = Node::named(object.metadata.name.unwrap_or_default());
@@ -249,6 +300,11 @@ pub fn service_cidr(object: networking::ServiceCIDR) -> ServiceCidr {
 /// Name of a Service.
 pub fn service_name(metadata: &ObjectMeta) -> ServiceName {
     ServiceName { namespace: namespace(metadata), name: own_name(metadata) }
+}
+
+/// Name of a Pod.
+pub fn pod_name(metadata: &ObjectMeta) -> PodName {
+    PodName { namespace: namespace(metadata), name: own_name(metadata) }
 }
 
 /// Name of an EndpointSlice.
@@ -343,6 +399,16 @@ impl Findings {
             return None;
         }
         Some(addr)
+    }
+
+    /// An address of the node, whichever it has.
+    fn host_ip(&mut self, field: &str, text: String) -> Option<IpAddr> {
+        let addr = parse_ip(&text);
+        if addr.is_none() {
+            let field = self.field(field);
+            self.found.push(Finding::BadAddress { field, value: text });
+        }
+        addr
     }
 
     fn addresses(&mut self, field: &str, texts: Vec<String>) -> Vec<IpAddr> {
@@ -776,6 +842,87 @@ mod tests {
         assert_eq!(slice.endpoints, [expected]);
         assert_eq!(slice.service.unwrap().to_string(), "ns/svc");
         assert_eq!(texts(&slice.findings).len(), 1);
+    }
+
+    fn a_pod(spec: &Value, status: &Value) -> Pod {
+        let metadata = json!({
+            "name": "pod", "namespace": "ns", "creationTimestamp": "2026-01-01T00:00:00Z",
+            "deletionTimestamp": "2026-01-01T00:00:09Z",
+        });
+        pod(serde_json::from_value(json!({ "metadata": metadata, "spec": spec, "status": status })).unwrap())
+    }
+
+    fn container(ports: &Value) -> Value {
+        json!({ "name": "c", "ports": ports })
+    }
+
+    fn host_port_of(name: &str, host_port: u16, host_ip: Option<&str>, container_port: u16) -> HostPort {
+        let host_ip = host_ip.map(|addr| addr.parse().unwrap());
+        HostPort { name: name.into(), host_port, host_ip, container_port, protocol: Protocol::Tcp }
+    }
+
+    /// Rules 64, 131 and 147.
+    #[test]
+    fn a_pod_is_taken_over() {
+        let sidecar = json!({ "name": "s", "restartPolicy": "Always", "ports": [{ "containerPort": 2, "hostPort": 82 }] });
+        let init = json!({ "name": "i", "ports": [{ "containerPort": 3, "hostPort": 83 }] });
+        let ports = json!([
+            { "name": "http", "containerPort": 1, "hostPort": 81, "hostIP": "192.168.000.2" },
+            { "name": "quic", "containerPort": 1, "hostPort": 81, "protocol": "UDP", "hostIP": "::" },
+            { "containerPort": 4 }, { "containerPort": 5, "hostPort": 0 },
+        ]);
+        let spec = json!({
+            "nodeName": "node-a", "containers": [container(&ports)], "initContainers": [init, sidecar],
+        });
+        let status = json!({ "phase": "Running", "podIP": "10.0.0.1", "podIPs": [{ "ip": "10.0.0.1" }, { "ip": "fd00::1" }] });
+        let expected = Pod {
+            created: 1_767_225_600,
+            node: Some("node-a".into()),
+            addrs: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            ports: vec![
+                host_port_of("http", 81, Some("192.168.0.2"), 1),
+                HostPort { protocol: Protocol::Udp, ..host_port_of("quic", 81, Some("::"), 1) },
+                host_port_of("", 82, None, 2),
+            ],
+            ..Pod::named(PodName { namespace: "ns".into(), name: "pod".into() })
+        };
+        assert_eq!(a_pod(&spec, &status), expected);
+        let one = json!({ "phase": "Pending", "podIP": "10.0.0.1" });
+        assert_eq!(a_pod(&spec, &one).addrs, expected.addrs[..1]);
+    }
+
+    #[test]
+    fn pods_without_host_ports_of_ours() {
+        let spec = json!({ "nodeName": "n", "containers": [container(&json!([{ "containerPort": 1, "hostPort": 81 }]))] });
+        let running = json!({ "phase": "Running", "podIP": "10.0.0.1" });
+        assert_eq!(a_pod(&spec, &running).ports.len(), 1);
+        for phase in ["Succeeded", "Failed"] {
+            assert_eq!(a_pod(&spec, &json!({ "phase": phase, "podIP": "10.0.0.1" })).ports, []);
+        }
+        assert_eq!(a_pod(&spec, &json!({ "phase": "Pending" })).ports, []);
+        let mut host_network = spec;
+        host_network["hostNetwork"] = true.into();
+        assert_eq!(a_pod(&host_network, &running).ports, []);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_host_port_is_named_and_the_rest_is_used() {
+        let ports = json!([
+            { "containerPort": 1, "hostPort": 65536 }, { "containerPort": 0, "hostPort": 81 },
+            { "containerPort": 1, "hostPort": -1 }, { "containerPort": 1, "hostPort": 82, "hostIP": "localhost" },
+            { "name": "x", "containerPort": 1, "hostPort": 83, "protocol": "ICMP" },
+            { "containerPort": 1, "hostPort": 84 },
+        ]);
+        let pod = a_pod(&json!({ "containers": [container(&ports)] }), &json!({ "podIP": "10.0.0.1" }));
+        assert_eq!(pod.ports, [host_port_of("", 84, None, 1)]);
+        let expected = [
+            "container c hostPort: 65536 is no port number; it is left out",
+            "container c containerPort: 0 is no port number; it is left out",
+            "container c hostPort: -1 is no port number; it is left out",
+            "container c hostIP: \"localhost\" is not an IP address; it is left out",
+            "port x: protocol ICMP is not supported; the port is left out",
+        ];
+        assert_eq!(texts(&pod.findings), expected);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! An API server that knows three kinds of objects, and misbehaves when it is told to.
+//! An API server that knows a few kinds of objects, and misbehaves when it is told to.
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 
 pub(crate) const SERVICES: &str = "/api/v1/services";
 pub(crate) const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+pub(crate) const PODS: &str = "/api/v1/pods";
 pub(crate) const NODES: &str = "/api/v1/nodes";
 /// Not there (404) before the first object is set, as before Kubernetes 1.33.
 pub(crate) const CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
@@ -46,6 +47,8 @@ struct Store {
     /// Events that were created.
     created: Vec<Value>,
     refuses_events: bool,
+    /// A path that is answered with 403.
+    forbidden: Option<&'static str>,
     page: usize,
 }
 
@@ -110,6 +113,11 @@ impl Double {
         self.store().refuses_events = refuse;
     }
 
+    /// 403 to everything that asks for `path`; none: to nothing.
+    pub(crate) fn forbid(&self, path: Option<&'static str>) {
+        self.store().forbidden = path;
+    }
+
     /// Every request so far: path and parameters.
     pub(crate) fn requests(&self) -> Vec<(String, HashMap<String, String>)> {
         self.store().requests.clone()
@@ -163,8 +171,9 @@ async fn answer(
     store.requests.push((format!("{} {path}", request.method()), parameters.clone()));
     let watch = parameters.get("watch").is_some_and(|value| value == "true");
     let gone = "too old resource version: 1 (2)";
+    let forbidden = store.forbidden == Some(path.as_str());
     match (store.mood, watch) {
-        (Some(Mood::Forbidden), _) => {
+        (mood, _) if forbidden || mood == Some(Mood::Forbidden) => {
             let message = "services is forbidden: User \"system:node\" cannot list resource";
             return refuse(StatusCode::FORBIDDEN, "Forbidden", message);
         }
@@ -208,9 +217,13 @@ fn list(store: &Store, path: &str, parameters: &HashMap<String, String>) -> Resp
     let none = BTreeMap::new();
     let objects = store.objects.get(path).unwrap_or(&none);
     let from = parameters.get("continue").map(String::as_str).unwrap_or_default();
-    let name = parameters.get("fieldSelector").and_then(|selector| selector.strip_prefix("metadata.name="));
-    let mut rest =
-        objects.iter().filter(|(own, _)| own.as_str() > from && name.is_none_or(|name| name == *own));
+    let selector = parameters.get("fieldSelector").and_then(|selector| selector.split_once('='));
+    let selected = |object: &Value| match selector {
+        Some(("metadata.name", name)) => object["metadata"]["name"] == name,
+        Some(("spec.nodeName", name)) => object["spec"]["nodeName"] == name,
+        _ => true,
+    };
+    let mut rest = objects.iter().filter(|(own, (_, object))| own.as_str() > from && selected(object));
     // Smaller than any page that is asked for: clients must go on.
     let items: Vec<_> = rest.by_ref().take(store.page).collect();
     let last = items.last().map(|(name, _)| name.as_str()).unwrap_or_default();

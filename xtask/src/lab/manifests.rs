@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Node, Pod, Protocol};
 
-/// A directory of manifests, one file per Service or Node.
+/// A directory of manifests, one file per Service, Pod or Node.
 #[derive(Clone, Debug)]
 pub struct Manifests {
     dir: PathBuf,
@@ -36,6 +36,16 @@ impl Manifests {
     /// Writes or replaces a Node.
     pub fn apply_node(&self, node: &Node) -> Result<()> {
         self.write(&node.name, &[node_manifest(node)])
+    }
+
+    /// Writes or replaces a Pod with these host ports: protocol, hostIP (may be empty), hostPort, containerPort.
+    pub fn apply_pod(&self, pod: &Pod, ports: &[(Protocol, &str, u16, u16)]) -> Result<()> {
+        self.write(&format!("pod-{}", pod.name()), &[pod_manifest(pod, ports)])
+    }
+
+    /// Deletes a Pod.
+    pub fn delete_pod(&self, pod: &Pod) -> Result<()> {
+        self.delete(&format!("pod-{}", pod.name()))
     }
 
     /// Deletes what is called `name`.
@@ -264,6 +274,22 @@ impl Endpoint {
             "targetRef": { "kind": "Pod", "name": self.pod, "namespace": "default" },
         }))
     }
+}
+
+fn pod_manifest(pod: &Pod, ports: &[(Protocol, &str, u16, u16)]) -> Value {
+    let ports = ports.iter().map(|(protocol, host_ip, host_port, container_port)| {
+        let protocol = protocol.to_string().to_uppercase();
+        json!({ "containerPort": container_port, "hostPort": host_port, "hostIP": host_ip, "protocol": protocol })
+    });
+    let containers = json!([{ "name": "server", "image": "server", "ports": ports.collect::<Vec<_>>() }]);
+    let [first, second] = pod.addrs.both();
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "name": pod.name(), "namespace": "default" },
+        "spec": { "nodeName": pod.node, "containers": containers },
+        "status": { "phase": "Running", "podIP": first, "podIPs": [{ "ip": first }, { "ip": second }] },
+    })
 }
 
 fn node_manifest(node: &Node) -> Value {

@@ -5,6 +5,7 @@ mod agent;
 mod edges;
 mod fragments;
 mod health;
+mod hostports;
 mod icmp;
 mod lab;
 mod matrix;
