@@ -400,7 +400,12 @@ impl Traffic {
         let len = self.pick(&[0, 0, 1, 2, 7, 64, 333, 1200, 1600]);
         let payload: Vec<u8> = (0..len).map(|_| self.random.u8(..)).collect();
         if self.random.u8(..4) == 0 {
-            return udp(src, dst, &payload);
+            let mut datagram = udp(src, dst, &payload);
+            if self.random.u8(..8) == 0 {
+                let at = if F::HEADER_LEN == 40 { NETWORK + 6 } else { NETWORK + 9 };
+                datagram[at] = self.pick(&[F::ICMP, 47, 50, 132]);
+            }
+            return datagram;
         }
         let flags = self.pick(&[SYN, SYN, SYN | ACK, ACK, ACK, FIN | ACK, RST, RST | ACK, 0]);
         let ttl = self.pick(&[60, 60, 60, 60, 2, 1, 0]);
@@ -491,6 +496,7 @@ where
         Reason::PacketTooBig,
         Reason::Fragment,
         Reason::StrayFragment,
+        Reason::UnservedProtocol,
     ] {
         assert!(reasons.contains(&reason), "{reason:?} was never the case: this test tests nothing of it");
     }
