@@ -85,6 +85,10 @@ pub trait Family: Copy + Eq + Debug + 'static {
     /// Whether a packet that is too long may be answered with "too big": not without `DF` on IPv4.
     fn wants_too_big<P: Packet>(packet: &P) -> Result<bool, Reason>;
 
+    /// Whether ICMP messages of this type may be refused: not errors, which are never answered with errors and which
+    /// somebody may wait for, nor what neighbours tell each other (RFC 1122 section 3.2.2, RFC 4443 section 2.4).
+    fn may_refuse(kind: u8) -> bool;
+
     /// Sum of the pseudo-header's words that an ICMP message of this family covers.
     fn icmp_pseudo(src: &Self::Addr, dst: &Self::Addr, len: u16) -> u32;
 
@@ -274,6 +278,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn may_refuse(kind: u8) -> bool {
+        !matches!(kind, 3 | 4 | 5 | 11 | 12)
+    }
+
+    #[inline(always)]
     fn icmp_pseudo(_src: &Addr4, _dst: &Addr4, _len: u16) -> u32 {
         0
     }
@@ -364,7 +373,7 @@ impl Family for V6 {
         if parsed.is_later_fragment() {
             return Ok(());
         }
-        if is_walkable(next) || is_opaque(next) {
+        if is_walkable(next) {
             return Err(Reason::ExtensionHeader);
         }
         Ok(())
@@ -452,6 +461,11 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn may_refuse(kind: u8) -> bool {
+        kind >= 128 && !matches!(kind, 133..=137)
+    }
+
+    #[inline(always)]
     fn icmp_pseudo(src: &Addr6, dst: &Addr6, len: u16) -> u32 {
         Self::pseudo(src, dst, Self::ICMP, len)
     }
@@ -485,12 +499,6 @@ impl Family for V6 {
 #[inline(always)]
 const fn is_walkable(next: u8) -> bool {
     next == IpProto::HopOpt as u8 || next == IpProto::Ipv6Opts as u8 || next == IpProto::Ipv6Route as u8
-}
-
-/// Headers that hide what is behind them, or forbid to change it.
-#[inline(always)]
-const fn is_opaque(next: u8) -> bool {
-    next == IpProto::Ah as u8 || next == IpProto::Esp as u8 || next == IpProto::Ipv6NoNxt as u8
 }
 
 /// Bytes of an ICMP error with its quote, without the IP header.

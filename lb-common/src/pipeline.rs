@@ -23,7 +23,7 @@ use crate::respond::respond;
 use crate::rewrite::rewrite;
 use crate::service::{self, Scope};
 use crate::tables::{Event, FlowTable, Tables};
-use crate::wire::tcp_flags;
+use crate::wire::{IcmpHdr, tcp_flags};
 
 /// What the hook has to do with the packet.
 #[repr(u32)]
@@ -127,13 +127,20 @@ fn refuse<F: Family, P: Packet, T: Tables<F>>(
     parsed: &Parsed<F>,
     reason: Reason,
 ) -> Reason {
-    match reason {
+    let served = match reason {
         // The hook behind may know the first fragment, if that had to wait for it.
-        Reason::Fragment if !packet.has_hook_behind() => {
-            service::refuse::<F, T>(tables, &parsed.key.dst, reason, Reason::StrayFragment)
-        }
-        _ => reason,
-    }
+        Reason::Fragment if !packet.has_hook_behind() => Reason::StrayFragment,
+        Reason::UnknownProtocol if !is_icmp_to_keep(packet, parsed) => Reason::UnservedProtocol,
+        _ => return reason,
+    };
+    service::refuse::<F, T>(tables, &parsed.key.dst, reason, served)
+}
+
+/// Whether a packet is an ICMP message that must not be refused.
+#[inline(always)]
+fn is_icmp_to_keep<F: Family, P: Packet>(packet: &P, parsed: &Parsed<F>) -> bool {
+    let icmp = packet.view::<IcmpHdr>(parsed.transport as usize);
+    parsed.key.proto == F::ICMP && !icmp.is_ok_and(|icmp| F::may_refuse(icmp.kind))
 }
 
 /// A packet that goes out: to a client outside, or to a pod. Only replies of flows are translated here.

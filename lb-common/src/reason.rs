@@ -145,6 +145,8 @@ reasons! {
     NoSuchService = 24, "no_such_service", Drop;
     /// The same, to an address that only a Service has: nobody waits for it there.
     StrayFragment = 25, "stray_fragment", Drop;
+    /// A protocol without ports that we translate, to an address that only a Service has.
+    UnservedProtocol = 26, "unserved_protocol", Reject;
 }
 
 /// Number of entries of `COUNTERS`.

@@ -135,6 +135,8 @@ both_families! {
     fragments_are_remembered_as_long_as_a_receiver_waits
     later_fragments_open_no_flow_and_get_no_answer
     later_fragments_for_a_service_address_are_never_let_out
+    protocols_that_services_do_not_have_are_rejected_there
+    icmp_errors_and_neighbours_are_let_pass
 }
 
 fn outside_to_a_backend_here_keeps_the_client<F: TestFamily>() {
@@ -989,6 +991,55 @@ fn later_fragments_for_a_service_address_are_never_let_out<F: TestFamily>() {
     }
 }
 
+/// A packet of any protocol: `first` is its first byte behind the IP header.
+fn other<F: TestFamily>(dst: &str, proto: u8, first: u8) -> Vec<u8> {
+    let mut bytes = udp(client::<F>(0), at(dst, 0), &[0; 24]);
+    let (field, payload) = if F::HEADER_LEN == 40 { (20, 54) } else { (23, 34) };
+    bytes[field] = proto;
+    bytes[payload] = first;
+    bytes
+}
+
+const GRE: u8 = 47;
+const ESP: u8 = 50;
+
+fn protocols_that_services_do_not_have_are_rejected_there<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let echo = if F::HEADER_LEN == 40 { 128 } else { 8 };
+    for (proto, first) in [(F::ICMP, echo), (GRE, 0), (ESP, 0)] {
+        for side in [Side::NicIn, Side::PodIn] {
+            let refused = node.send(side, other::<F>(F::VIP, proto, first));
+            let seen = refused.seen(Verdict::SendBack, Reason::UnservedProtocol);
+            let Seen::Icmp { src, dst, kind, code, .. } = seen else { panic!("{seen:?}") };
+            assert_eq!((src, dst), (at(F::VIP, 0).ip(), client::<F>(0).ip()));
+            assert_eq!((kind, code), F::PORT_UNREACHABLE);
+            let dropped = node.send(side, other::<F>(F::UNALLOCATED, proto, first));
+            dropped.untouched(Verdict::Drop, Reason::NoSuchService);
+            // The node and pods answer for themselves.
+            for addr in [F::NODE, F::OTHER_POD] {
+                let passed = node.send(side, other::<F>(addr, proto, first));
+                passed.untouched(Verdict::Pass, Reason::UnknownProtocol);
+            }
+        }
+        let passed = node.send(Side::NicOut, other::<F>(F::VIP, proto, first));
+        passed.untouched(Verdict::Pass, Reason::UnknownProtocol);
+    }
+    let usage = node.tables.usage.borrow();
+    assert!(usage.is_empty(), "{usage:?}");
+}
+
+fn icmp_errors_and_neighbours_are_let_pass<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let kinds: &[u8] =
+        if F::HEADER_LEN == 40 { &[1, 2, 3, 4, 127, 133, 135, 136, 137] } else { &[3, 4, 5, 11, 12] };
+    for kind in kinds {
+        for addr in [F::VIP, F::UNALLOCATED] {
+            let passed = node.send(Side::NicIn, other::<F>(addr, F::ICMP, *kind));
+            passed.untouched(Verdict::Pass, Reason::UnknownProtocol);
+        }
+    }
+}
+
 #[test]
 fn a_fragment_that_is_all_of_its_packet_is_none() {
     // RFC 6946: whoever was told of an MTU below 1280 bytes sends such packets.
@@ -1063,9 +1114,9 @@ fn headers_that_are_not_understood_pass_in_ipv6() {
         passes::<V6>(Reason::Truncated, frame::<V6>(), |b| b.truncate(len));
     }
     for (next, reason) in [
-        (50, Reason::ExtensionHeader),
-        (51, Reason::ExtensionHeader),
-        (59, Reason::ExtensionHeader),
+        (50, Reason::UnknownProtocol),
+        (51, Reason::UnknownProtocol),
+        (59, Reason::UnknownProtocol),
         (58, Reason::UnknownProtocol),
     ] {
         passes::<V6>(reason, with_extensions(&[(60, 0)], next), |_| ());

@@ -409,7 +409,15 @@ impl Traffic {
         let len = self.pick(&[0, 0, 1, 2, 7, 64, 333, 1200, 1600]);
         let payload: Vec<u8> = (0..len).map(|_| self.random.u8(..)).collect();
         match self.random.u8(..8) {
-            0 | 1 => return udp(src, dst, &payload),
+            0 | 1 => {
+                let mut datagram = udp(src, dst, &payload);
+                if self.random.u8(..8) == 0 {
+                    // What Services cannot have.
+                    let at = if F::HEADER_LEN == 40 { NETWORK + 6 } else { NETWORK + 9 };
+                    datagram[at] = self.pick(&[F::ICMP, 47, 50]);
+                }
+                return datagram;
+            }
             2 | 3 => {
                 let kind = self.pick(&[INIT, INIT, INIT_ACK, ABORT, SHUTDOWN_COMPLETE, DATA, DATA]);
                 return sctp(src, dst, kind, &payload);
@@ -532,6 +540,7 @@ where
         Reason::PacketTooBig,
         Reason::Fragment,
         Reason::StrayFragment,
+        Reason::UnservedProtocol,
     ] {
         assert!(reasons.contains(&reason), "{reason:?} was never the case: this test tests nothing of it");
     }

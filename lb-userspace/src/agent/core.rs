@@ -64,8 +64,8 @@ pub struct Agent<M> {
     addresses: Option<BTreeMap<IpAddr, u32>>,
     /// The addresses are not what the maps have.
     addresses_changed: bool,
-    /// `--cluster-cidr`.
-    pod_networks: Vec<IpNet>,
+    /// `--cluster-cidr`; none: those that the Node object names.
+    pod_networks: Option<Vec<IpNet>>,
     /// Every ServiceCIDR has been told once.
     cidrs_listed: bool,
     /// The networks are not what the maps have.
@@ -101,7 +101,7 @@ impl<M: Maps> Agent<M> {
             unlisted: Unlisted::default(),
             addresses: None,
             addresses_changed: false,
-            pod_networks: vec![],
+            pod_networks: Some(vec![]),
             cidrs_listed: false,
             networks_changed: false,
             pending: BTreeSet::new(),
@@ -131,7 +131,7 @@ impl<M: Maps> Agent<M> {
             Event::Changed(change) => {
                 let news = News::from(&change);
                 let touched = self.model.apply(change);
-                self.networks_changed |= touched.service_cidrs;
+                self.networks_changed |= touched.service_cidrs || touched.node;
                 if touched.node {
                     self.facts.zone = self.model.node().and_then(|node| node.zone.clone());
                     let leaving = |node: &Node| node.deleting || node.to_be_deleted;
@@ -175,8 +175,8 @@ impl<M: Maps> Agent<M> {
         self.ports.listen_on(addresses);
     }
 
-    /// Pods have their addresses in these networks, on other nodes too.
-    pub fn set_pod_networks(&mut self, networks: Vec<IpNet>) {
+    /// Pods have their addresses in these networks, on other nodes too; none: in those that the Node object names.
+    pub fn set_pod_networks(&mut self, networks: Option<Vec<IpNet>>) {
         self.pod_networks = networks;
         self.networks_changed = true;
     }
@@ -381,7 +381,9 @@ impl<M: Maps> Agent<M> {
     fn settle_networks(&mut self, now: Instant) -> Result<(), Trouble> {
         let services: Vec<IpNet> = self.model.service_cidrs().collect();
         let services = self.cidrs_listed.then_some(&services[..]);
-        let (ops, findings) = self.reconciler.set_networks(&self.pod_networks, services);
+        let of_node = || self.model.node().map(|node| node.pod_cidrs.clone()).unwrap_or_default();
+        let pods = self.pod_networks.clone().unwrap_or_else(of_node);
+        let (ops, findings) = self.reconciler.set_networks(&pods, services);
         for finding in findings {
             tracing::warn!("this node: {finding}");
         }

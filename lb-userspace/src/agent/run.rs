@@ -37,8 +37,8 @@ pub struct Config {
     pub xdp: XdpMode,
     pub algorithm: Algorithm,
     pub nodeport_addresses: NodePortAddresses,
-    /// `--cluster-cidr`.
-    pub pod_networks: Vec<IpNet>,
+    /// `--cluster-cidr`; none: those that the Node object names (`--detect-local-mode=NodeCIDR`).
+    pub pod_networks: Option<Vec<IpNet>>,
     /// None: nobody asks.
     pub healthz: Option<SocketAddr>,
     /// None: nobody asks.

@@ -250,6 +250,8 @@ pub struct Node {
     pub zone: Option<String>,
     /// `status.addresses` of type InternalIP, then ExternalIP.
     pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Vec<IpNet>,
     /// `metadata.deletionTimestamp` is set.
     pub deleting: bool,
     /// It carries the taint `ToBeDeletedByClusterAutoscaler`.
@@ -259,6 +261,13 @@ pub struct Node {
 impl Node {
     /// A node of which only the name is known.
     pub fn named(name: impl Into<String>) -> Self {
-        Self { name: name.into(), zone: None, addresses: vec![], deleting: false, to_be_deleted: false }
+        Self {
+            name: name.into(),
+            zone: None,
+            addresses: vec![],
+            pod_cidrs: vec![],
+            deleting: false,
+            to_be_deleted: false,
+        }
     }
 }

@@ -271,7 +271,10 @@ pub fn node(object: core::Node) -> Node {
     let mut node = Node::named(object.metadata.name.unwrap_or_default());
     node.zone = object.metadata.labels.and_then(|mut labels| labels.remove(ZONE_LABEL));
     node.deleting = object.metadata.deletion_timestamp.is_some();
-    let taints = object.spec.and_then(|spec| spec.taints).unwrap_or_default();
+    let spec = object.spec.unwrap_or_default();
+    let pod_cidrs = spec.pod_cidrs.unwrap_or_default();
+    node.pod_cidrs = pod_cidrs.iter().filter_map(|text| parse_network(text)).collect();
+    let taints = spec.taints.unwrap_or_default();
     node.to_be_deleted = taints.iter().any(|taint| taint.key == TO_BE_DELETED_TAINT);
     let addresses = object.status.and_then(|status| status.addresses).unwrap_or_default();
     for kind in ["InternalIP", "ExternalIP"] {
@@ -932,7 +935,10 @@ mod tests {
                 "name": "node-a", "labels": { ZONE_LABEL: "z1" },
                 "deletionTimestamp": "2026-01-01T00:00:00Z",
             },
-            "spec": { "taints": [{ "key": TO_BE_DELETED_TAINT, "effect": "NoSchedule" }] },
+            "spec": {
+                "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64", "pods"],
+                "taints": [{ "key": TO_BE_DELETED_TAINT, "effect": "NoSchedule" }],
+            },
             "status": { "addresses": [
                 { "type": "Hostname", "address": "node-a" }, { "type": "ExternalIP", "address": "1.2.3.4" },
                 { "type": "InternalIP", "address": "192.168.0.2" }, { "type": "InternalIP", "address": "fd00::2" },
@@ -941,6 +947,8 @@ mod tests {
         let node = node(serde_json::from_value(object).unwrap());
         let addresses: Vec<_> = node.addresses.iter().map(ToString::to_string).collect();
         assert_eq!(addresses, ["192.168.0.2", "fd00::2", "1.2.3.4"]);
+        let networks: Vec<_> = node.pod_cidrs.iter().map(ToString::to_string).collect();
+        assert_eq!(networks, ["10.244.1.0/24", "fd00:10:244:1::/64"]);
         assert_eq!(node.zone.as_deref(), Some("z1"));
         assert!(node.deleting && node.to_be_deleted);
     }

@@ -384,3 +384,20 @@ async fn health_ports_follow_their_services() {
     world.settle();
     assert!(!listens(30_001) && !listens(30_002));
 }
+
+#[test]
+fn the_node_object_names_networks_of_pods_where_it_is_asked() {
+    for asked in [true, false] {
+        let mut world = World::full(1, 1);
+        world.agent.set_pod_networks(if asked { None } else { Some(vec![]) });
+        for text in ["10.244.1.0/24", "10.244.2.0/24"] {
+            let node = Node { pod_cidrs: vec![text.parse().unwrap()], ..Node::named("node-a") };
+            world.take(Event::Changed(Change::Node(Box::new(node))));
+            world.settle();
+            let [networks, _] = world.agent.maps().snapshot().networks;
+            let networks: Vec<_> = networks.iter().map(|(net, flags)| (net.to_string(), *flags)).collect();
+            let wanted = vec![(text.to_owned(), lb_common::abi::network_flags::POD)];
+            assert_eq!(networks, if asked { wanted } else { vec![] });
+        }
+    }
+}
