@@ -7,7 +7,7 @@ use proptest::sample::subsequence;
 use super::*;
 use crate::datapath::Maps;
 use crate::datapath::fake::FakeMaps;
-use crate::entries::{BackendEntry, Frontend, Protocol, Target, WhenEmpty};
+use crate::entries::{BackendEntry, Frontend, FrontendKind, Protocol, Target, WhenEmpty};
 
 const GRACE: Duration = Duration::from_secs(10);
 const ROOMY: Limits =
@@ -331,6 +331,40 @@ fn addresses_of_services_and_of_the_node_merge() {
     world.remove("a");
     world.remove("b");
     assert_eq!(world.maps.snapshot().addresses, BTreeMap::new());
+}
+
+/// Rules 17 and 34: an address that only load balancers and routers know is ours, too; its other ports are not.
+#[test]
+fn external_addresses_are_known() {
+    use address_flags::{FRONTEND, NODE, SERVICE};
+
+    let mut world = World::new(ROOMY);
+    let addr: IpAddr = "203.0.113.5".parse().unwrap();
+    let held = |world: &World| world.maps.snapshot().addresses.get(&addr).copied();
+    let of_kind = |kind| {
+        let mut desired = desired(&[("203.0.113.5:80", &[ONE])]);
+        desired.compiled.frontends.get_mut(&key("203.0.113.5:80")).unwrap().kind = kind;
+        desired
+    };
+    for kind in [FrontendKind::LoadBalancer, FrontendKind::ExternalIP] {
+        let batch = world.set("svc", of_kind(kind));
+        assert_eq!(kinds(&batch.ops)[..2], ["active", "slots"]);
+        assert_eq!(held(&world), Some(FRONTEND));
+        world.set("svc", of_kind(FrontendKind::ClusterIP));
+        assert_eq!(held(&world), Some(SERVICE));
+        world.set("svc", of_kind(kind));
+        assert_eq!(held(&world), Some(FRONTEND));
+        // While it is the node's own, it is that.
+        let (ops, _) = world.reconciler.set_node_addresses(&BTreeMap::from([(addr, NODE)]));
+        world.maps.apply(&ops).unwrap();
+        assert_eq!(held(&world), Some(NODE));
+        let (ops, _) = world.reconciler.set_node_addresses(&BTreeMap::new());
+        world.maps.apply(&ops).unwrap();
+        assert_eq!(held(&world), Some(FRONTEND));
+        world.remove("svc");
+        assert_eq!(held(&world), None);
+        world.pass(GRACE);
+    }
 }
 
 #[test]
