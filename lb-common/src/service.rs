@@ -2,7 +2,7 @@
 
 use crate::abi::{
     AddressInfo, Affinity, AffinityKey, Backend, MemberKey, Service, ServiceKey, Source, Window,
-    address_flags, backend_state, service_flags,
+    address_flags, backend_state, network_flags, service_flags,
 };
 use crate::family::Family;
 use crate::maps::MAX_NETWORKS;
@@ -19,6 +19,20 @@ pub enum Scope {
     Internal,
     /// Everybody else.
     External,
+}
+
+/// What this node knows of the address that somebody asks for.
+///
+/// # Errors
+///
+/// [`Reason::NoSuchService`] for an address of a ServiceCIDR that no Service has, else [`Reason::NotOurs`].
+#[inline(always)]
+pub fn address<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Result<AddressInfo, Reason> {
+    if let Some(info) = tables.address(addr) {
+        return Ok(info);
+    }
+    let unallocated = networks::<F, T>(tables, addr) & network_flags::SERVICE != 0;
+    Err(if unallocated { Reason::NoSuchService } else { Reason::NotOurs })
 }
 
 /// Finds the frontend that answers on `key`: the exact one, else a NodePort if `info` says that they answer there.

@@ -17,7 +17,7 @@ fn budget(name: &str) -> (u32, u32) {
         programs::XDP_NIC => (200_000, 40_000),
         programs::TC_NIC_IN | programs::TC_POD_IN => (120_000, 40_000),
         programs::TC_NIC_OUT | programs::TC_POD_OUT => (20_000, 24_000),
-        _ => (6_000, 9_000),
+        _ => (16_000, 9_000),
     }
 }
 
