@@ -12,17 +12,18 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fairlead::entries::{Family, Protocol};
 use lb_common::abi::backend_state;
+use nix::time::{ClockId, clock_gettime};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, RngSeed, TestError, TestRunner};
 
 use self::cluster::{
-    Change, Cluster, NODE_PORTS, Places, SERVICE_PORTS, Settings, change, ip, object, settings,
+    Change, Cluster, NODE_PORTS, Places, SERVICE_PORTS, Settings, change, ip, objects, settings,
 };
 use self::node::{HostNode, Meaning, Seen};
 use self::reference::{Answer, Ask, Client, answer};
@@ -51,12 +52,11 @@ fn asks(places: &Places) -> Vec<Ask> {
             Client::Pod(ip(places.clients[0])),
             Client::Pod(ip(places.pods_here[0])),
             Client::Wire(ip(places.clients[1])),
-            Client::Wire(ip(places.other_node)),
             Client::Wire(ip(places.outside[0])),
-            Client::Wire(ip(places.outside[1])),
         ];
+        // Where it matters who is outside.
         if external.contains(&to.ip()) {
-            clients.push(Client::Wire(to.ip()));
+            clients.extend([ip(places.other_node), ip(places.outside[1]), to.ip()].map(Client::Wire));
         }
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             asks.extend(clients.iter().map(|client| Ask { client: *client, to, protocol }));
@@ -130,7 +130,11 @@ impl Story {
         let mut result = Ok(());
         self.node.take(news, &self.cluster, |node, op| {
             count += 1;
-            for (ask, (old, new)) in asks.iter().zip(old.iter().zip(new)) {
+            for (i, (ask, (old, new))) in (0u32..).zip(asks.iter().zip(old.iter().zip(new))) {
+                // Most asks are about nothing: they take turns.
+                if (old, new) == (&Answer::Untouched, &Answer::Untouched) && !(i + count).is_multiple_of(8) {
+                    continue;
+                }
                 node.forget();
                 let seen = node.ask(ask, count);
                 let fits = seen.is_ok_and(|seen| allows(old, seen) || allows(new, seen));
@@ -143,23 +147,25 @@ impl Story {
     }
 }
 
-/// Runs a property for some cases, but not for long. A failure names the seed that repeats it.
+/// Runs a property for some cases, but not for long: the time that counts is the processor's, machines may be busy. A
+/// failure names the seed that repeats it.
 fn holds<S: Strategy>(cases: u32, strategy: &S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
     let mut config = Config { failure_persistence: None, max_shrink_time: 60_000, ..Config::default() };
     let patience = if env::var_os("PROPTEST_CASES").is_some() {
         Duration::MAX
     } else {
         config.cases = cases;
-        Duration::from_secs(12)
+        Duration::from_secs(10)
     };
     let seed = match config.rng_seed {
         RngSeed::Fixed(seed) => seed,
         RngSeed::Random => fastrand::u64(..),
     };
     config.rng_seed = RngSeed::Fixed(seed);
-    let (start, failed) = (Instant::now(), Cell::new(false));
+    let worked = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
+    let (start, failed) = (worked(), Cell::new(false));
     let outcome = TestRunner::new(config).run(strategy, |value| {
-        if start.elapsed() > patience && !failed.get() {
+        if worked() - start > patience && !failed.get() {
             return Ok(());
         }
         let result = test(value);
@@ -181,7 +187,7 @@ fn family() -> impl Strategy<Value = Family> {
 
 #[test]
 fn histories_answer_as_the_contract_says() {
-    let strategy = (settings(), vec(object(), 3..14), vec(change(), 1..8), family());
+    let strategy = (settings(), objects(), vec(change(), 1..6), family());
     holds(200, &strategy, |(settings, objects, changes, family)| {
         let mut story = Story::new(settings, objects, family);
         story.check()?;
@@ -231,7 +237,7 @@ fn clients_keep_their_backend_as_affinity_says() {
         12 => (any::<Index>(), 0..1000u32).prop_map(|(which, chance)| Step::Connect(which, chance)),
         2 => (1..15u64).prop_map(Step::Pass),
     ];
-    let strategy = (settings(), vec(object(), 6..14), vec(step, 20..60), family());
+    let strategy = (settings(), objects(), vec(step, 20..60), family());
     holds(300, &strategy, |(settings, mut objects, steps, family)| {
         for object in &mut objects {
             if let Change::Service(_, service) = object {
