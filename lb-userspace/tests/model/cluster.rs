@@ -559,14 +559,10 @@ pub fn service() -> impl Strategy<Value = Service> {
 
 fn conditions() -> impl Strategy<Value = Conditions> {
     let condition = || select(vec![None, Some(true), Some(false)]);
-    prop_oneof![
-        Just(Conditions::default()),
-        (condition(), condition(), condition()).prop_map(|(ready, serving, terminating)| Conditions {
-            ready,
-            serving,
-            terminating
-        }),
-    ]
+    let draining = Conditions { ready: Some(false), serving: None, terminating: Some(true) };
+    let any = (condition(), condition(), condition());
+    let any = any.prop_map(|(ready, serving, terminating)| Conditions { ready, serving, terminating });
+    prop_oneof![2 => Just(Conditions::default()), 2 => Just(draining), 1 => any]
 }
 
 fn hints() -> impl Strategy<Value = Hints> {
