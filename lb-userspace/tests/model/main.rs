@@ -165,7 +165,7 @@ fn holds<S: Strategy>(cases: u32, strategy: &S, test: impl Fn(S::Value) -> Resul
     let worked = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
     let (start, failed) = (worked(), Cell::new(false));
     let outcome = TestRunner::new(config).run(strategy, |value| {
-        if worked() - start > patience && !failed.get() {
+        if worked().saturating_sub(start) > patience && !failed.get() {
             return Ok(());
         }
         let result = test(value);
