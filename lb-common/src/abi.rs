@@ -259,6 +259,8 @@ pub mod address_flags {
     pub const LOOPBACK: u32 = 1 << 3;
     /// Host ports answer on this address.
     pub const HOST_PORT: u32 = 1 << 4;
+    /// A load-balancer IP or external IP: its other ports are not ours.
+    pub const FRONTEND: u32 = 1 << 5;
 }
 
 /// Value of `EDGES`, keyed by interface index: an external edge of this node.

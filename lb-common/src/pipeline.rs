@@ -103,10 +103,7 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
         return Ok(carry);
     }
     // Every entry of an incoming side has an address of this node or of a Service as destination.
-    let Some(info) = tables.address(&parsed.key.dst) else {
-        let unallocated = service::networks::<F, T>(tables, &parsed.key.dst) & network_flags::SERVICE != 0;
-        return Err(if unallocated { Reason::NoSuchService } else { Reason::NotOurs });
-    };
+    let info = service::address::<F, T>(tables, &parsed.key.dst)?;
     if let Some(entry) = tables.flow(FlowTable::Pending, &parsed.key)
         && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Pending)?
     {

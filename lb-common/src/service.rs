@@ -21,6 +21,20 @@ pub enum Scope {
     External,
 }
 
+/// What this node knows of the address that somebody asks for.
+///
+/// # Errors
+///
+/// [`Reason::NoSuchService`] for an address of a ServiceCIDR that no Service has, else [`Reason::NotOurs`].
+#[inline(always)]
+pub fn address<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Result<AddressInfo, Reason> {
+    if let Some(info) = tables.address(addr) {
+        return Ok(info);
+    }
+    let unallocated = networks::<F, T>(tables, addr) & network_flags::SERVICE != 0;
+    Err(if unallocated { Reason::NoSuchService } else { Reason::NotOurs })
+}
+
 /// Finds the frontend that answers on `key`: the exact one, else the NodePort or host port for any address, if `info`
 /// says that such answer there.
 ///

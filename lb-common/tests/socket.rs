@@ -30,6 +30,7 @@ both_families! {
     datagrams_stay_with_their_backend_while_it_lives
     frontends_without_endpoints_refuse
     what_is_no_frontend_is_left_alone
+    addresses_that_no_service_has_lead_nowhere
     loopback_addresses_serve_node_ports_to_sockets_alone
     host_ports_answer_where_node_ports_may_not
     source_ranges_hold_for_the_node_too
@@ -83,6 +84,14 @@ fn what_is_no_frontend_is_left_alone<F: TestFamily>() {
         assert_eq!(socket::sendmsg(&tables, UDP, peer::<F>(addr)), Err(Reason::NotOurs));
     }
     assert!(tables.sockets.borrow().is_empty());
+}
+
+/// Rule 14, for processes of the node, too.
+fn addresses_that_no_service_has_lead_nowhere<F: TestFamily>() {
+    let tables = cluster::<F>(1);
+    let addr = at(F::UNALLOCATED, ports::WEB);
+    assert_eq!(socket::connect(&tables, TCP, peer::<F>(addr)), Err(Reason::NoSuchService));
+    assert_eq!(socket::sendmsg(&tables, UDP, peer::<F>(addr)), Err(Reason::NoSuchService));
 }
 
 fn loopback_addresses_serve_node_ports_to_sockets_alone<F: TestFamily>() {

@@ -17,7 +17,7 @@ fn budget(name: &str) -> (u32, u32) {
         programs::XDP_NIC => (400_000, 56_000),
         programs::TC_NIC_IN | programs::TC_POD_IN => (300_000, 56_000),
         programs::TC_NIC_OUT | programs::TC_POD_OUT => (40_000, 32_000),
-        _ => (6_000, 9_000),
+        _ => (16_000, 12_000),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Desired entries against what is in the maps -> an ordered list of map operations.
 //!
-//! The order keeps every packet from meeting a dangling reference: removed frontends first; then new
+//! The order keeps every packet from meeting a dangling reference: removed addresses and frontends first; then new
 //! backends, their windows, the frontends that switch to them; then what nobody refers to any more. A window
 //! is never written while a frontend refers to it. Windows and backend ids that became free are given out
 //! again only after a grace time, so that a packet that read the old frontend finds what it expects.
@@ -40,8 +40,7 @@ use self::names::Names;
 use self::ranges::Ranges;
 use self::sources::Sources;
 use crate::entries::{
-    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Keep, Limits, Op, Protocol,
-    Snapshot,
+    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, Keep, Limits, Op, Protocol, Snapshot,
 };
 use crate::finding::Finding;
 use crate::owner::Owner;
@@ -196,7 +195,11 @@ struct Steps {
 impl Steps {
     fn into_batch(self, batch: &mut Batch) {
         let Self { remove, backends, windows, sources, names, frontends, addresses, retire, .. } = self;
-        for ops in [remove, backends, windows, sources, names, frontends, addresses, retire] {
+        // While a Service's address is there its ports answer, with a reject at least: with the address first all of
+        // them go at once, and last they come.
+        let (gone, known): (Vec<Op>, Vec<Op>) =
+            addresses.into_iter().partition(|op| matches!(op, Op::RemoveAddress { .. }));
+        for ops in [gone, remove, backends, windows, sources, names, frontends, known, retire] {
             batch.ops.extend(ops);
         }
     }
@@ -445,9 +448,7 @@ impl Reconciler {
     fn disown(&mut self, key: FrontendKey) {
         let Some(installed) = self.installed.get_mut(&key) else { return };
         let Some(owner) = installed.owner.take() else { return };
-        if installed.entry.kind == FrontendKind::ClusterIP.number() {
-            self.addresses.remove_frontend(key.addr);
-        }
+        self.addresses.remove_frontend(key.addr, installed.entry.kind);
         if let Some(owner) = self.services.get_mut(&owner) {
             owner.remove_key(&key);
         }

@@ -7,7 +7,7 @@ use proptest::sample::subsequence;
 use super::*;
 use crate::datapath::Maps;
 use crate::datapath::fake::FakeMaps;
-use crate::entries::{BackendEntry, Frontend, Protocol, ServiceName, Target, WhenEmpty};
+use crate::entries::{BackendEntry, Frontend, FrontendKind, Protocol, ServiceName, Target, WhenEmpty};
 
 const GRACE: Duration = Duration::from_secs(10);
 const ROOMY: Limits =
@@ -170,7 +170,8 @@ fn operations_come_in_the_order_that_never_dangles() {
     let batch = world.set("svc", desired(&[(VIP, &[TWO])]));
     assert_eq!(kinds(&batch.ops), ["-frontend", "active", "slots", "frontend", "terminating"]);
     let batch = world.remove("svc");
-    assert_eq!(kinds(&batch.ops), ["-frontend", "-address", "terminating", "-name"]);
+    // A packet finds the Service or none, not one without this port.
+    assert_eq!(kinds(&batch.ops), ["-address", "-frontend", "terminating", "-name"]);
     assert_eq!(kinds(&world.pass(GRACE).ops), ["unused", "unused"]);
     let snapshot = world.maps.snapshot();
     assert_eq!((snapshot.frontends.len(), snapshot.names.len()), (0, 0));
@@ -337,6 +338,40 @@ fn addresses_of_services_and_of_the_node_merge() {
     assert_eq!(world.maps.snapshot().addresses, BTreeMap::new());
 }
 
+/// Rules 17 and 34: an address that only load balancers and routers know is ours, too; its other ports are not.
+#[test]
+fn external_addresses_are_known() {
+    use address_flags::{FRONTEND, NODE, SERVICE};
+
+    let mut world = World::new(ROOMY);
+    let addr: IpAddr = "203.0.113.5".parse().unwrap();
+    let held = |world: &World| world.maps.snapshot().addresses.get(&addr).copied();
+    let of_kind = |kind| {
+        let mut desired = desired(&[("203.0.113.5:80", &[ONE])]);
+        desired.compiled.frontends.get_mut(&key("203.0.113.5:80")).unwrap().kind = kind;
+        desired
+    };
+    for kind in [FrontendKind::LoadBalancer, FrontendKind::ExternalIP] {
+        let batch = world.set("svc", of_kind(kind));
+        assert_eq!(kinds(&batch.ops)[..2], ["active", "slots"]);
+        assert_eq!(held(&world), Some(FRONTEND));
+        world.set("svc", of_kind(FrontendKind::ClusterIP));
+        assert_eq!(held(&world), Some(SERVICE));
+        world.set("svc", of_kind(kind));
+        assert_eq!(held(&world), Some(FRONTEND));
+        // While it is the node's own, it is that.
+        let (ops, _) = world.reconciler.set_node_addresses(&BTreeMap::from([(addr, NODE)]));
+        world.maps.apply(&ops).unwrap();
+        assert_eq!(held(&world), Some(NODE));
+        let (ops, _) = world.reconciler.set_node_addresses(&BTreeMap::new());
+        world.maps.apply(&ops).unwrap();
+        assert_eq!(held(&world), Some(FRONTEND));
+        world.remove("svc");
+        assert_eq!(held(&world), None);
+        world.pass(GRACE);
+    }
+}
+
 #[test]
 fn who_does_not_fit_is_named_and_the_others_work() {
     let limits = Limits { services: 2, backends: 4, slots: 8, addresses: 2, ..ROOMY };
@@ -411,7 +446,7 @@ fn a_restart_keeps_what_is_right_and_removes_what_is_stale() {
     world.restart();
     assert_eq!(world.set("stay", stay).ops, []);
     assert_eq!(world.reconciler.set_node_addresses(&node).0, []);
-    assert_eq!(kinds(&world.finish()), ["-frontend", "-address", "terminating", "-name"]);
+    assert_eq!(kinds(&world.finish()), ["-address", "-frontend", "terminating", "-name"]);
     assert_eq!(kinds(&world.pass(GRACE).ops), ["unused"]);
     assert_eq!(world.entry(three).state, backend_state::UNUSED);
     assert_eq!(world.view().len(), 2);
