@@ -234,6 +234,8 @@ pub mod address_flags {
     pub const SERVICE: u32 = 1 << 2;
     /// A loopback address: only sockets of this node can ask for it.
     pub const LOOPBACK: u32 = 1 << 3;
+    /// A load-balancer IP or externalIP of a Service: ports that no frontend owns are not ours.
+    pub const EXTERNAL: u32 = 1 << 4;
 }
 
 /// Value of `EDGES`, keyed by interface index: an external edge of this node.

@@ -6,24 +6,33 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use lb_common::abi::address_flags;
 
-use crate::entries::{Family, Op};
+use crate::entries::{Family, FrontendKind, Op};
 
 #[derive(Clone, Copy, Default, Debug)]
 struct Wanted {
     /// Flags that this node gives it.
     node: u32,
     /// Frontends of kind ClusterIP at this address.
-    frontends: u32,
+    cluster_ips: u32,
+    /// Other frontends at this address.
+    others: u32,
 }
 
 impl Wanted {
     fn flags(self) -> u32 {
+        let mut flags = self.node;
         // On an address of the node itself other ports are not ours to reject, whatever a Service claims.
-        if self.frontends > 0 && self.node & (address_flags::NODE | address_flags::LOOPBACK) == 0 {
-            self.node | address_flags::SERVICE
-        } else {
-            self.node
+        if self.cluster_ips > 0 && self.node & (address_flags::NODE | address_flags::LOOPBACK) == 0 {
+            flags |= address_flags::SERVICE;
         }
+        if self.others > 0 {
+            flags |= address_flags::EXTERNAL;
+        }
+        flags
+    }
+
+    fn frontends(&mut self, kind: u8) -> &mut u32 {
+        if kind == FrontendKind::ClusterIP.number() { &mut self.cluster_ips } else { &mut self.others }
     }
 }
 
@@ -47,15 +56,17 @@ impl Addresses {
         Self { limit, wanted: BTreeMap::new(), held, held_v6: u32::try_from(held_v6).unwrap_or(u32::MAX) }
     }
 
-    /// One more frontend of kind ClusterIP at `addr`.
-    pub(super) fn add_frontend(&mut self, addr: IpAddr) {
-        self.wanted.entry(addr).or_default().frontends += 1;
+    /// One more frontend of this kind ([`FrontendKind::number`]) at `addr`; unspecified for those of every address.
+    pub(super) fn add_frontend(&mut self, addr: IpAddr, kind: u8) {
+        if !addr.is_unspecified() {
+            *self.wanted.entry(addr).or_default().frontends(kind) += 1;
+        }
     }
 
-    /// One frontend of kind ClusterIP less at `addr`.
-    pub(super) fn remove_frontend(&mut self, addr: IpAddr) {
+    /// One frontend of this kind less at `addr`.
+    pub(super) fn remove_frontend(&mut self, addr: IpAddr, kind: u8) {
         if let Some(wanted) = self.wanted.get_mut(&addr) {
-            wanted.frontends -= 1;
+            *wanted.frontends(kind) -= 1;
         }
     }
 
@@ -81,7 +92,7 @@ impl Addresses {
     /// The write that makes the map right about `addr`, if one is needed.
     pub(super) fn settle(&mut self, addr: IpAddr) -> Result<Option<Op>, Full> {
         let flags = self.wanted.get(&addr).map_or(0, |wanted| wanted.flags());
-        if self.wanted.get(&addr).is_some_and(|w| w.node == 0 && w.frontends == 0) {
+        if self.wanted.get(&addr).is_some_and(|w| w.node == 0 && w.cluster_ips == 0 && w.others == 0) {
             self.wanted.remove(&addr);
         }
         if flags == 0 {

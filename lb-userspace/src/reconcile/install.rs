@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use lb_common::abi::{self, service_flags};
 
 use super::{Batch, Choices, Content, Installed, Reconciler, Retired, Service, Steps, Window, maglev};
-use crate::entries::{Algorithm, Family, Frontend, FrontendKey, FrontendKind, Op, ServiceName, WhenEmpty};
+use crate::entries::{Algorithm, Family, Frontend, FrontendKey, Op, ServiceName, WhenEmpty};
 use crate::finding::Finding;
 
 /// When frontends that a Service lost are removed.
@@ -442,9 +442,7 @@ impl Reconciler {
         let Some(installed) = self.installed.get_mut(&key) else { return };
         installed.owner = Some(name.clone());
         service.add_key(key);
-        if installed.entry.kind == FrontendKind::ClusterIP.number() {
-            self.addresses.add_frontend(key.addr);
-        }
+        self.addresses.add_frontend(key.addr, installed.entry.kind);
         steps.touched.insert(key.addr);
     }
 

@@ -36,8 +36,8 @@ use self::members::Members;
 use self::ranges::Ranges;
 use self::sources::Sources;
 use crate::entries::{
-    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Keep, Limits, Op, Protocol,
-    ServiceName, Snapshot,
+    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, Keep, Limits, Op, Protocol, ServiceName,
+    Snapshot,
 };
 use crate::finding::Finding;
 
@@ -435,9 +435,7 @@ impl Reconciler {
     fn disown(&mut self, key: FrontendKey) {
         let Some(installed) = self.installed.get_mut(&key) else { return };
         let Some(owner) = installed.owner.take() else { return };
-        if installed.entry.kind == FrontendKind::ClusterIP.number() {
-            self.addresses.remove_frontend(key.addr);
-        }
+        self.addresses.remove_frontend(key.addr, installed.entry.kind);
         if let Some(owner) = self.services.get_mut(&owner) {
             owner.remove_key(&key);
         }

@@ -304,6 +304,42 @@ fn the_older_service_has_the_frontend() {
     assert_eq!(world.view()[&key(VIP)].2[0], [TWO.parse().unwrap()]);
 }
 
+/// What is not in `ADDRESSES` is not looked up at all.
+#[test]
+fn load_balancer_ips_and_external_ips_are_known_and_their_other_ports_are_not_rejected() {
+    use address_flags::{EXTERNAL, NODE, SERVICE};
+
+    let mut world = World::new(ROOMY);
+    let addr = |s: &str| s.parse::<IpAddr>().unwrap();
+    let of_kinds = |kinds: &[(&str, FrontendKind)]| {
+        let all: Vec<_> = kinds.iter().map(|(addr, _)| (*addr, [].as_slice())).collect();
+        let mut desired = desired(&all);
+        for (addr, kind) in kinds {
+            desired.compiled.frontends.get_mut(&key(addr)).unwrap().kind = *kind;
+        }
+        desired
+    };
+    let (lb, external) = ("203.0.113.1:80", "203.0.113.2:80");
+    let kinds = [(lb, FrontendKind::LoadBalancer), (external, FrontendKind::ExternalIP)];
+    world.set("a", of_kinds(&kinds));
+    let expected = BTreeMap::from([(addr("203.0.113.1"), EXTERNAL), (addr("203.0.113.2"), EXTERNAL)]);
+    assert_eq!(world.maps.snapshot().addresses, expected);
+    // Another Service has the same address as its ClusterIP; the node has the other one.
+    world.set("b", desired(&[("203.0.113.1:81", &[])]));
+    let node = BTreeMap::from([(addr("203.0.113.2"), NODE)]);
+    let (ops, _) = world.reconciler.set_node_addresses(&node);
+    world.maps.apply(&ops).unwrap();
+    let both =
+        BTreeMap::from([(addr("203.0.113.1"), EXTERNAL | SERVICE), (addr("203.0.113.2"), EXTERNAL | NODE)]);
+    assert_eq!(world.maps.snapshot().addresses, both);
+    world.set("a", of_kinds(&kinds[..1]));
+    world.remove("b");
+    let expected = BTreeMap::from([(addr("203.0.113.1"), EXTERNAL), (addr("203.0.113.2"), NODE)]);
+    assert_eq!(world.maps.snapshot().addresses, expected);
+    world.remove("a");
+    assert_eq!(world.maps.snapshot().addresses, node);
+}
+
 #[test]
 fn addresses_of_services_and_of_the_node_merge() {
     use address_flags::{LOOPBACK, NODE, NODE_PORT, SERVICE};
