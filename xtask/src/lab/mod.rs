@@ -127,6 +127,8 @@ pub struct Lab {
     pub outside: Machine,
     /// A client behind a router.
     pub far: Machine,
+    /// The switch that everybody is connected to, and the router between its networks.
+    router: Netns,
     /// Agents and servers: not below the nodes' cgroups.
     processes: Cgroup,
     stop: Stop,
@@ -231,6 +233,7 @@ impl Lab {
             node_b: node("node-b", 2, node_b, Cni::Bridge)?,
             outside: machine("outside", outside, OUTSIDE)?,
             far: machine("far", far, FAR)?,
+            router: switch.clone(),
             processes: Cgroup::create(cgroups.join("processes"))?,
             stop,
             xtask: xtask.to_owned(),
@@ -254,6 +257,16 @@ impl Lab {
 
     pub fn nodes(&self) -> [&Node; 2] {
         [&self.node_a, &self.node_b]
+    }
+
+    /// The way to networks through a node, for the router and for outside machines: as if they were announced.
+    pub fn route_through(&self, node: &Node, networks: &[&str]) -> Result<()> {
+        for network in networks {
+            let via = node.addrs.of(if network.contains(':') { Family::V6 } else { Family::V4 });
+            self.outside.add_route(network, via)?;
+            self.router.ip(&format!("route replace {network} via {via}\n"))?;
+        }
+        Ok(())
     }
 
     /// The lab stays when it is dropped, for people to look at; what `agent` handles started does too.
