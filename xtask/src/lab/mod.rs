@@ -114,6 +114,10 @@ const ROUTED_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const ROUTED_MAC: &str = "ee:ee:ee:ee:ee:ee";
 const ROUTED_GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0xecee, 0xeeff, 0xfeee, 0xeeee);
 
+/// MAC address of bridges. Without one of its own a bridge takes that of a port, and another one when ports come and
+/// go, which its pods do not notice for seconds (the CNI bridge plugin sets it as well).
+const BRIDGE_MAC: &str = "0a:58:0a:f4:00:01";
+
 /// What is known about an address at once: no device waits for duplicate address detection.
 const NO_DAD: [(&str, &str); 2] = [("ipv6/conf/all/accept_dad", "0"), ("ipv6/conf/default/accept_dad", "0")];
 const FORWARDING: [(&str, &str); 2] = [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")];
@@ -427,7 +431,7 @@ impl Node {
             Cni::Bridge => {
                 let Addrs { v4, v6 } = self.bridge_addrs();
                 format!(
-                    "link add cni0 type bridge mcast_snooping 0\n\
+                    "link add cni0 address {BRIDGE_MAC} type bridge mcast_snooping 0\n\
                      addr add {v4}/24 dev cni0\n\
                      addr add {v6}/64 dev cni0 nodad\n\
                      link set cni0 up\n"

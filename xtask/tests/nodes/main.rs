@@ -8,6 +8,7 @@ mod edges;
 mod lab;
 mod matrix;
 mod policies;
+mod replacement;
 mod services;
 mod source_ranges;
 mod udp;
