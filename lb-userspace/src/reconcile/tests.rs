@@ -7,6 +7,7 @@ use proptest::sample::subsequence;
 use super::*;
 use crate::datapath::Maps;
 use crate::datapath::fake::FakeMaps;
+use crate::entries::FrontendKind;
 use crate::entries::{BackendEntry, Frontend, Protocol, Target, WhenEmpty};
 
 const GRACE: Duration = Duration::from_secs(10);
