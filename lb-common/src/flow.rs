@@ -151,16 +151,23 @@ const fn peer_flags(flags: u8) -> u8 {
 ///
 /// The forward half goes first, so that no packet of the flow finds only a reply half; the pending halves go
 /// last. If the table is full for good, the flow stays pending and works.
+///
+/// The kernel gives a removed entry's memory to another flow at once, whoever still looks at it. So what is moved is a
+/// copy, taken before the entry was seen to be in its place still; else another CPU has moved it.
 #[inline(never)]
 pub fn promote<F: Family, T: Tables<F>>(
     tables: &T,
     key: &FlowKey<F::Addr>,
     entry: &Cell<Flow<F::Addr>>,
 ) -> Result<(), Reason> {
-    let other_key = reverse_key(key, &entry.get());
-    let other = Cell::new(reverse_value(key, &entry.get()));
+    let flow = Cell::new(entry.get());
+    if !tables.flow(FlowTable::Pending, key).is_some_and(|now| core::ptr::eq(&raw const *now, entry)) {
+        return Ok(());
+    }
+    let other_key = reverse_key(key, &flow.get());
+    let other = Cell::new(reverse_value(key, &flow.get()));
     tables.put_flow(FlowTable::Established, &other_key, &other)?;
-    tables.put_flow(FlowTable::Established, key, entry)?;
+    tables.put_flow(FlowTable::Established, key, &flow)?;
     tables.remove_flow(FlowTable::Pending, &other_key);
     tables.remove_flow(FlowTable::Pending, key);
     Ok(())

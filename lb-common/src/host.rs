@@ -164,6 +164,14 @@ impl Packet for HostPacket {
 
 type FlowMap<A> = BTreeMap<FlowKey<A>, Rc<Cell<Flow<A>>>>;
 
+/// What becomes of an entry that left its table, whoever still looks at it: the kernel gives the memory to another flow
+/// at once.
+fn reuse<A: Copy + Default>(entry: Option<Rc<Cell<Flow<A>>>>) {
+    if let Some(entry) = entry {
+        entry.set(Flow::default());
+    }
+}
+
 /// The maps of one family.
 #[derive(Debug)]
 pub struct HostTables<F: Family> {
@@ -237,7 +245,8 @@ impl<F: Family> Tables<F> for HostTables<F> {
         key: &FlowKey<F::Addr>,
         flow: &Cell<Flow<F::Addr>>,
     ) -> Result<(), Reason> {
-        self.table(table).borrow_mut().insert(*key, Rc::new(Cell::new(flow.get())));
+        let old = self.table(table).borrow_mut().insert(*key, Rc::new(Cell::new(flow.get())));
+        reuse(old);
         Ok(())
     }
 
@@ -251,7 +260,7 @@ impl<F: Family> Tables<F> for HostTables<F> {
     }
 
     fn remove_flow(&self, table: FlowTable, key: &FlowKey<F::Addr>) {
-        self.table(table).borrow_mut().remove(key);
+        reuse(self.table(table).borrow_mut().remove(key));
     }
 
     fn fragment(&self, key: &FragmentKey<F::Addr>) -> Option<Fragment> {

@@ -186,6 +186,9 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
         }
         if pending {
             flow::promote::<F, T>(tables, &parsed.key, entry)?;
+            // The pending entry may be another flow's by now: the kernel gives out at once what was removed.
+            let promoted = tables.flow(FlowTable::Established, &parsed.key).ok_or(Reason::FlowTableFull)?;
+            return go_on(packet, tables, parsed, &promoted, FlowTable::Established).map(Some);
         }
     } else {
         // A new SYN (INIT) on an old tuple is a new connection; on a pending one it is the first again.
@@ -196,10 +199,23 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             return Ok(None);
         }
     }
-    if flow::note_packet(entry, parsed, tables.now()) && !pending {
+    go_on(packet, tables, parsed, entry, table).map(Some)
+}
+
+/// One more packet of a flow that stays as it is.
+#[inline(always)]
+fn go_on<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+    table: FlowTable,
+) -> Result<Carry, Reason> {
+    let established = table as u32 == FlowTable::Established as u32;
+    if flow::note_packet(entry, parsed, tables.now()) && established {
         flow::sync::<F, T>(tables, &parsed.key, entry);
     }
-    carry(packet, tables, parsed, entry).map(Some)
+    carry(packet, tables, parsed, entry)
 }
 
 /// A packet without a flow, addressed to this node or to a Service: enters a new flow, if there is a frontend.

@@ -16,7 +16,7 @@ fn budget(name: &str) -> (u32, u32) {
     match name {
         programs::XDP_NIC => (400_000, 56_000),
         programs::TC_NIC_IN | programs::TC_POD_IN => (300_000, 56_000),
-        programs::TC_NIC_OUT | programs::TC_POD_OUT => (40_000, 32_000),
+        programs::TC_NIC_OUT | programs::TC_POD_OUT => (100_000, 40_000),
         _ => (16_000, 12_000),
     }
 }

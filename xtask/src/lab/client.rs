@@ -233,6 +233,16 @@ pub struct Tally {
     pub failures: BTreeMap<String, u32>,
 }
 
+impl Tally {
+    pub fn add(&mut self, other: Self) {
+        for (into, from) in [(&mut self.answers, other.answers), (&mut self.failures, other.failures)] {
+            for (what, count) in from {
+                *into.entry(what).or_default() += count;
+            }
+        }
+    }
+}
+
 /// A bulk transfer that came through whole, in both directions.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Transfer {

@@ -28,9 +28,7 @@ impl Manifests {
 
     /// Writes or replaces a Service and its EndpointSlices.
     pub fn apply(&self, service: &Service) -> Result<()> {
-        let mut documents = vec![service.manifest()];
-        documents.extend(service.slices());
-        self.write(&service.name, &documents)
+        self.write(&service.name, &service.documents())
     }
 
     /// Writes or replaces a Node.
@@ -46,6 +44,13 @@ impl Manifests {
     /// Deletes a Pod.
     pub fn delete_pod(&self, pod: &Pod) -> Result<()> {
         self.delete(&format!("pod-{}", pod.name()))
+    }
+
+    /// Replaces a Node by one in this zone.
+    pub fn apply_node_in_zone(&self, node: &Node, zone: &str) -> Result<()> {
+        let mut manifest = node_manifest(node);
+        manifest["metadata"]["labels"]["topology.kubernetes.io/zone"] = json!(zone);
+        self.write(&node.name, &[manifest])
     }
 
     /// Deletes what is called `name`.
@@ -75,7 +80,8 @@ impl Manifests {
         fs::rename(&fresh, self.path(name)).with_context(|| format!("cannot write {name}"))
     }
 
-    fn write(&self, name: &str, documents: &[Value]) -> Result<()> {
+    /// Writes or replaces the file `name` with these objects.
+    pub fn write(&self, name: &str, documents: &[Value]) -> Result<()> {
         let texts: Result<Vec<_>, _> = documents.iter().map(serde_yaml_ng::to_string).collect();
         self.write_text(name, &texts.context("cannot write YAML")?.join("---\n"))
     }
@@ -96,6 +102,8 @@ pub struct Service {
     pub annotations: Vec<(String, String)>,
     /// Merged into `spec`: policies and whatever else a test is about.
     pub spec: Value,
+    /// `status.loadBalancer.ingress`.
+    pub ingress: Vec<Value>,
 }
 
 /// A port of a Service.
@@ -119,6 +127,8 @@ pub struct Endpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
+    /// `hints`.
+    pub hints: Value,
 }
 
 impl Port {
@@ -153,7 +163,27 @@ impl Endpoint {
             ready: true,
             serving: true,
             terminating: false,
+            hints: json!({}),
         }
+    }
+
+    /// It is about to go; `serving`: and answers as long as it is there.
+    #[must_use]
+    pub fn terminating(self, serving: bool) -> Self {
+        Self { ready: false, serving, terminating: true, ..self }
+    }
+
+    /// It has not come up, or has failed.
+    #[must_use]
+    pub fn unready(self) -> Self {
+        Self { ready: false, serving: false, ..self }
+    }
+
+    /// Whom it is meant for.
+    #[must_use]
+    pub fn hints(self, zones: &[&str], nodes: &[&str]) -> Self {
+        let list = |names: &[&str]| names.iter().map(|name| json!({ "name": name })).collect::<Vec<_>>();
+        Self { hints: json!({ "forZones": list(zones), "forNodes": list(nodes) }), ..self }
     }
 }
 
@@ -172,6 +202,7 @@ impl Service {
             endpoints: Vec::new(),
             annotations: Vec::new(),
             spec: json!({}),
+            ingress: Vec::new(),
         }
     }
 
@@ -185,6 +216,13 @@ impl Service {
     pub fn endpoint(mut self, endpoint: impl Into<Endpoint>) -> Self {
         self.endpoints.push(endpoint.into());
         self
+    }
+
+    /// The Service object and its EndpointSlices.
+    pub fn documents(&self) -> Vec<Value> {
+        let mut documents = vec![self.manifest()];
+        documents.extend(self.slices());
+        documents
     }
 
     /// The Service object.
@@ -210,7 +248,8 @@ impl Service {
         for (key, value) in &self.annotations {
             metadata["annotations"][key] = json!(value);
         }
-        json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec })
+        let status = json!({ "loadBalancer": { "ingress": self.ingress } });
+        json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec, "status": status })
     }
 
     /// What the EndpointSlice controller makes of it: a slice for each family of the Service.
@@ -271,6 +310,7 @@ impl Endpoint {
             "addresses": [addr],
             "conditions": { "ready": self.ready, "serving": self.serving, "terminating": self.terminating },
             "nodeName": self.node,
+            "hints": self.hints,
             "targetRef": { "kind": "Pod", "name": self.pod, "namespace": "default" },
         }))
     }
