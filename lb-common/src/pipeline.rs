@@ -87,7 +87,10 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
     {
         return Ok(carry);
     }
-    begin(packet, tables, parsed, info)
+    begin(packet, tables, parsed, info)?;
+    // Not from within `begin`: nested, the two would need more stack than a program has.
+    let entry = tables.flow(FlowTable::Pending, &parsed.key).ok_or(Reason::FlowTableFull)?;
+    carry(packet, tables, parsed, &entry)
 }
 
 /// A packet that goes out: to a client outside, or to a pod. Only replies of flows are translated here.
@@ -140,14 +143,14 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
     carry(packet, tables, parsed, entry).map(Some)
 }
 
-/// A packet without a flow, addressed to this node or to a Service: a new flow, if there is a frontend.
+/// A packet without a flow, addressed to this node or to a Service: a new, pending flow, if there is a frontend.
 #[inline(never)]
 fn begin<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
     parsed: &Parsed<F>,
     info: AddressInfo,
-) -> Result<Carry, Reason> {
+) -> Result<(), Reason> {
     let key = &parsed.key;
     if info.flags & address_flags::LOOPBACK != 0 {
         return Err(Reason::NotOurs);
@@ -170,7 +173,7 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
         return Err(reason);
     }
     tables.count(service.id, Event::Connection);
-    carry(packet, tables, parsed, &flow)
+    Ok(())
 }
 
 /// Chooses a backend for a client, if it may ask for the frontend.
