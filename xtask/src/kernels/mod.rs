@@ -169,7 +169,10 @@ pub fn command(args: &Args) -> Result<()> {
         for _ in 0..args.jobs.clamp(1, kernels.len()) {
             scope.spawn(|| {
                 while let Some(kernel) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let report = run(kernel, args, &built);
+                    let report = run(kernel, args, &built).with_context(|| format!("kernel {}", kernel.name));
+                    if let Err(error) = &report {
+                        say(format!("{error:#}"));
+                    }
                     let position = KERNELS.iter().position(|other| other.name == kernel.name);
                     reports.lock().unwrap_or_else(PoisonError::into_inner).insert(position, report);
                 }

@@ -15,6 +15,8 @@ use crate::process::{self, say};
 const MIRROR: &str = "http://deb.debian.org";
 /// Debian's keys, from the package of that name.
 pub const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// The last words of a package of kernels for virtual machines.
+const SUFFIX: &str = "-cloud-amd64";
 /// Depends on the newest kernel of its suite, built for virtual machines.
 const NEWEST: &str = "linux-image-cloud-amd64";
 
@@ -138,7 +140,7 @@ fn options(apt: &Path) -> Vec<OsString> {
     options
 }
 
-/// A package and those it depends on that are parts of the kernel.
+/// The parts of the kernel that a package depends on, by way of others that may be empty.
 fn closure(first: &str, show: impl Fn(&str) -> Result<String>) -> Result<Vec<String>> {
     let mut waiting = vec![first.to_owned()];
     let mut found = BTreeSet::new();
@@ -147,7 +149,9 @@ fn closure(first: &str, show: impl Fn(&str) -> Result<String>) -> Result<Vec<Str
             waiting.extend(parts(&show(&package)?));
         }
     }
-    Ok(found.into_iter().collect())
+    let has_version =
+        |package: &&String| package.trim_end_matches(SUFFIX).contains(|c: char| c.is_ascii_digit());
+    Ok(found.iter().filter(has_version).cloned().collect())
 }
 
 /// The parts of a kernel that a package depends on.
@@ -155,7 +159,7 @@ fn parts(show: &str) -> Vec<String> {
     let depends = show.lines().filter_map(|line| line.strip_prefix("Depends: "));
     let names =
         depends.flat_map(|line| line.split([',', '|'])).filter_map(|one| one.split_whitespace().next());
-    let is_part = |name: &&str| name.starts_with("linux-") && name.ends_with("-cloud-amd64");
+    let is_part = |name: &&str| name.starts_with("linux-") && name.ends_with(SUFFIX);
     names.filter(is_part).map(str::to_owned).collect()
 }
 
@@ -179,13 +183,7 @@ mod tests {
         };
         assert_eq!(
             closure(NEWEST, show).unwrap(),
-            [
-                "linux-base-cloud-amd64",
-                "linux-binary-7.2-cloud-amd64",
-                "linux-image-7.2-cloud-amd64",
-                "linux-image-cloud-amd64",
-                "linux-modules-7.2-cloud-amd64"
-            ]
+            ["linux-binary-7.2-cloud-amd64", "linux-image-7.2-cloud-amd64", "linux-modules-7.2-cloud-amd64"]
         );
     }
 
