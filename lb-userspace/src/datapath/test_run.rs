@@ -80,7 +80,7 @@ mod skb {
     pub(super) const SIZE: usize = 192;
 }
 
-/// The device alone: programs do not ask where a packet came in, and before 5.14 the kernel does not take it.
+/// The device alone: programs do not ask where a packet came in, and older kernels do not take it.
 fn skb_context(input: &Input<'_>) -> Vec<u8> {
     let mut context = vec![0; skb::SIZE];
     let mut put = |offset: usize, value: u32| {

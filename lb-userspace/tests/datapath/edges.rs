@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::process::Command;
 
 use aya::maps::{HashMap, MapData};
 use fairlead::datapath::node::StateFile;
@@ -99,7 +100,13 @@ fn pods_are_followed_through_their_lives() {
         assert!(expected(&["tc_pod_in-200"]).iter().all(|link| links(&bpffs).contains(link)));
         assert!(!agent.entries().contains_key(&200));
 
-        ip("link set vethpod name cali1");
+        let rename = ["link", "set", "vethpod", "name", "cali1"];
+        if !Command::new("ip").args(rename).status().unwrap().success() {
+            // Before 6.2 (commit bd039b5ea2a9) only a device that is down has its name changed.
+            ip("link set vethpod down");
+            ip(&rename.join(" "));
+            ip("link set cali1 up");
+        }
         agent.settle_on(&["eth0 external", "cali1 pod"]);
         ip("link del cali1");
         agent.settle_on(&["eth0 external"]);
