@@ -27,7 +27,8 @@ pub struct Addr6 {
 /// Key of `SERVICES4/6`: what a client addresses.
 ///
 /// A NodePort has the unspecified address (`0.0.0.0` / `::`): it answers on every address that `ADDRESSES`
-/// marks with [`address_flags::NODE_PORT`].
+/// marks with [`address_flags::NODE_PORT`]. A host port for any address has it, too, and answers where
+/// [`address_flags::HOST_PORT`] says so.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct ServiceKey<A> {
@@ -57,7 +58,7 @@ pub struct Service {
     pub id: u32,
     /// [`service_flags`].
     pub flags: u16,
-    /// [`frontend_kind`], for people and metrics; the datapath does not look at it.
+    /// [`frontend_kind`]; the datapath tells NodePorts from host ports by it, no more.
     pub kind: u8,
     pub pad: u8,
     /// For pods and processes of the node.
@@ -185,6 +186,28 @@ pub struct Usage {
     pub refused: u64,
 }
 
+/// Value of `NAMES`, keyed by [`Service::id`]: whose frontends have this number. For people: the datapath does not look.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct OwnerName {
+    /// [`owner_kind`].
+    pub kind: u32,
+    /// UTF-8, the rest NUL. `i8` because it is what bpftool prints as text.
+    pub namespace: [i8; NAME_LEN],
+    /// UTF-8, the rest NUL. The middle of a longer name is left out: it ends in what tells Pods of one owner apart.
+    pub name: [i8; NAME_LEN],
+}
+
+/// Bytes of a name in [`OwnerName`].
+pub const NAME_LEN: usize = 64;
+
+/// Values of [`OwnerName::kind`].
+pub mod owner_kind {
+    pub const SERVICE: u32 = 1;
+    /// A Pod with host ports.
+    pub const POD: u32 = 2;
+}
+
 /// Value of `BACKENDS4/6`, indexed by backend id.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -234,6 +257,10 @@ pub mod address_flags {
     pub const SERVICE: u32 = 1 << 2;
     /// A loopback address: only sockets of this node can ask for it.
     pub const LOOPBACK: u32 = 1 << 3;
+    /// Host ports answer on this address.
+    pub const HOST_PORT: u32 = 1 << 4;
+    /// A load-balancer IP or external IP: its other ports are not ours.
+    pub const FRONTEND: u32 = 1 << 5;
 }
 
 /// Value of `EDGES`, keyed by interface index: an external edge of this node.
@@ -323,7 +350,7 @@ pub mod flow_flags {
     pub const FIN: u8 = 1 << 1;
     /// A FIN was seen in the other direction.
     pub const PEER_FIN: u8 = 1 << 2;
-    /// A RST was seen in either direction.
+    /// A RST was seen in either direction, or what ends an SCTP association: ABORT, SHUTDOWN COMPLETE.
     pub const RST: u8 = 1 << 3;
 }
 
@@ -379,6 +406,36 @@ pub struct SocketPeer {
     pub generation: u32,
 }
 
+/// Key of `FRAGMENTS4/6`: a datagram that comes in pieces, and the [`Side`] it was seen at.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct FragmentKey<A> {
+    pub src: A,
+    pub dst: A,
+    /// Identification, host byte order; IPv4 has 16 bits.
+    pub id: u32,
+    /// IP protocol number; 0 for IPv6, where it does not identify a datagram (RFC 8200, section 4.5).
+    pub proto: u8,
+    /// [`Side`].
+    pub side: u8,
+    pub pad: u16,
+}
+
+/// Value of `FRAGMENTS4/6`: what only the first fragment of a datagram says.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Fragment {
+    /// `CLOCK_MONOTONIC`, ns, of the first fragment.
+    pub last_seen: u64,
+    /// Host byte order.
+    pub src_port: u16,
+    /// Host byte order.
+    pub dst_port: u16,
+    /// IP protocol number of what the ports belong to.
+    pub proto: u8,
+    pub pad: [u8; 3],
+}
+
 /// Value of `COUNTERS`, per CPU, indexed by [`crate::reason::counter_index`].
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -423,6 +480,7 @@ layout!(Affinity, size 16, align 8, backend 8, generation 12);
 layout!(MemberKey, size 8, align 4, backend 4);
 layout!(Network<Addr4>, size 12, align 4, mask 4, flags 8);
 layout!(Network<Addr6>, size 36, align 4, mask 16, flags 32);
+layout!(OwnerName, size 132, align 4, namespace 4, name 68);
 layout!(Usage, size 32, align 8, packets 8, bytes 16, refused 24);
 layout!(Backend<Addr4>, size 12, align 4, port 4, state 6, generation 8);
 layout!(Backend<Addr6>, size 24, align 4, port 16, state 18, generation 20);
@@ -434,13 +492,17 @@ layout!(Flow<Addr4>, size 40, align 8, src 20, dst 24, src_port 28, flags 32, ca
 layout!(Flow<Addr6>, size 64, align 8, src 20, dst 36, src_port 52, flags 56, carry 57);
 layout!(SocketKey, size 32, align 8, addr 8, port 24, side 26, proto 27);
 layout!(SocketPeer, size 28, align 4, port 16, backend 20);
+layout!(FragmentKey<Addr4>, size 16, align 4, dst 4, id 8, proto 12, side 13);
+layout!(FragmentKey<Addr6>, size 40, align 4, dst 16, id 32, proto 36, side 37);
+layout!(Fragment, size 16, align 8, src_port 8, dst_port 10, proto 12);
 layout!(Counter, size 16, align 8);
 
 #[cfg(feature = "aya")]
 mod pod {
     use super::{
-        Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, MemberKey,
-        Network, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+        Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment,
+        FragmentKey, MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source,
+        Usage,
     };
 
     macro_rules! pod {
@@ -451,6 +513,8 @@ mod pod {
     }
     pod!(Addr4, Addr6, ServiceKey<Addr4>, ServiceKey<Addr6>, Service, Backend<Addr4>, Backend<Addr6>);
     pod!(AddressInfo, Edge, FlowKey<Addr4>, FlowKey<Addr6>, Flow<Addr4>, Flow<Addr6>);
+    pod!(FragmentKey<Addr4>, FragmentKey<Addr6>, Fragment);
+    pod!(OwnerName);
     pod!(SocketKey, SocketPeer, Counter, Usage, Affinity, AffinityKey<Addr4>, AffinityKey<Addr6>, MemberKey);
     pod!(Source<Addr4>, Source<Addr6>, Network<Addr4>, Network<Addr6>);
 }

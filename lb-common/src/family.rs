@@ -8,7 +8,9 @@ use crate::checksum::{self, Diff};
 use crate::packet::{NETWORK, Packet};
 use crate::parse::Parsed;
 use crate::reason::Reason;
-use crate::wire::{Be16, Be32, EtherType, IcmpHdr, IpProto, Ipv4Hdr, Ipv6ExtHdr, Ipv6Hdr, Quote, Wire};
+use crate::wire::{
+    Be16, Be32, EtherType, IcmpHdr, IpProto, Ipv4Hdr, Ipv6ExtHdr, Ipv6FragHdr, Ipv6Hdr, Quote, Wire,
+};
 
 /// An IP family.
 pub trait Family: Copy + Eq + Debug + 'static {
@@ -32,6 +34,9 @@ pub trait Family: Copy + Eq + Debug + 'static {
     /// ICMP type and code: fragmentation needed, or packet too big.
     const TOO_BIG: (u8, u8);
 
+    /// How long the first fragment of a datagram is remembered, ns: as long as a receiver waits for the others.
+    const FRAGMENT_TIMEOUT: u64;
+
     /// Checks the IP header and finds the transport header: fills the addresses, protocol and offsets of `parsed`.
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason>;
 
@@ -54,11 +59,35 @@ pub trait Family: Copy + Eq + Debug + 'static {
         payload: u16,
     ) -> Result<(), Reason>;
 
+    /// Whether an ICMP message of this type reports an error about a packet, which it then quotes.
+    fn is_icmp_error(kind: u8) -> bool;
+
+    /// Reads the IP header that an ICMP error quotes at a byte offset, turned around: `key` gets the addresses and the
+    /// protocol that a packet on the error's own way would have.
+    fn parse_quote<P: Packet>(packet: &P, at: usize, key: &mut FlowKey<Self::Addr>) -> Result<(), Reason>;
+
+    /// Writes new addresses into a quoted IP header; `addresses` is what they change in a sum. Returns what all of the
+    /// header changes in one: its own checksum makes up for the rest.
+    fn readdress_quote<P: Packet>(
+        packet: &mut P,
+        at: usize,
+        src: &Self::Addr,
+        dst: &Self::Addr,
+        addresses: Diff,
+    ) -> Result<Diff, Reason>;
+
+    /// The part of `addresses` that an ICMP checksum covers.
+    fn icmp_pseudo_change(addresses: Diff) -> Diff;
+
     /// The rest-of-header field of a "too big" message.
     fn too_big_rest(mtu: u32) -> u32;
 
     /// Whether a packet that is too long may be answered with "too big": not without `DF` on IPv4.
     fn wants_too_big<P: Packet>(packet: &P) -> Result<bool, Reason>;
+
+    /// Whether ICMP messages of this type may be refused: not errors, which are never answered with errors and which
+    /// somebody may wait for, nor what neighbours tell each other (RFC 1122 section 3.2.2, RFC 4443 section 2.4).
+    fn may_refuse(kind: u8) -> bool;
 
     /// Sum of the pseudo-header's words that an ICMP message of this family covers.
     fn icmp_pseudo(src: &Self::Addr, dst: &Self::Addr, len: u16) -> u32;
@@ -118,6 +147,8 @@ impl Family for V4 {
     const PORT_UNREACHABLE: (u8, u8) = (3, 3);
     const TIME_EXCEEDED: (u8, u8) = (11, 0);
     const TOO_BIG: (u8, u8) = (3, 4);
+    /// `net.ipv4.ipfrag_time`.
+    const FRAGMENT_TIMEOUT: u64 = 30_000_000_000;
 
     #[inline(always)]
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason> {
@@ -138,9 +169,9 @@ impl Family for V4 {
         if len > room {
             return Err(Reason::Truncated);
         }
-        if ip.fragment.get() & Ipv4Hdr::IS_FRAGMENT != 0 {
-            return Err(Reason::Fragment);
-        }
+        parsed.fragment = ip.fragment.get() & (Ipv4Hdr::MORE_FRAGMENTS | Ipv4Hdr::FRAGMENT_OFFSET);
+        parsed.id = u32::from(ip.id.get());
+        parsed.id_proto = ip.proto;
         parsed.ip_len = len;
         parsed.transport = (NETWORK + Ipv4Hdr::LEN) as u16;
         parsed.ttl = ip.ttl;
@@ -194,6 +225,48 @@ impl Family for V4 {
         Ok(())
     }
 
+    /// Destination unreachable, time exceeded, parameter problem (RFC 792). A redirect is the router's word to its
+    /// neighbour, and source quench is dead (RFC 6633).
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        matches!(kind, 3 | 11 | 12)
+    }
+
+    #[inline(always)]
+    fn parse_quote<P: Packet>(packet: &P, at: usize, key: &mut FlowKey<Addr4>) -> Result<(), Reason> {
+        let ip = packet.view::<Ipv4Hdr>(at)?;
+        if ip.version_ihl != Ipv4Hdr::VERSION_IHL {
+            return Err(Reason::IpOptions);
+        }
+        if ip.fragment.get() & Ipv4Hdr::FRAGMENT_OFFSET != 0 {
+            return Err(Reason::Fragment);
+        }
+        (key.src, key.dst, key.proto) = (ip.dst, ip.src, ip.proto);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn readdress_quote<P: Packet>(
+        packet: &mut P,
+        at: usize,
+        src: &Addr4,
+        dst: &Addr4,
+        addresses: Diff,
+    ) -> Result<Diff, Reason> {
+        let ip = packet.view_mut::<Ipv4Hdr>(at)?;
+        let old = ip.check.raw();
+        let new = addresses.apply(old);
+        ip.src = *src;
+        ip.dst = *dst;
+        ip.check = Be16::from_raw(new);
+        Ok(addresses.and(Diff::between(u32::from(old), u32::from(new))))
+    }
+
+    #[inline(always)]
+    fn icmp_pseudo_change(_addresses: Diff) -> Diff {
+        Diff::NONE
+    }
+
     #[inline(always)]
     fn too_big_rest(mtu: u32) -> u32 {
         mtu & 0xffff
@@ -202,6 +275,11 @@ impl Family for V4 {
     #[inline(always)]
     fn wants_too_big<P: Packet>(packet: &P) -> Result<bool, Reason> {
         Ok(packet.view::<Ipv4Hdr>(NETWORK)?.fragment.get() & Ipv4Hdr::DONT_FRAGMENT != 0)
+    }
+
+    #[inline(always)]
+    fn may_refuse(kind: u8) -> bool {
+        !matches!(kind, 3 | 4 | 5 | 11 | 12)
     }
 
     #[inline(always)]
@@ -244,6 +322,8 @@ impl Family for V6 {
     const PORT_UNREACHABLE: (u8, u8) = (1, 4);
     const TIME_EXCEEDED: (u8, u8) = (3, 0);
     const TOO_BIG: (u8, u8) = (2, 0);
+    /// `net.ipv6.ip6frag_time`.
+    const FRAGMENT_TIMEOUT: u64 = 60_000_000_000;
 
     #[inline(always)]
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason> {
@@ -277,14 +357,25 @@ impl Family for V6 {
             next = header.next_header;
             transport += 8 + 8 * header.len as usize;
         }
-        if next == IpProto::Ipv6Frag as u8 {
-            return Err(Reason::Fragment);
-        }
-        if is_walkable(next) || is_opaque(next) || transport > MAX_TRANSPORT {
+        if transport > MAX_TRANSPORT {
             return Err(Reason::ExtensionHeader);
+        }
+        if next == IpProto::Ipv6Frag as u8 {
+            // What stands behind it is walked no further: fragments have their options in front, if any.
+            let fragment = packet.view::<Ipv6FragHdr>(transport)?;
+            next = fragment.next_header;
+            transport += Ipv6FragHdr::LEN;
+            parsed.fragment = fragment.piece();
+            parsed.id = fragment.id.get();
         }
         parsed.transport = transport as u16;
         parsed.key.proto = next;
+        if parsed.is_later_fragment() {
+            return Ok(());
+        }
+        if is_walkable(next) {
+            return Err(Reason::ExtensionHeader);
+        }
         Ok(())
     }
 
@@ -324,6 +415,41 @@ impl Family for V6 {
         Ok(())
     }
 
+    /// Below 128 (RFC 4443, section 2.1).
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        matches!(kind, 1..=4)
+    }
+
+    #[inline(always)]
+    fn parse_quote<P: Packet>(packet: &P, at: usize, key: &mut FlowKey<Addr6>) -> Result<(), Reason> {
+        let ip = packet.view::<Ipv6Hdr>(at)?;
+        if ip.version_class_flow.get() >> 28 != 6 {
+            return Err(Reason::Truncated);
+        }
+        (key.src, key.dst, key.proto) = (ip.dst, ip.src, ip.next_header);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn readdress_quote<P: Packet>(
+        packet: &mut P,
+        at: usize,
+        src: &Addr6,
+        dst: &Addr6,
+        addresses: Diff,
+    ) -> Result<Diff, Reason> {
+        let ip = packet.view_mut::<Ipv6Hdr>(at)?;
+        ip.src = *src;
+        ip.dst = *dst;
+        Ok(addresses)
+    }
+
+    #[inline(always)]
+    fn icmp_pseudo_change(addresses: Diff) -> Diff {
+        addresses
+    }
+
     #[inline(always)]
     fn too_big_rest(mtu: u32) -> u32 {
         mtu
@@ -332,6 +458,11 @@ impl Family for V6 {
     #[inline(always)]
     fn wants_too_big<P: Packet>(_packet: &P) -> Result<bool, Reason> {
         Ok(true)
+    }
+
+    #[inline(always)]
+    fn may_refuse(kind: u8) -> bool {
+        kind >= 128 && !matches!(kind, 133..=137)
     }
 
     #[inline(always)]
@@ -371,12 +502,6 @@ impl Family for V6 {
 #[inline(always)]
 const fn is_walkable(next: u8) -> bool {
     next == IpProto::HopOpt as u8 || next == IpProto::Ipv6Opts as u8 || next == IpProto::Ipv6Route as u8
-}
-
-/// Headers that hide what is behind them, or forbid to change it.
-#[inline(always)]
-const fn is_opaque(next: u8) -> bool {
-    next == IpProto::Ah as u8 || next == IpProto::Esp as u8 || next == IpProto::Ipv6NoNxt as u8
 }
 
 /// Bytes of an ICMP error with its quote, without the IP header.

@@ -20,6 +20,9 @@ const REFRESH: u64 = 1_000_000_000;
 pub const UDP_TIMEOUT: u64 = 120_000_000_000;
 /// Without a packet for this long, a TCP flow is over (`nf_conntrack_tcp_timeout_established`: 5 days).
 pub const TCP_TIMEOUT: u64 = 432_000_000_000_000;
+/// Without a packet for this long, an SCTP association is over (`nf_conntrack_sctp_timeout_established`: 210 s): its ends
+/// send each other heartbeats, every 30 s by default (RFC 9260, section 16).
+pub const SCTP_TIMEOUT: u64 = 210_000_000_000;
 /// Without an answer for this long, a pending flow is over (`nf_conntrack_tcp_timeout_syn_recv`: 60 s).
 pub const PENDING_TIMEOUT: u64 = 60_000_000_000;
 /// Source ports tried for one new flow.
@@ -148,16 +151,23 @@ const fn peer_flags(flags: u8) -> u8 {
 ///
 /// The forward half goes first, so that no packet of the flow finds only a reply half; the pending halves go
 /// last. If the table is full for good, the flow stays pending and works.
+///
+/// The kernel gives a removed entry's memory to another flow at once, whoever still looks at it. So what is moved is a
+/// copy, taken before the entry was seen to be in its place still; else another CPU has moved it.
 #[inline(never)]
 pub fn promote<F: Family, T: Tables<F>>(
     tables: &T,
     key: &FlowKey<F::Addr>,
     entry: &Cell<Flow<F::Addr>>,
 ) -> Result<(), Reason> {
-    let other_key = reverse_key(key, &entry.get());
-    let other = Cell::new(reverse_value(key, &entry.get()));
+    let flow = Cell::new(entry.get());
+    if !tables.flow(FlowTable::Pending, key).is_some_and(|now| core::ptr::eq(&raw const *now, entry)) {
+        return Ok(());
+    }
+    let other_key = reverse_key(key, &flow.get());
+    let other = Cell::new(reverse_value(key, &flow.get()));
     tables.put_flow(FlowTable::Established, &other_key, &other)?;
-    tables.put_flow(FlowTable::Established, key, entry)?;
+    tables.put_flow(FlowTable::Established, key, &flow)?;
     tables.remove_flow(FlowTable::Pending, &other_key);
     tables.remove_flow(FlowTable::Pending, key);
     Ok(())
@@ -178,15 +188,20 @@ pub fn forget<F: Family, T: Tables<F>>(
 /// Whether a flow has ended: its tuple may serve another.
 #[inline(always)]
 fn is_over<A: Copy>(table: FlowTable, proto: u8, flow: &Flow<A>, now: u64) -> bool {
+    const TCP: u8 = IpProto::Tcp as u8;
+    const SCTP: u8 = IpProto::Sctp as u8;
     const BOTH: u8 = flow_flags::FIN | flow_flags::PEER_FIN;
     let idle = now.saturating_sub(flow.last_seen);
-    match (table, proto == IpProto::Tcp as u8) {
-        (FlowTable::Pending, _) => idle > PENDING_TIMEOUT,
-        (FlowTable::Established, false) => idle > UDP_TIMEOUT,
-        (FlowTable::Established, true) => {
-            idle > TCP_TIMEOUT || flow.flags & flow_flags::RST != 0 || flow.flags & BOTH == BOTH
-        }
+    if table as u32 == FlowTable::Pending as u32 {
+        return idle > PENDING_TIMEOUT;
     }
+    let timeout = match proto {
+        TCP => TCP_TIMEOUT,
+        SCTP => SCTP_TIMEOUT,
+        _ => UDP_TIMEOUT,
+    };
+    // UDP never has these flags.
+    idle > timeout || flow.flags & flow_flags::RST != 0 || flow.flags & BOTH == BOTH
 }
 
 /// Enters a new flow, both halves, into `PENDING`: rule 1, the tuple a reply is known by belongs to one flow.

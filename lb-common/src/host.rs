@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use crate::abi::{
-    Addr6, AddressInfo, Affinity, AffinityKey, Backend, Edge, Flow, FlowKey, MemberKey, Network, PrefixKey,
-    Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    Addr6, AddressInfo, Affinity, AffinityKey, Backend, Edge, Flow, FlowKey, Fragment, FragmentKey,
+    MemberKey, Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::family::Family;
 use crate::packet::{Packet, Route};
@@ -42,6 +42,7 @@ pub struct HostPacket {
     local: Vec<Addr6>,
     out_ifindex: u32,
     mtu: u32,
+    has_hook_behind: bool,
 }
 
 impl HostPacket {
@@ -55,6 +56,7 @@ impl HostPacket {
             local: Vec::new(),
             out_ifindex: 0,
             mtu: 0,
+            has_hook_behind: false,
         };
         packet.set(bytes);
         packet
@@ -71,6 +73,13 @@ impl HostPacket {
     #[must_use]
     pub fn with_local<F: Family>(mut self, addr: &F::Addr) -> Self {
         self.local.push(F::to_mapped(addr));
+        self
+    }
+
+    /// The same at a hook that has another one behind it.
+    #[must_use]
+    pub fn with_hook_behind(mut self) -> Self {
+        self.has_hook_behind = true;
         self
     }
 
@@ -105,6 +114,10 @@ impl Packet for HostPacket {
 
     fn ifindex(&self) -> u32 {
         self.ifindex
+    }
+
+    fn has_hook_behind(&self) -> bool {
+        self.has_hook_behind
     }
 
     fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
@@ -151,6 +164,14 @@ impl Packet for HostPacket {
 
 type FlowMap<A> = BTreeMap<FlowKey<A>, Rc<Cell<Flow<A>>>>;
 
+/// What becomes of an entry that left its table, whoever still looks at it: the kernel gives the memory to another flow
+/// at once.
+fn reuse<A: Copy + Default>(entry: Option<Rc<Cell<Flow<A>>>>) {
+    if let Some(entry) = entry {
+        entry.set(Flow::default());
+    }
+}
+
 /// The maps of one family.
 #[derive(Debug)]
 pub struct HostTables<F: Family> {
@@ -167,6 +188,7 @@ pub struct HostTables<F: Family> {
     pub sockets: RefCell<BTreeMap<SocketKey, SocketPeer>>,
     pub flows: RefCell<FlowMap<F::Addr>>,
     pub pending: RefCell<FlowMap<F::Addr>>,
+    pub fragments: RefCell<BTreeMap<FragmentKey<F::Addr>, Fragment>>,
     /// What the clock says, ns.
     pub now: Cell<u64>,
     /// What chance says.
@@ -189,6 +211,7 @@ impl<F: Family> Default for HostTables<F> {
             sockets: RefCell::default(),
             flows: RefCell::default(),
             pending: RefCell::default(),
+            fragments: RefCell::default(),
             now: Cell::new(10_000_000_000),
             random: Cell::new(0),
         }
@@ -222,7 +245,8 @@ impl<F: Family> Tables<F> for HostTables<F> {
         key: &FlowKey<F::Addr>,
         flow: &Cell<Flow<F::Addr>>,
     ) -> Result<(), Reason> {
-        self.table(table).borrow_mut().insert(*key, Rc::new(Cell::new(flow.get())));
+        let old = self.table(table).borrow_mut().insert(*key, Rc::new(Cell::new(flow.get())));
+        reuse(old);
         Ok(())
     }
 
@@ -236,7 +260,15 @@ impl<F: Family> Tables<F> for HostTables<F> {
     }
 
     fn remove_flow(&self, table: FlowTable, key: &FlowKey<F::Addr>) {
-        self.table(table).borrow_mut().remove(key);
+        reuse(self.table(table).borrow_mut().remove(key));
+    }
+
+    fn fragment(&self, key: &FragmentKey<F::Addr>) -> Option<Fragment> {
+        self.fragments.borrow().get(key).copied()
+    }
+
+    fn put_fragment(&self, key: &FragmentKey<F::Addr>, fragment: &Fragment) {
+        self.fragments.borrow_mut().insert(*key, *fragment);
     }
 
     fn address(&self, addr: &F::Addr) -> Option<AddressInfo> {

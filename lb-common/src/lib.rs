@@ -18,11 +18,14 @@
 
 pub mod abi;
 pub mod checksum;
+pub mod crc32c;
 pub mod family;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 #[cfg(any(test, feature = "host"))]
 pub mod host;
+pub mod icmp;
 pub mod maps;
 pub mod packet;
 pub mod parse;

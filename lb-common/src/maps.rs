@@ -4,8 +4,9 @@
 use core::mem::size_of;
 
 use crate::abi::{
-    Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, MemberKey,
-    Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment,
+    FragmentKey, MemberKey, Network, OwnerName, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer,
+    Source, Usage,
 };
 use crate::reason;
 
@@ -69,6 +70,8 @@ pub const DEFAULT_MAX_SERVICES: u32 = 64 * 1024;
 pub const DEFAULT_MAX_BACKENDS: u32 = 256 * 1024;
 /// Pending flows for each of `--max-flows`.
 pub const FLOWS_PER_PENDING: u32 = 8;
+/// Datagrams in pieces that are remembered, per family.
+pub const MAX_FRAGMENTS: u32 = 8 * 1024;
 /// Sockets that know a translated peer.
 pub const MAX_SOCKETS: u32 = 128 * 1024;
 /// Addresses of the node and of Services, per family.
@@ -99,7 +102,7 @@ const fn spec<K, V>(name: &'static str, kind: MapKind, capacity: Capacity, flags
 }
 
 /// Every pinned map.
-pub const MAPS: [MapSpec; 22] = [
+pub const MAPS: [MapSpec; 25] = [
     spec::<ServiceKey<Addr4>, Service>("SERVICES4", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<ServiceKey<Addr6>, Service>("SERVICES6", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Backend<Addr4>>("BACKENDS4", MapKind::Array, Capacity::Backends, 0),
@@ -112,6 +115,8 @@ pub const MAPS: [MapSpec; 22] = [
     spec::<FlowKey<Addr6>, Flow<Addr6>>("FLOWS6", MapKind::LruHash, Capacity::Flows, 0),
     spec::<FlowKey<Addr4>, Flow<Addr4>>("PENDING4", MapKind::LruHash, Capacity::PendingFlows, 0),
     spec::<FlowKey<Addr6>, Flow<Addr6>>("PENDING6", MapKind::LruHash, Capacity::PendingFlows, 0),
+    spec::<FragmentKey<Addr4>, Fragment>("FRAGMENTS4", MapKind::LruHash, Capacity::Fixed(MAX_FRAGMENTS), 0),
+    spec::<FragmentKey<Addr6>, Fragment>("FRAGMENTS6", MapKind::LruHash, Capacity::Fixed(MAX_FRAGMENTS), 0),
     spec::<SocketKey, SocketPeer>("SOCKETS", MapKind::LruHash, Capacity::Fixed(MAX_SOCKETS), 0),
     spec::<PrefixKey<Source<Addr4>>, u32>(
         "SOURCES4",
@@ -130,6 +135,7 @@ pub const MAPS: [MapSpec; 22] = [
     spec::<MemberKey, u32>("MEMBERS", MapKind::Hash, Capacity::Fixed(MAX_MEMBERS), NO_PREALLOC),
     spec::<u32, Network<Addr4>>("NETWORKS4", MapKind::Array, Capacity::Fixed(MAX_NETWORKS), 0),
     spec::<u32, Network<Addr6>>("NETWORKS6", MapKind::Array, Capacity::Fixed(MAX_NETWORKS), 0),
+    spec::<u32, OwnerName>("NAMES", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Usage>("USAGE", MapKind::PerCpuArray, Capacity::Fixed(MAX_USAGES), 0),
     spec::<u32, Counter>("COUNTERS", MapKind::PerCpuArray, Capacity::Fixed(reason::COUNTERS), 0),
 ];

@@ -6,7 +6,7 @@ use core::mem::offset_of;
 use crate::checksum::Diff;
 use crate::family::Family;
 use crate::reason::Reason;
-use crate::wire::{Be16, EthHdr, TcpHdr, UdpHdr, Wire};
+use crate::wire::{Be16, EthHdr, IcmpHdr, TcpHdr, UdpHdr, Wire};
 
 /// Where the network header starts: programs run on devices with an Ethernet header.
 pub const NETWORK: usize = EthHdr::LEN;
@@ -33,11 +33,18 @@ pub trait Packet {
     /// The device it came in through, or goes out of.
     fn ifindex(&self) -> u32;
 
+    /// Whether another hook of ours sees the packet after this one, on its way into the stack.
+    fn has_hook_behind(&self) -> bool;
+
     /// Looks at a header at a byte offset; [`Reason::Truncated`] if the packet ends before it does.
     fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason>;
 
     /// As [`Packet::view`], to change it in place.
     fn view_mut<T: Wire>(&mut self, at: usize) -> Result<&mut T, Reason>;
+
+    /// Makes the first `len` bytes, or all that there are, ready to be looked at. The usual headers always are.
+    #[inline(always)]
+    fn pull(&mut self, _len: usize) {}
 
     /// Makes the packet this long. What was in it is lost; offloads (GSO) are given up.
     fn resize(&mut self, len: u16) -> Result<(), Reason>;
@@ -54,7 +61,7 @@ pub trait Packet {
     /// MTU of the last way that was too narrow, bytes.
     fn mtu(&self) -> u32;
 
-    /// Updates a TCP or UDP checksum: `pseudo` for the addresses, which it covers through the pseudo-header,
+    /// Updates a transport checksum: `pseudo` for the addresses, which it covers through the pseudo-header,
     /// `body` for the header itself.
     ///
     /// A socket buffer overrides this: with `CHECKSUM_PARTIAL` its field holds the pseudo-header's sum alone.
@@ -68,9 +75,17 @@ pub trait Packet {
         let check = self.view_mut::<Be16>(field.at())?;
         let diff = pseudo.and(body);
         *check = Be16::from_raw(match field {
-            ChecksumField::Tcp { .. } => diff.apply(check.raw()),
+            ChecksumField::Tcp { .. } | ChecksumField::Icmp { .. } => diff.apply(check.raw()),
             ChecksumField::Udp { .. } => diff.apply_udp(check.raw()),
         });
+        Ok(())
+    }
+
+    /// The addresses of a packet were changed whose checksum over them is in another fragment.
+    ///
+    /// A socket buffer overrides this: its `CHECKSUM_COMPLETE` is a sum over this packet alone.
+    #[inline(always)]
+    fn readdressed<F: Family>(&mut self, _addresses: Diff) -> Result<(), Reason> {
         Ok(())
     }
 
@@ -94,6 +109,10 @@ pub enum ChecksumField {
         /// Offset of the UDP header.
         header: usize,
     },
+    Icmp {
+        /// Offset of the ICMP or ICMPv6 header.
+        header: usize,
+    },
 }
 
 impl ChecksumField {
@@ -103,6 +122,7 @@ impl ChecksumField {
         match self {
             Self::Tcp { header } => header + offset_of!(TcpHdr, check),
             Self::Udp { header } => header + offset_of!(UdpHdr, check),
+            Self::Icmp { header } => header + offset_of!(IcmpHdr, check),
         }
     }
 }

@@ -13,7 +13,9 @@ use crate::abi::{
 };
 use crate::family::Family;
 use crate::flow;
+use crate::fragment;
 use crate::hash;
+use crate::icmp;
 use crate::packet::{Packet, Route};
 use crate::parse::{Parsed, parse};
 use crate::reason::{Action, Reason};
@@ -21,7 +23,7 @@ use crate::respond::respond;
 use crate::rewrite::rewrite;
 use crate::service::{self, Scope};
 use crate::tables::{Event, FlowTable, Tables};
-use crate::wire::tcp_flags;
+use crate::wire::{IcmpHdr, tcp_flags};
 
 /// What the hook has to do with the packet.
 #[repr(u32)]
@@ -44,9 +46,9 @@ pub fn process<F: Family, P: Packet, T: Tables<F>>(
     side: Side,
 ) -> (Verdict, Reason) {
     let mut parsed = Parsed::<F>::default();
-    let result = match side {
-        Side::NicIn | Side::PodIn => ingress(packet, tables, side, &mut parsed),
-        Side::NicOut | Side::PodOut => egress(packet, tables, side, &mut parsed),
+    let result = match (translate(packet, tables, side, &mut parsed), side) {
+        (Err(reason), Side::NicIn | Side::PodIn) => Err(refuse(packet, tables, &parsed, reason)),
+        (result, _) => result,
     };
     match result {
         Ok(Carry::Stack) => (Verdict::Pass, Reason::Translated),
@@ -63,34 +65,79 @@ pub fn process<F: Family, P: Packet, T: Tables<F>>(
     }
 }
 
-/// A packet that comes in: from outside, or from a pod.
+/// Finds the flow of a packet and does as it says.
 #[inline(always)]
-fn ingress<F: Family, P: Packet, T: Tables<F>>(
+fn translate<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
     side: Side,
     parsed: &mut Parsed<F>,
 ) -> Result<Carry, Reason> {
-    parse(packet, side, parsed)?;
+    match parse(packet, side, parsed) {
+        Err(Reason::UnknownProtocol) if icmp::is_error(packet, parsed) => {
+            return icmp::follow(packet, tables, parsed);
+        }
+        result => result?,
+    }
+    if parsed.is_later_fragment() {
+        return trail(packet, tables, parsed);
+    }
+    let carry = match side {
+        Side::NicIn | Side::PodIn => ingress(packet, tables, parsed),
+        Side::NicOut | Side::PodOut => egress(packet, tables, parsed),
+    }?;
+    fragment::remember::<F, T>(tables, parsed);
+    Ok(carry)
+}
+
+/// A packet that comes in: from outside, or from a pod.
+#[inline(always)]
+fn ingress<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+) -> Result<Carry, Reason> {
     if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key)
         && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Established)?
     {
         return Ok(carry);
     }
     // Every entry of an incoming side has an address of this node or of a Service as destination.
-    let Some(info) = tables.address(&parsed.key.dst) else {
-        let unallocated = service::networks::<F, T>(tables, &parsed.key.dst) & network_flags::SERVICE != 0;
-        return Err(if unallocated { Reason::NoSuchService } else { Reason::NotOurs });
-    };
+    let info = service::address::<F, T>(tables, &parsed.key.dst)?;
     if let Some(entry) = tables.flow(FlowTable::Pending, &parsed.key)
         && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Pending)?
     {
         return Ok(carry);
     }
     begin(packet, tables, parsed, info)?;
-    // Not from within `begin`: nested, the two would need more stack than a program has.
+    // Looked up instead of handed over: what `begin` has on the stack is given back before the packet is carried.
     let entry = tables.flow(FlowTable::Pending, &parsed.key).ok_or(Reason::FlowTableFull)?;
     carry(packet, tables, parsed, &entry)
+}
+
+/// What becomes of an incoming packet that was not translated for `reason`: behind an address that is only a
+/// Service's there is nobody who could make something of it, and the stack would send it out by its default route.
+#[inline(always)]
+fn refuse<F: Family, P: Packet, T: Tables<F>>(
+    packet: &P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    reason: Reason,
+) -> Reason {
+    let served = match reason {
+        // The hook behind may know the first fragment, if that had to wait for it.
+        Reason::Fragment if !packet.has_hook_behind() => Reason::StrayFragment,
+        Reason::UnknownProtocol if !is_icmp_to_keep(packet, parsed) => Reason::UnservedProtocol,
+        _ => return reason,
+    };
+    service::refuse::<F, T>(tables, &parsed.key.dst, reason, served)
+}
+
+/// Whether a packet is an ICMP message that must not be refused.
+#[inline(always)]
+fn is_icmp_to_keep<F: Family, P: Packet>(packet: &P, parsed: &Parsed<F>) -> bool {
+    let icmp = packet.view::<IcmpHdr>(parsed.transport as usize);
+    parsed.key.proto == F::ICMP && !icmp.is_ok_and(|icmp| F::may_refuse(icmp.kind))
 }
 
 /// A packet that goes out: to a client outside, or to a pod. Only replies of flows are translated here.
@@ -98,15 +145,27 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
 fn egress<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
-    side: Side,
-    parsed: &mut Parsed<F>,
+    parsed: &Parsed<F>,
 ) -> Result<Carry, Reason> {
-    parse(packet, side, parsed)?;
     if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key) {
         return follow(packet, tables, parsed, &entry, FlowTable::Established)?.ok_or(Reason::NotOurs);
     }
     let entry = tables.flow(FlowTable::Pending, &parsed.key).ok_or(Reason::NotOurs)?;
     follow(packet, tables, parsed, &entry, FlowTable::Pending)?.ok_or(Reason::NotOurs)
+}
+
+/// A later fragment: goes the way of its first one, which has said all there is to say about the flow.
+#[inline(never)]
+fn trail<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &mut Parsed<F>,
+) -> Result<Carry, Reason> {
+    fragment::recall::<F, T>(tables, parsed)?;
+    let established = tables.flow(FlowTable::Established, &parsed.key);
+    let entry =
+        established.or_else(|| tables.flow(FlowTable::Pending, &parsed.key)).ok_or(Reason::Fragment)?;
+    carry(packet, tables, parsed, &entry)
 }
 
 /// A packet of a flow. `None`: the flow does not speak for this packet, which begins a new one.
@@ -127,23 +186,39 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
         }
         if pending {
             flow::promote::<F, T>(tables, &parsed.key, entry)?;
+            // The pending entry may be another flow's by now: the kernel gives out at once what was removed.
+            let promoted = tables.flow(FlowTable::Established, &parsed.key).ok_or(Reason::FlowTableFull)?;
+            return go_on(packet, tables, parsed, &promoted, FlowTable::Established).map(Some);
         }
     } else {
-        // A new SYN on an old tuple is a new connection; on a pending one it is the first SYN again.
+        // A new SYN (INIT) on an old tuple is a new connection; on a pending one it is the first again.
         let reopens = parsed.is_opening() && !pending;
-        let may_move = !parsed.is_tcp() || parsed.is_opening();
+        let may_move = parsed.is_udp() || parsed.is_opening();
         if reopens || (may_move && !service::is_alive::<F, T>(tables, flow.backend, flow.generation)) {
             flow::forget::<F, T>(tables, table, &parsed.key, entry);
             return Ok(None);
         }
     }
-    if flow::note_packet(entry, parsed, tables.now()) && !pending {
-        flow::sync::<F, T>(tables, &parsed.key, entry);
-    }
-    carry(packet, tables, parsed, entry).map(Some)
+    go_on(packet, tables, parsed, entry, table).map(Some)
 }
 
-/// A packet without a flow, addressed to this node or to a Service: a new, pending flow, if there is a frontend.
+/// One more packet of a flow that stays as it is.
+#[inline(always)]
+fn go_on<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+    table: FlowTable,
+) -> Result<Carry, Reason> {
+    let established = table as u32 == FlowTable::Established as u32;
+    if flow::note_packet(entry, parsed, tables.now()) && established {
+        flow::sync::<F, T>(tables, &parsed.key, entry);
+    }
+    carry(packet, tables, parsed, entry)
+}
+
+/// A packet without a flow, addressed to this node or to a Service: enters a new flow, if there is a frontend.
 #[inline(never)]
 fn begin<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
@@ -235,14 +310,15 @@ fn find_way<F: Family, P: Packet, T: Tables<F>>(
     parsed: &Parsed<F>,
     entry: &Cell<Flow<F::Addr>>,
 ) -> Result<(), Reason> {
-    let mut flow = entry.get();
-    if flow.carry != Carry::Forward as u8 {
+    if entry.get().carry != Carry::Forward as u8 {
         return Ok(());
     }
-    let edge = match packet.route::<F>(&flow.src, &flow.dst, parsed.ip_len)? {
+    let Flow { src, dst, .. } = entry.get();
+    let edge = match packet.route::<F>(&src, &dst, parsed.ip_len)? {
         Route::Out => tables.edge(packet.out_ifindex()),
         Route::Local => None,
     };
+    let mut flow = entry.get();
     match edge {
         Some(edge) => {
             flow.src = F::edge_addr(&edge);
@@ -287,7 +363,7 @@ fn carry<F: Family, P: Packet, T: Tables<F>>(
 
 /// Has the packet remember where its flow's new destination is reached.
 #[inline(never)]
-fn find_next_hop<F: Family, P: Packet, T: Tables<F>>(
+pub(crate) fn find_next_hop<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
     parsed: &Parsed<F>,

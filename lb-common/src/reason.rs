@@ -111,7 +111,7 @@ reasons! {
     IpOptions = 7, "ip_options", Pass;
     /// An IPv6 extension header that cannot be walked.
     ExtensionHeader = 8, "extension_header", Pass;
-    /// A fragment.
+    /// A fragment whose first fragment was not translated, or has not come yet.
     Fragment = 9, "fragment", Pass;
     /// The frontend has no usable endpoint.
     NoEndpoints = 10, "no_endpoints", Reject;
@@ -125,7 +125,7 @@ reasons! {
     PortsExhausted = 14, "ports_exhausted", Drop;
     /// The flow table refused an entry.
     FlowTableFull = 15, "flow_table_full", Drop;
-    /// A TCP RST for a connection we do not know.
+    /// A TCP RST for a connection we do not know, an SCTP ABORT or SHUTDOWN COMPLETE for such an association.
     StrayReset = 16, "stray_reset", Pass;
     /// The next hop is not known here; the hook after this one, or the stack, resolves it.
     NoNextHop = 17, "no_next_hop", Pass;
@@ -143,6 +143,10 @@ reasons! {
     SourceNotAllowed = 23, "source_not_allowed", Drop;
     /// An address of a ServiceCIDR that no Service has.
     NoSuchService = 24, "no_such_service", Drop;
+    /// The same, to an address that only a Service has: nobody waits for it there.
+    StrayFragment = 25, "stray_fragment", Drop;
+    /// A protocol without ports that we translate, to an address that only a Service has.
+    UnservedProtocol = 26, "unserved_protocol", Reject;
 }
 
 /// Number of entries of `COUNTERS`.

@@ -6,6 +6,7 @@
 use crate::abi::FlowKey;
 use crate::checksum;
 use crate::family::{Family, icmp_error_len};
+use crate::icmp;
 use crate::packet::{NETWORK, Packet};
 use crate::parse::Parsed;
 use crate::reason::{Action, Reason};
@@ -22,6 +23,10 @@ pub fn respond<F: Family, P: Packet>(
     parsed: &Parsed<F>,
     reason: Reason,
 ) -> Result<(), Reason> {
+    // Errors are not answered, and of fragments the first was (RFC 1122, section 3.2.2).
+    if parsed.is_later_fragment() || icmp::is_error(packet, parsed) {
+        return Err(reason);
+    }
     match reason.action() {
         Action::Reject if parsed.is_tcp() => reset::<F, P>(packet, parsed, reason),
         Action::Shrink if !F::wants_too_big(packet)? => Err(reason),

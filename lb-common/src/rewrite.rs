@@ -1,14 +1,15 @@
 //! The rewrite of one packet: addresses, ports, TTL, checksums.
 
-use crate::abi::{Flow, FlowKey};
+use crate::abi::Flow;
 use crate::checksum::Diff;
+use crate::crc32c;
 use crate::family::Family;
 use crate::packet::{ChecksumField, Packet};
 use crate::parse::Parsed;
 use crate::reason::Reason;
-use crate::wire::{Be16, Ports};
+use crate::wire::{Be16, Le32, Ports, SctpHdr};
 
-/// Gives a packet the addresses and ports of its flow; with `forward`, takes one from its TTL.
+/// Gives a packet the addresses and ports of its flow, a later fragment the addresses alone; with `forward`, takes one from its TTL.
 ///
 /// # Errors
 ///
@@ -21,21 +22,40 @@ pub fn rewrite<F: Family, P: Packet>(
     forward: bool,
 ) -> Result<(), Reason> {
     let key = &parsed.key;
-    let addresses = address_change::<F>(key, flow);
+    let addresses = address_change::<F>(&key.src, &key.dst, &flow.src, &flow.dst);
     F::readdress(packet, &flow.src, &flow.dst, addresses, forward)?;
 
+    if parsed.is_later_fragment() {
+        return packet.readdressed::<F>(addresses);
+    }
     let header = parsed.transport as usize;
     let new = Ports { src: Be16::new(flow.src_port), dst: Be16::new(flow.dst_port) };
     let old = Ports { src: Be16::new(key.src_port), dst: Be16::new(key.dst_port) };
     *packet.view_mut::<Ports>(header)? = new;
-    let sum = |ports: Ports| u32::from(ports.src.raw()) + u32::from(ports.dst.raw());
+    if parsed.is_sctp() {
+        let check = &mut packet.view_mut::<SctpHdr>(header)?.check;
+        *check = Le32::new(crc32c::update(check.get(), old, new, parsed.transport_len() as u16));
+        return Ok(());
+    }
 
     let field = if parsed.is_tcp() { ChecksumField::Tcp { header } } else { ChecksumField::Udp { header } };
-    packet.update_checksum::<F>(field, addresses, Diff::between(sum(old), sum(new)))
+    packet.update_checksum::<F>(field, addresses, port_change(old, new))
 }
 
-/// What the new addresses change in the sums that cover them.
+/// What new addresses change in the sums that cover them.
 #[inline(never)]
-fn address_change<F: Family>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Diff {
-    Diff::between(F::sum(&key.src) + F::sum(&key.dst), F::sum(&flow.src) + F::sum(&flow.dst))
+pub(crate) fn address_change<F: Family>(
+    old_src: &F::Addr,
+    old_dst: &F::Addr,
+    src: &F::Addr,
+    dst: &F::Addr,
+) -> Diff {
+    Diff::between(F::sum(old_src) + F::sum(old_dst), F::sum(src) + F::sum(dst))
+}
+
+/// What new ports change in the sums that cover them.
+#[inline(always)]
+pub(crate) fn port_change(old: Ports, new: Ports) -> Diff {
+    let sum = |ports: Ports| u32::from(ports.src.raw()) + u32::from(ports.dst.raw());
+    Diff::between(sum(old), sum(new))
 }

@@ -2,7 +2,7 @@
 
 use crate::abi::{
     AddressInfo, Affinity, AffinityKey, Backend, MemberKey, Service, ServiceKey, Source, Window,
-    address_flags, backend_state, service_flags,
+    address_flags, backend_state, frontend_kind, network_flags, service_flags,
 };
 use crate::family::Family;
 use crate::maps::MAX_NETWORKS;
@@ -21,7 +21,22 @@ pub enum Scope {
     External,
 }
 
-/// Finds the frontend that answers on `key`: the exact one, else a NodePort if `info` says that they answer there.
+/// What this node knows of the address that somebody asks for.
+///
+/// # Errors
+///
+/// [`Reason::NoSuchService`] for an address of a ServiceCIDR that no Service has, else [`Reason::NotOurs`].
+#[inline(always)]
+pub fn address<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Result<AddressInfo, Reason> {
+    if let Some(info) = tables.address(addr) {
+        return Ok(info);
+    }
+    let unallocated = networks::<F, T>(tables, addr) & network_flags::SERVICE != 0;
+    Err(if unallocated { Reason::NoSuchService } else { Reason::NotOurs })
+}
+
+/// Finds the frontend that answers on `key`: the exact one, else the NodePort or host port for any address, if `info`
+/// says that such answer there.
 ///
 /// # Errors
 ///
@@ -37,17 +52,38 @@ pub fn find<F: Family, T: Tables<F>>(
         *found = service;
         return Ok(());
     }
-    if info.flags & address_flags::NODE_PORT != 0 {
-        let node_port = ServiceKey { addr: F::Addr::default(), ..*key };
-        if let Some(service) = tables.service(&node_port) {
-            *found = service;
-            return Ok(());
+    if info.flags & (address_flags::NODE_PORT | address_flags::HOST_PORT) != 0 {
+        let any = ServiceKey { addr: F::Addr::default(), ..*key };
+        if let Some(service) = tables.service(&any) {
+            let host_port = service.kind == frontend_kind::HOST_PORT;
+            let needed = if host_port { address_flags::HOST_PORT } else { address_flags::NODE_PORT };
+            if info.flags & needed != 0 {
+                *found = service;
+                return Ok(());
+            }
         }
     }
-    if info.flags & (address_flags::SERVICE | address_flags::NODE) == address_flags::SERVICE {
+    if is_service_alone(info) {
         return Err(Reason::UnknownPort);
     }
     Err(Reason::NotOurs)
+}
+
+/// What to say of a packet to `dst` that no frontend can take: `served` if the address is only a Service's,
+/// [`Reason::NoSuchService`] if it could be one's, else `reason`.
+#[inline(never)]
+pub fn refuse<F: Family, T: Tables<F>>(tables: &T, dst: &F::Addr, reason: Reason, served: Reason) -> Reason {
+    match tables.address(dst) {
+        Some(info) if is_service_alone(info) => served,
+        None if networks::<F, T>(tables, dst) & network_flags::SERVICE != 0 => Reason::NoSuchService,
+        _ => reason,
+    }
+}
+
+/// Whether an address is a Service's and not the node's.
+#[inline(always)]
+const fn is_service_alone(info: AddressInfo) -> bool {
+    info.flags & (address_flags::SERVICE | address_flags::NODE) == address_flags::SERVICE
 }
 
 /// Chooses a backend: one array read. With session affinity, one hash lookup for the client and, if it is known, one
@@ -148,7 +184,7 @@ pub fn networks<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> u32 {
 }
 
 /// Whether the backend a flow was given is still there and takes more: one that is about to go keeps its TCP
-/// connections, but UDP, which nobody opens, is better off elsewhere.
+/// connections and SCTP associations, but UDP, which nobody opens, is better off elsewhere.
 #[inline(always)]
 pub fn is_alive<F: Family, T: Tables<F>>(tables: &T, id: u32, generation: u32) -> bool {
     match tables.backend(id) {

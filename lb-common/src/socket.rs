@@ -86,7 +86,7 @@ fn choose<F: Family, T: Tables<F>>(
     socket: Socket,
     peer: Peer<F>,
 ) -> Result<(Peer<F>, SocketPeer), Reason> {
-    let info = tables.address(&peer.addr).ok_or(Reason::NotOurs)?;
+    let info = service::address::<F, T>(tables, &peer.addr)?;
     let frontend = ServiceKey { addr: peer.addr, port: peer.port, proto: socket.proto, pad: 0 };
     let mut service = Service::default();
     service::find::<F, T>(tables, &frontend, info, &mut service)?;

@@ -4,8 +4,8 @@ use core::cell::Cell;
 use core::ops::Deref;
 
 use crate::abi::{
-    AddressInfo, Affinity, AffinityKey, Backend, Edge, Flow, FlowKey, MemberKey, Network, Service,
-    ServiceKey, SocketKey, SocketPeer, Source,
+    AddressInfo, Affinity, AffinityKey, Backend, Edge, Flow, FlowKey, Fragment, FragmentKey, MemberKey,
+    Network, Service, ServiceKey, SocketKey, SocketPeer, Source,
 };
 use crate::family::Family;
 use crate::reason::Reason;
@@ -48,6 +48,10 @@ pub trait Tables<F: Family> {
     fn add_flow(&self, table: FlowTable, key: &FlowKey<F::Addr>, flow: &Cell<Flow<F::Addr>>) -> bool;
 
     fn remove_flow(&self, table: FlowTable, key: &FlowKey<F::Addr>);
+
+    fn fragment(&self, key: &FragmentKey<F::Addr>) -> Option<Fragment>;
+
+    fn put_fragment(&self, key: &FragmentKey<F::Addr>, fragment: &Fragment);
 
     fn address(&self, addr: &F::Addr) -> Option<AddressInfo>;
 

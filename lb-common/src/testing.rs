@@ -2,12 +2,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use etherparse::{LaxPacketHeaders, NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
+use etherparse::{
+    IpNumber, Ipv4HeaderSlice, LaxPacketHeaders, NetHeaders, PacketBuilder, PacketHeaders, PayloadSlice,
+    TransportHeader,
+};
 
 use crate::abi::{
     Addr4, Addr6, AddressInfo, Backend, Edge, MemberKey, Network, PrefixKey, Service, ServiceKey, Source,
     Window, address_flags, backend_flags, backend_state, frontend_kind, network_flags, service_flags,
 };
+use crate::crc32c;
 use crate::family::{Family, V4, V6};
 use crate::host::HostTables;
 use crate::wire::{IpProto, tcp_flags};
@@ -31,11 +35,11 @@ pub trait TestFamily: Family {
     const UNALLOCATED: &'static str;
     /// The mask of the ServiceCIDR.
     const SERVICE_MASK: &'static str;
-    /// A pod on the node: backend 1 (TCP 8080) and 3 (UDP 5353).
+    /// A pod on the node: backend 1 (TCP 8080), 3 (UDP 5353) and 5 (SCTP 2905).
     const POD: &'static str;
     /// A pod on the node that is no backend.
     const OTHER_POD: &'static str;
-    /// A pod on another node: backend 2 (TCP 8080) and 4 (UDP 5353).
+    /// A pod on another node: backend 2 (TCP 8080), 4 (UDP 5353) and 6 (SCTP 2905).
     const FAR_POD: &'static str;
 
     /// The address as it stands in packets and maps.
@@ -108,7 +112,7 @@ pub mod ports {
     pub const FAR: u16 = 81;
     /// Its `NodePort`.
     pub const FAR_NODE: u16 = 30081;
-    /// A TCP and UDP Service without endpoints: `VIP:82`.
+    /// A TCP, UDP and SCTP Service without endpoints: `VIP:82`.
     pub const EMPTY: u16 = 82;
     /// Its `NodePort`.
     pub const EMPTY_NODE: u16 = 30082;
@@ -124,6 +128,14 @@ pub mod ports {
     pub const FAR_DNS: u16 = 54;
     /// Its `NodePort`.
     pub const FAR_DNS_NODE: u16 = 30054;
+    /// An SCTP Service with one backend on the node, beside the UDP Service of the same port: `VIP:53`.
+    pub const SIGNAL: u16 = DNS;
+    /// Its `NodePort`, of the same number as the UDP Service's.
+    pub const SIGNAL_NODE: u16 = DNS_NODE;
+    /// An SCTP Service with one backend on another node: `VIP:55`.
+    pub const FAR_SIGNAL: u16 = 55;
+    /// Its `NodePort`.
+    pub const FAR_SIGNAL_NODE: u16 = 30055;
     /// A TCP Service with several backends: `VIP:84`.
     pub const MANY: u16 = 84;
     /// Its `NodePort`.
@@ -140,10 +152,13 @@ pub mod ports {
     pub const TARGET: u16 = 8080;
     /// What the UDP backends listen on.
     pub const TARGET_UDP: u16 = 5353;
+    /// What the SCTP backends listen on.
+    pub const TARGET_SCTP: u16 = 2905;
 }
 
 const TCP: u8 = IpProto::Tcp as u8;
 const UDP: u8 = IpProto::Udp as u8;
+const SCTP: u8 = IpProto::Sctp as u8;
 
 /// The maps of the small cluster's node, whose one external edge is `nic`.
 pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
@@ -151,7 +166,10 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
     let addr = |text: &str| F::wire(at(text, 0).ip());
 
     let address = |flags| AddressInfo { flags };
-    tables.addresses.insert(addr(F::NODE), address(address_flags::NODE | address_flags::NODE_PORT));
+    tables.addresses.insert(
+        addr(F::NODE),
+        address(address_flags::NODE | address_flags::NODE_PORT | address_flags::HOST_PORT),
+    );
     tables.addresses.insert(addr(F::VIP), address(address_flags::SERVICE));
     tables.edges.insert(nic, F::edge(at(F::NODE, 0).ip(), 0));
 
@@ -165,6 +183,8 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
     backend(2, F::FAR_POD, ports::TARGET, 0);
     backend(3, F::POD, ports::TARGET_UDP, backend_flags::LOCAL);
     backend(4, F::FAR_POD, ports::TARGET_UDP, 0);
+    backend(5, F::POD, ports::TARGET_SCTP, backend_flags::LOCAL);
+    backend(6, F::FAR_POD, ports::TARGET_SCTP, 0);
 
     // A window of a few backends, as a Maglev table would be.
     for (slot, id) in (100..).zip([1, 2, 1, 1, 2, 1, 2]) {
@@ -192,9 +212,12 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
     service(2, TCP, ports::FAR, ports::FAR_NODE, one(2), one(2), 0);
     service(3, TCP, ports::EMPTY, ports::EMPTY_NODE, none, none, 0);
     service(3, UDP, ports::EMPTY, ports::EMPTY_NODE, none, none, 0);
+    service(3, SCTP, ports::EMPTY, ports::EMPTY_NODE, none, none, 0);
     service(4, TCP, ports::LOCAL, ports::LOCAL_NODE, one(2), none, service_flags::EXTERNAL_DROP);
     service(5, UDP, ports::DNS, ports::DNS_NODE, one(3), one(3), 0);
     service(6, UDP, ports::FAR_DNS, ports::FAR_DNS_NODE, one(4), one(4), 0);
+    service(10, SCTP, ports::SIGNAL, ports::SIGNAL_NODE, one(5), one(5), 0);
+    service(11, SCTP, ports::FAR_SIGNAL, ports::FAR_SIGNAL_NODE, one(6), one(6), 0);
     let many = Window { base: 100, len: 7 };
     service(7, TCP, ports::MANY, ports::MANY_NODE, many, many, 0);
     service(8, TCP, ports::GATED, ports::GATED_NODE, many, one(1), service_flags::SOURCE_RANGES);
@@ -269,6 +292,47 @@ pub fn udp(src: SocketAddr, dst: SocketAddr, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// An ICMP error of this type and code that quotes a packet, given without its link header.
+///
+/// # Panics
+///
+/// If the addresses are of two families.
+pub fn icmp_error(src: IpAddr, dst: IpAddr, (kind, code): (u8, u8), quote: &[u8]) -> Vec<u8> {
+    let step = network(SocketAddr::new(src, 0), SocketAddr::new(dst, 0), TTL);
+    let is_too_big = (kind, code) == if src.is_ipv4() { V4::TOO_BIG } else { V6::TOO_BIG };
+    let (mut bytes, rest) = (Vec::new(), if is_too_big { 1280u32 } else { 0 }.to_be_bytes());
+    let written = if src.is_ipv4() {
+        step.icmpv4_raw(kind, code, rest).write(&mut bytes, quote)
+    } else {
+        step.icmpv6_raw(kind, code, rest).write(&mut bytes, quote)
+    };
+    written.unwrap_or_else(|e| panic!("{src} to {dst}: {e}"));
+    bytes
+}
+
+/// An SCTP packet of one chunk of a kind of [`sctp_chunk`](crate::wire::sctp_chunk), padded as RFC 9260 wants it.
+///
+/// # Panics
+///
+/// If the addresses are of two families.
+pub fn sctp(src: SocketAddr, dst: SocketAddr, kind: u8, value: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(4 + value.len()).unwrap_or_else(|e| panic!("{e}: {} bytes", value.len()));
+    let mut packet = [src.port().to_be_bytes(), dst.port().to_be_bytes()].concat();
+    packet.extend(0x0102_0304_u32.to_be_bytes());
+    packet.extend([0; 4]);
+    packet.extend([kind, 0]);
+    packet.extend(len.to_be_bytes());
+    packet.extend(value);
+    packet.resize(packet.len().next_multiple_of(4), 0);
+    let check = crc32c::compute(&packet);
+    packet[8..12].copy_from_slice(&check.to_le_bytes());
+    let mut bytes = Vec::new();
+    network(src, dst, TTL)
+        .write(&mut bytes, IpNumber::SCTP, &packet)
+        .unwrap_or_else(|e| panic!("{src} to {dst}: {e}"));
+    bytes
+}
+
 fn network(
     src: SocketAddr,
     dst: SocketAddr,
@@ -279,6 +343,99 @@ fn network(
         (IpAddr::V4(src), IpAddr::V4(dst)) => ethernet.ipv4(src.octets(), dst.octets(), ttl),
         (IpAddr::V6(src), IpAddr::V6(dst)) => ethernet.ipv6(src.octets(), dst.octets(), ttl),
         _ => panic!("{src} and {dst} are of two families"),
+    }
+}
+
+/// Offset of the payload of an IPv4 packet without options and of an IPv6 packet without extension headers.
+const PAYLOAD: [usize; 2] = [34, 54];
+/// Bytes of an IPv6 fragment header.
+const FRAGMENT_HEADER: usize = 8;
+/// Protocol number of the IPv6 fragment header.
+const FRAGMENT: u8 = IpProto::Ipv6Frag as u8;
+
+/// The fragments of a packet, with so many bytes of its payload each (RFC 791 section 3.2, RFC 8200 section 4.5).
+///
+/// # Panics
+///
+/// If the size is no multiple of 8.
+pub fn fragments(packet: &[u8], id: u32, size: usize) -> Vec<Vec<u8>> {
+    assert_eq!(size % 8, 0);
+    let v6 = packet[12] == 0x86;
+    let (header, payload) = packet.split_at(PAYLOAD[usize::from(v6)]);
+    let fragment = |(n, piece): (usize, &[u8])| {
+        let (at, more) = (n * size, u16::from((n + 1) * size < payload.len()));
+        let offset = u16::try_from(at / 8).expect("a packet");
+        let mut bytes = header.to_vec();
+        if v6 {
+            bytes.extend([header[20], 0]);
+            bytes.extend((offset << 3 | more).to_be_bytes());
+            bytes.extend(id.to_be_bytes());
+            bytes[20] = FRAGMENT;
+        } else {
+            bytes[18..20].copy_from_slice(&id.to_be_bytes()[2..]);
+            bytes[20..22].copy_from_slice(&(more << 13 | offset).to_be_bytes());
+        }
+        bytes.extend(piece);
+        settle_header(&mut bytes);
+        bytes
+    };
+    payload.chunks(size).enumerate().map(fragment).collect()
+}
+
+/// The packet that a receiver makes of fragments, whose headers must differ in what fragments differ in, no more.
+///
+/// # Errors
+///
+/// What is wrong with them.
+pub fn reassemble(fragments: &[Vec<u8>]) -> Result<Vec<u8>, String> {
+    let mut packet = Vec::new();
+    let mut common = None;
+    for bytes in fragments {
+        let v6 = bytes[12] == 0x86;
+        let mut header = bytes[..PAYLOAD[usize::from(v6)]].to_vec();
+        let mut rest = &bytes[header.len()..];
+        let at = if v6 {
+            if header[20] != FRAGMENT {
+                return Err("no fragment header".into());
+            }
+            header[20] = rest[0];
+            let at = u16::from_be_bytes([rest[2], rest[3]]) & 0xfff8;
+            rest = &rest[FRAGMENT_HEADER..];
+            usize::from(at)
+        } else {
+            let checksum = Ipv4HeaderSlice::from_slice(&header[14..]).map_err(|e| e.to_string())?;
+            if checksum.to_header().calc_header_checksum() != checksum.header_checksum() {
+                return Err("IPv4 header checksum of a fragment".into());
+            }
+            let at = u16::from_be_bytes([header[20], header[21]]) & 0x1fff;
+            header[20..22].fill(0);
+            usize::from(at) * 8
+        };
+        if packet.is_empty() {
+            packet.extend(&header);
+        }
+        if packet.len() != header.len() + at {
+            return Err(format!("a fragment at {at}"));
+        }
+        packet.extend(rest);
+        settle_header(&mut header);
+        if *common.get_or_insert_with(|| header.clone()) != header {
+            return Err(format!("headers of fragments differ: {common:02x?} and {header:02x?}"));
+        }
+    }
+    settle_header(&mut packet);
+    Ok(packet)
+}
+
+/// Sets length and checksum of the IP header to what is behind it.
+fn settle_header(packet: &mut [u8]) {
+    let v6 = packet[12] == 0x86;
+    let len = u16::try_from(packet.len() - if v6 { 54 } else { 14 }).expect("a packet");
+    let at = if v6 { 18 } else { 16 };
+    packet[at..at + 2].copy_from_slice(&len.to_be_bytes());
+    if !v6 {
+        let header = Ipv4HeaderSlice::from_slice(&packet[14..34]).expect("an IPv4 header").to_header();
+        packet[24..26].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
     }
 }
 
@@ -300,6 +457,14 @@ pub enum Seen {
         ttl: u8,
         payload: Vec<u8>,
     },
+    /// `kind`: of the first chunk.
+    Sctp {
+        src: SocketAddr,
+        dst: SocketAddr,
+        kind: u8,
+        ttl: u8,
+        payload: Vec<u8>,
+    },
     /// An ICMP or ICMPv6 error; `about`: source and destination of the quoted packet.
     Icmp {
         src: IpAddr,
@@ -314,7 +479,9 @@ impl Seen {
     /// Source and destination.
     pub fn ends(&self) -> (SocketAddr, SocketAddr) {
         match self {
-            Self::Tcp { src, dst, .. } | Self::Udp { src, dst, .. } => (*src, *dst),
+            Self::Tcp { src, dst, .. } | Self::Udp { src, dst, .. } | Self::Sctp { src, dst, .. } => {
+                (*src, *dst)
+            }
             Self::Icmp { src, dst, .. } => (SocketAddr::new(*src, 0), SocketAddr::new(*dst, 0)),
         }
     }
@@ -322,7 +489,7 @@ impl Seen {
     /// TTL or hop limit.
     pub fn ttl(&self) -> Option<u8> {
         match self {
-            Self::Tcp { ttl, .. } | Self::Udp { ttl, .. } => Some(*ttl),
+            Self::Tcp { ttl, .. } | Self::Udp { ttl, .. } | Self::Sctp { ttl, .. } => Some(*ttl),
             Self::Icmp { .. } => None,
         }
     }
@@ -410,8 +577,33 @@ pub fn read(bytes: &[u8]) -> Result<Seen, String> {
             let [kind, code, ..] = icmp.to_bytes()[..] else { return Err("ICMPv6 header".into()) };
             Ok(Seen::Icmp { src, dst, kind, code, about: quoted(payload)? })
         }
-        _ => Err("no transport header".into()),
+        _ => match headers.payload {
+            PayloadSlice::Ip(ip) if ip.ip_number == IpNumber::SCTP => read_sctp(src, dst, ttl, ip.payload),
+            _ => Err("no transport header".into()),
+        },
     }
+}
+
+fn read_sctp(src: IpAddr, dst: IpAddr, ttl: u8, packet: &[u8]) -> Result<Seen, String> {
+    let (Some((header, [kind, payload @ ..])), mut covered) =
+        (packet.split_first_chunk::<12>(), packet.to_vec())
+    else {
+        return Err(format!("{} bytes of SCTP", packet.len()));
+    };
+    let [a, b, c, d, .., check0, check1, check2, check3] = *header;
+    covered[8..12].fill(0);
+    let check = u32::from_le_bytes([check0, check1, check2, check3]);
+    let want = crc32c::compute(&covered);
+    if check != want {
+        return Err(format!("SCTP checksum {check:#010x}, want {want:#010x}"));
+    }
+    Ok(Seen::Sctp {
+        src: SocketAddr::new(src, u16::from_be_bytes([a, b])),
+        dst: SocketAddr::new(dst, u16::from_be_bytes([c, d])),
+        kind: *kind,
+        ttl,
+        payload: payload.to_vec(),
+    })
 }
 
 /// Source and destination of the packet an ICMP error quotes; it ends after the ports.

@@ -72,6 +72,27 @@ impl Be32 {
     }
 }
 
+/// A 32-bit number in little-endian byte order: the one there is in a packet is SCTP's checksum.
+#[repr(C, align(2))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Le32 {
+    octets: [u8; 4],
+}
+
+impl Le32 {
+    /// From a number in host byte order.
+    #[inline(always)]
+    pub const fn new(value: u32) -> Self {
+        Self { octets: value.to_le_bytes() }
+    }
+
+    /// The number in host byte order.
+    #[inline(always)]
+    pub const fn get(self) -> u32 {
+        u32::from_le_bytes(self.octets)
+    }
+}
+
 /// An Ethernet address.
 #[repr(C, align(2))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -117,8 +138,10 @@ impl Ipv4Hdr {
     pub const VERSION_IHL: u8 = 0x45;
     /// In [`Ipv4Hdr::fragment`]: do not fragment.
     pub const DONT_FRAGMENT: u16 = 0x4000;
-    /// In [`Ipv4Hdr::fragment`]: more fragments follow, or this is not the first.
-    pub const IS_FRAGMENT: u16 = 0x3fff;
+    /// In [`Ipv4Hdr::fragment`]: more fragments follow.
+    pub const MORE_FRAGMENTS: u16 = 0x2000;
+    /// In [`Ipv4Hdr::fragment`]: where the fragment belongs, in units of 8 octets.
+    pub const FRAGMENT_OFFSET: u16 = 0x1fff;
 }
 
 /// IPv6 header (RFC 8200).
@@ -149,6 +172,30 @@ pub struct Ipv6ExtHdr {
     pub routing_type: u8,
     /// Routing header: hops still to visit.
     pub segments_left: u8,
+}
+
+/// IPv6 fragment header (RFC 8200, section 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Ipv6FragHdr {
+    pub next_header: u8,
+    pub reserved: u8,
+    /// Offset, two reserved bits, and whether more fragments follow.
+    pub fragment: Be16,
+    pub id: Be32,
+}
+
+impl Ipv6FragHdr {
+    /// Bytes.
+    pub const LEN: usize = size_of::<Self>();
+
+    /// Which part of its datagram the packet is, as IPv4 says it. One that is all of it gives 0: its header is as good
+    /// as none (RFC 6946).
+    #[inline(always)]
+    pub const fn piece(&self) -> u16 {
+        let fragment = self.fragment.get();
+        (fragment >> 3) | ((fragment & 1) << 13)
+    }
 }
 
 /// The ports, at the same place in TCP, UDP and SCTP.
@@ -202,6 +249,45 @@ impl UdpHdr {
     pub const LEN: usize = size_of::<Self>();
 }
 
+/// SCTP common header (RFC 9260, section 3.1).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SctpHdr {
+    pub ports: Ports,
+    pub tag: Be32,
+    /// CRC32c ([`crate::crc32c`]).
+    pub check: Le32,
+}
+
+impl SctpHdr {
+    /// Bytes.
+    pub const LEN: usize = size_of::<Self>();
+}
+
+/// Start of each SCTP chunk (RFC 9260, section 3.2).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SctpChunkHdr {
+    /// [`sctp_chunk`].
+    pub kind: u8,
+    pub flags: u8,
+    pub len: Be16,
+}
+
+impl SctpChunkHdr {
+    /// Bytes.
+    pub const LEN: usize = size_of::<Self>();
+}
+
+/// Values of [`SctpChunkHdr::kind`]: those that begin and end an association. INIT, INIT ACK and SHUTDOWN COMPLETE are
+/// alone in their packet (RFC 9260, section 6.10).
+pub mod sctp_chunk {
+    pub const INIT: u8 = 1;
+    pub const INIT_ACK: u8 = 2;
+    pub const ABORT: u8 = 6;
+    pub const SHUTDOWN_COMPLETE: u8 = 14;
+}
+
 /// ICMP and ICMPv6 header (RFC 792, RFC 4443).
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -234,7 +320,25 @@ macro_rules! wire {
         )*
     };
 }
-wire!(Be16, Be32, Mac, EthHdr, Ipv4Hdr, Ipv6Hdr, Ipv6ExtHdr, Ports, TcpHdr, UdpHdr, IcmpHdr, Addr4, Addr6);
+wire!(
+    Be16,
+    Be32,
+    Mac,
+    EthHdr,
+    Ipv4Hdr,
+    Ipv6Hdr,
+    Ipv6ExtHdr,
+    Ipv6FragHdr,
+    Ports,
+    TcpHdr,
+    UdpHdr,
+    IcmpHdr,
+    Addr4,
+    Addr6,
+    Le32,
+    SctpHdr,
+    SctpChunkHdr
+);
 wire!(Quote<14>, Quote<24>);
 
 #[cfg(test)]

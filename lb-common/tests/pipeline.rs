@@ -12,8 +12,10 @@ use lb_common::packet::Packet;
 use lb_common::pipeline::{Verdict, process};
 use lb_common::tables::FlowTable;
 use lb_common::testing::{
-    RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, cluster, ports, read, tcp, udp,
+    RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, cluster, fragments, ports, read, reassemble, sctp,
+    tcp, udp,
 };
+use lb_common::wire::sctp_chunk::{ABORT, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Reason, V4, V6};
 
@@ -89,6 +91,13 @@ both_families! {
     a_pod_reaches_any_backend_with_its_own_address
     a_pod_reaches_itself_through_its_service
     udp_flows_go_the_same_ways
+    sctp_associations_go_the_same_ways
+    one_port_number_leads_elsewhere_for_each_protocol
+    an_init_on_an_old_tuple_is_a_new_association
+    an_association_ends_with_an_abort_or_a_completed_shutdown
+    sctp_stays_with_a_backend_that_is_gone
+    aborts_without_an_association_pass
+    an_sctp_checksum_that_is_still_to_come_stays_zero
     frontends_without_endpoints_reset_tcp
     frontends_without_endpoints_send_port_unreachable
     policy_local_without_local_endpoints_drops
@@ -118,6 +127,16 @@ both_families! {
     unallocated_addresses_of_a_service_cidr_are_dropped
     pods_of_other_nodes_are_inside_of_the_cluster
     usage_is_counted_for_each_service
+    fragments_follow_their_first
+    fragments_of_replies_follow_too
+    forwarded_fragments_come_back
+    a_first_fragment_that_comes_last_finds_no_followers
+    foreign_fragments_are_not_remembered
+    fragments_are_remembered_as_long_as_a_receiver_waits
+    later_fragments_open_no_flow_and_get_no_answer
+    later_fragments_for_a_service_address_are_never_let_out
+    protocols_that_services_do_not_have_are_rejected_there
+    icmp_errors_and_neighbours_are_let_pass
 }
 
 fn outside_to_a_backend_here_keeps_the_client<F: TestFamily>() {
@@ -220,6 +239,133 @@ fn udp_flows_go_the_same_ways<F: TestFamily>() {
     assert_eq!(answer.seen(Verdict::Forward, Reason::Forwarded).ends(), (frontend, client));
 }
 
+/// As a packet of an association that is up.
+const DATA: u8 = 0;
+
+fn sctp_associations_go_the_same_ways<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let init = |from, to| sctp(from, to, INIT, &[1; 16]);
+    let (client, pod) = (client::<F>(40000), at(F::OTHER_POD, 40000));
+    // NodePort and ClusterIP to a pod of this node: from outside, from a pod.
+    let backend = at(F::POD, ports::TARGET_SCTP);
+    for (asker, frontend, into, back) in [
+        (client, at(F::NODE, ports::SIGNAL_NODE), Side::NicIn, Side::NicOut),
+        (pod, at(F::VIP, ports::SIGNAL), Side::PodIn, Side::PodOut),
+    ] {
+        let sent = node.send(into, init(asker, frontend));
+        assert_eq!(sent.seen(Verdict::Pass, Reason::Translated).ends(), (asker, backend));
+        let reply = node.send(back, sctp(backend, asker, INIT_ACK, &[2; 316]));
+        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (frontend, asker));
+        let data = node.send(into, sctp(asker, frontend, DATA, &[3; 1301]));
+        assert_eq!(data.seen(Verdict::Pass, Reason::Translated).ends(), (asker, backend));
+    }
+    // To a pod of another node: with this node's address and a port of ours, and back.
+    let frontend = at(F::NODE, ports::FAR_SIGNAL_NODE);
+    let (src, dst) =
+        node.send(Side::NicIn, init(client, frontend)).seen(Verdict::Forward, Reason::Forwarded).ends();
+    assert_eq!((src.ip(), dst), (at(F::NODE, 0).ip(), at(F::FAR_POD, ports::TARGET_SCTP)));
+    assert_ne!(src.port(), client.port());
+    let reply = node.send(Side::NicIn, sctp(dst, src, INIT_ACK, &[2; 316]));
+    assert_eq!(reply.seen(Verdict::Forward, Reason::Forwarded).ends(), (frontend, client));
+    // From a pod to itself.
+    let (itself, frontend) = (at(F::POD, 40000), at(F::VIP, ports::SIGNAL));
+    let (src, dst) =
+        node.send(Side::PodIn, init(itself, frontend)).seen(Verdict::SendBack, Reason::Hairpinned).ends();
+    assert_eq!((src.ip(), dst), (frontend.ip(), backend));
+}
+
+fn one_port_number_leads_elsewhere_for_each_protocol<F: TestFamily>() {
+    // Contract, rules 11 and 113.
+    let node = Node::<F>::new();
+    let client = client::<F>(40000);
+    for frontend in [at(F::VIP, ports::DNS), at(F::NODE, ports::DNS_NODE)] {
+        let target = |bytes| node.send(Side::NicIn, bytes).seen(Verdict::Pass, Reason::Translated).ends().1;
+        assert_eq!(target(udp(client, frontend, b"")), at(F::POD, ports::TARGET_UDP));
+        assert_eq!(target(sctp(client, frontend, INIT, &[1; 16])), at(F::POD, ports::TARGET_SCTP));
+    }
+}
+
+/// An association of a client outside with the pod of this node.
+fn associate<F: TestFamily>(node: &Node<F>) -> (SocketAddr, SocketAddr, SocketAddr) {
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::SIGNAL_NODE), at(F::POD, ports::TARGET_SCTP));
+    node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
+    node.send(Side::NicOut, sctp(backend, client, INIT_ACK, &[2; 16]));
+    assert_eq!((node.count(FlowTable::Established), node.count(FlowTable::Pending)), (2, 0));
+    (client, frontend, backend)
+}
+
+fn an_init_on_an_old_tuple_is_a_new_association<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let (client, frontend, _) = associate(&node);
+    node.tables.slots.insert(5, 6);
+    let data = node.send(Side::NicIn, sctp(client, frontend, DATA, &[3; 16]));
+    data.seen(Verdict::Pass, Reason::Translated);
+    let init = node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
+    let (_, dst) = init.seen(Verdict::Forward, Reason::Forwarded).ends();
+    assert_eq!(dst, at(F::FAR_POD, ports::TARGET_SCTP));
+}
+
+fn an_association_ends_with_an_abort_or_a_completed_shutdown<F: TestFamily>() {
+    // Another frontend's client of the same port may have the tuple once it is over, and keeps its port.
+    for (last, over) in [(ABORT, true), (SHUTDOWN_COMPLETE, true), (DATA, false)] {
+        let node = Node::<F>::new();
+        let (client, frontend, _) = associate(&node);
+        let packet = node.send(Side::NicIn, sctp(client, frontend, last, &[]));
+        packet.seen(Verdict::Pass, Reason::Translated);
+        let init = node.send(Side::NicIn, sctp(client, at(F::VIP, ports::SIGNAL), INIT, &[1; 16]));
+        let (src, _) = init.seen(Verdict::Pass, Reason::Translated).ends();
+        assert_eq!(src.port() == client.port(), over, "chunk {last}");
+    }
+    // Or once its ends are silent.
+    for (wait, over) in [(flow::SCTP_TIMEOUT, false), (flow::SCTP_TIMEOUT + 1, true)] {
+        let node = Node::<F>::new();
+        let (client, ..) = associate(&node);
+        node.wait(wait);
+        let init = node.send(Side::NicIn, sctp(client, at(F::VIP, ports::SIGNAL), INIT, &[1; 16]));
+        let (src, _) = init.seen(Verdict::Pass, Reason::Translated).ends();
+        assert_eq!(src.port() == client.port(), over, "after {wait} ns");
+    }
+}
+
+fn sctp_stays_with_a_backend_that_is_gone<F: TestFamily>() {
+    for state in [backend_state::TERMINATING, backend_state::UNUSED] {
+        let mut node = Node::<F>::new();
+        let (client, frontend, backend) = associate(&node);
+        node.tables.slots.insert(5, 6);
+        node.tables.backends.get_mut(&5).expect("backend 5").state = state;
+        let data = node.send(Side::NicIn, sctp(client, frontend, DATA, &[3; 16]));
+        assert_eq!(data.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+        let init = node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
+        init.seen(Verdict::Forward, Reason::Forwarded);
+    }
+}
+
+fn aborts_without_an_association_pass<F: TestFamily>() {
+    let node = Node::<F>::new();
+    for kind in [ABORT, SHUTDOWN_COMPLETE] {
+        let packet = sctp(client::<F>(40000), at(F::NODE, ports::SIGNAL_NODE), kind, &[]);
+        node.send(Side::NicIn, packet).untouched(Verdict::Pass, Reason::StrayReset);
+    }
+    assert_eq!(node.count(FlowTable::Pending), 0);
+}
+
+fn an_sctp_checksum_that_is_still_to_come_stays_zero<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (pod, frontend, backend) =
+        (at(F::OTHER_POD, 40000), at(F::VIP, ports::SIGNAL), at(F::POD, ports::TARGET_SCTP));
+    let check = 14 + F::HEADER_LEN + 8..14 + F::HEADER_LEN + 12;
+    let mut sent = sctp(pod, frontend, INIT, &[1; 16]);
+    sent[check.clone()].fill(0);
+    let outcome = node.send(Side::PodIn, sent);
+    assert_eq!(outcome.verdict, Verdict::Pass);
+    assert_eq!(outcome.bytes[check.clone()], [0; 4]);
+    // With the field that the device will fill in, the packet is the one that the backend expects.
+    let mut want = sctp(pod, backend, INIT, &[1; 16]);
+    want[check].fill(0);
+    assert_eq!(outcome.bytes[14 + F::HEADER_LEN..], want[14 + F::HEADER_LEN..]);
+}
+
 fn frontends_without_endpoints_reset_tcp<F: TestFamily>() {
     let node = Node::<F>::new();
     for (side, asker) in [(Side::NicIn, client::<F>(40000)), (Side::PodIn, at(F::OTHER_POD, 40000))] {
@@ -247,8 +393,13 @@ fn frontends_without_endpoints_send_port_unreachable<F: TestFamily>() {
     let node = Node::<F>::new();
     for (side, asker) in [(Side::NicIn, client::<F>(5000)), (Side::PodIn, at(F::OTHER_POD, 5000))] {
         for frontend in [at(F::VIP, ports::EMPTY), at(F::NODE, ports::EMPTY_NODE)] {
-            for payload in [&[][..], &[7; 1200][..]] {
-                let answer = node.send(side, udp(asker, frontend, payload));
+            for packet in [
+                udp(asker, frontend, &[]),
+                udp(asker, frontend, &[7; 1200]),
+                sctp(asker, frontend, INIT, &[7; 16]),
+                sctp(asker, frontend, DATA, &[7; 1200]),
+            ] {
+                let answer = node.send(side, packet);
                 let seen = answer.seen(Verdict::SendBack, Reason::NoEndpoints);
                 let Seen::Icmp { src, dst, kind, code, about } = seen else { panic!("{seen:?}") };
                 assert_eq!((src, dst, (kind, code)), (frontend.ip(), asker.ip(), F::PORT_UNREACHABLE));
@@ -271,9 +422,10 @@ fn ports_of_a_service_address_that_nobody_owns_are_rejected<F: TestFamily>() {
     for port in [ports::TARGET, ports::WEB_NODE] {
         node.send(Side::PodIn, tcp(pod, at(F::VIP, port), SYN)).seen(Verdict::SendBack, Reason::UnknownPort);
     }
-    // Contract, rule 12: a port that exists for TCP alone is none for UDP.
-    node.send(Side::PodIn, udp(pod, at(F::VIP, ports::WEB), b""))
-        .seen(Verdict::SendBack, Reason::UnknownPort);
+    // Contract, rule 12: a port that exists for TCP alone is none for UDP or SCTP.
+    let web = at(F::VIP, ports::WEB);
+    node.send(Side::PodIn, udp(pod, web, b"")).seen(Verdict::SendBack, Reason::UnknownPort);
+    node.send(Side::PodIn, sctp(pod, web, INIT, &[0; 16])).seen(Verdict::SendBack, Reason::UnknownPort);
 }
 
 fn what_is_not_ours_is_left_alone<F: TestFamily>() {
@@ -701,6 +853,208 @@ fn usage_is_counted_for_each_service<F: TestFamily>() {
     assert_eq!((usage[&1], usage[&3]), (web, Usage { refused: 1, ..Usage::default() }));
 }
 
+/// A datagram of 3,000 bytes.
+fn long_datagram(src: SocketAddr, dst: SocketAddr) -> Vec<u8> {
+    let payload: Vec<u8> = (0..3000u16).map(|n| n.to_be_bytes()[1]).collect();
+    udp(src, dst, &payload)
+}
+
+/// Sends a datagram in fragments; what becomes of it when all go the same way.
+#[track_caller]
+fn send_in_pieces<F: TestFamily>(node: &Node<F>, side: Side, packet: &[u8], want: Reason) -> Seen {
+    let sent = fragments(packet, 0xabcd, 1448);
+    assert_eq!(sent.len(), 3);
+    let carried = sent.into_iter().map(|piece| {
+        let outcome = node.send(side, piece);
+        assert_eq!(outcome.reason, want);
+        outcome.bytes
+    });
+    let packet = reassemble(&carried.collect::<Vec<_>>()).expect("a datagram");
+    read(&packet).expect("a good packet")
+}
+
+fn fragments_follow_their_first<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let backend = at(F::POD, ports::TARGET_UDP);
+    for (side, from, frontend) in [
+        (Side::NicIn, client::<F>(5000), at(F::NODE, ports::DNS_NODE)),
+        (Side::PodIn, at(F::OTHER_POD, 5000), at(F::VIP, ports::DNS)),
+    ] {
+        let seen = send_in_pieces(&node, side, &long_datagram(from, frontend), Reason::Translated);
+        assert_eq!(seen.ends(), (from, backend));
+        let Seen::Udp { payload, .. } = seen else { panic!("{seen:?}") };
+        assert_eq!(payload.len(), 3000);
+    }
+    // A datagram is known by both addresses and its number, in the place it was seen at.
+    assert_eq!(node.tables.fragments.borrow().len(), 2);
+    assert_eq!(node.count(FlowTable::Pending), 4);
+}
+
+fn fragments_of_replies_follow_too<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(5000), at(F::NODE, ports::DNS_NODE), at(F::POD, ports::TARGET_UDP));
+    node.send(Side::NicIn, udp(client, frontend, b"much?"));
+    let seen = send_in_pieces(&node, Side::NicOut, &long_datagram(backend, client), Reason::Translated);
+    assert_eq!(seen.ends(), (frontend, client));
+    assert_eq!((node.count(FlowTable::Established), node.count(FlowTable::Pending)), (2, 0));
+}
+
+fn forwarded_fragments_come_back<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend) = (client::<F>(5000), at(F::NODE, ports::FAR_DNS_NODE));
+    let seen = send_in_pieces(&node, Side::NicIn, &long_datagram(client, frontend), Reason::Forwarded);
+    let (source, backend) = seen.ends();
+    assert_eq!((source.ip(), backend), (at(F::NODE, 0).ip(), at(F::FAR_POD, ports::TARGET_UDP)));
+    // Each fragment is a packet that a router has forwarded.
+    assert_eq!(seen.ttl(), Some(TTL - 1));
+    let seen = send_in_pieces(&node, Side::NicIn, &long_datagram(backend, source), Reason::Forwarded);
+    assert_eq!(seen.ends(), (frontend, client));
+}
+
+fn a_first_fragment_that_comes_last_finds_no_followers<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let packet = long_datagram(client::<F>(5000), at(F::NODE, ports::DNS_NODE));
+    let [first, second, third] = &fragments(&packet, 7, 1448)[..] else { panic!("three fragments") };
+    node.send(Side::NicIn, third.clone()).untouched(Verdict::Pass, Reason::Fragment);
+    assert_eq!(node.send(Side::NicIn, first.clone()).reason, Reason::Translated);
+    assert_eq!(node.send(Side::NicIn, second.clone()).reason, Reason::Translated);
+    // What comes in any order behind the first is translated, and so is what comes twice.
+    assert_eq!(node.send(Side::NicIn, third.clone()).reason, Reason::Translated);
+    assert_eq!(node.send(Side::NicIn, second.clone()).reason, Reason::Translated);
+    // Another datagram is another's.
+    let other = fragments(&packet, 8, 1448);
+    node.send(Side::NicIn, other[1].clone()).untouched(Verdict::Pass, Reason::Fragment);
+    node.send(Side::PodIn, third.clone()).untouched(Verdict::Pass, Reason::Fragment);
+}
+
+fn foreign_fragments_are_not_remembered<F: TestFamily>() {
+    let node = Node::<F>::new();
+    for (side, src, dst, reason) in [
+        (Side::NicIn, F::CLIENT, F::OTHER_POD, Reason::NotOurs),
+        (Side::NicOut, F::OTHER_POD, F::CLIENT, Reason::NotOurs),
+        // A port that is no frontend's, and one that is not served.
+        (Side::NicIn, F::CLIENT, F::NODE, Reason::NotOurs),
+        (Side::NicIn, F::CLIENT, F::VIP, Reason::UnknownPort),
+    ] {
+        for piece in &fragments(&long_datagram(at(src, 5000), at(dst, 9)), 7, 1448)[..1] {
+            assert_eq!(node.send(side, piece.clone()).reason, reason);
+        }
+    }
+    assert!(node.tables.fragments.borrow().is_empty());
+}
+
+fn fragments_are_remembered_as_long_as_a_receiver_waits<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let packet = long_datagram(client::<F>(5000), at(F::NODE, ports::DNS_NODE));
+    let pieces = fragments(&packet, 7, 1448);
+    assert_eq!(node.send(Side::NicIn, pieces[0].clone()).reason, Reason::Translated);
+    node.wait(F::FRAGMENT_TIMEOUT);
+    assert_eq!(node.send(Side::NicIn, pieces[1].clone()).reason, Reason::Translated);
+    node.wait(1);
+    node.send(Side::NicIn, pieces[2].clone()).untouched(Verdict::Pass, Reason::Fragment);
+}
+
+fn later_fragments_open_no_flow_and_get_no_answer<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let packet = long_datagram(client::<F>(5000), at(F::NODE, ports::FAR_DNS_NODE));
+    let pieces = fragments(&packet, 7, 1448);
+    assert_eq!(node.send(Side::NicIn, pieces[0].clone()).reason, Reason::Forwarded);
+    let mut dying = pieces[1].clone();
+    // TTL or hop limit; the checksum is not looked at.
+    dying[if F::HEADER_LEN == 40 { 21 } else { 22 }] = 1;
+    node.send(Side::NicIn, dying).untouched(Verdict::Drop, Reason::TtlExceeded);
+    node.route = HostRoute::Out { ifindex: NIC, mtu: 1280 };
+    node.send(Side::NicIn, pieces[1].clone()).untouched(Verdict::Drop, Reason::PacketTooBig);
+    node.tables.pending.borrow_mut().clear();
+    node.send(Side::NicIn, pieces[1].clone()).untouched(Verdict::Pass, Reason::Fragment);
+    assert_eq!(node.count(FlowTable::Pending), 0);
+}
+
+fn later_fragments_for_a_service_address_are_never_let_out<F: TestFamily>() {
+    let node = Node::<F>::new();
+    for (addr, verdict, reason) in [
+        (F::VIP, Verdict::Drop, Reason::StrayFragment),
+        (F::UNALLOCATED, Verdict::Drop, Reason::NoSuchService),
+        (F::NODE, Verdict::Pass, Reason::Fragment),
+        (F::OTHER_POD, Verdict::Pass, Reason::Fragment),
+    ] {
+        let pieces = fragments(&long_datagram(client::<F>(5000), at(addr, ports::EMPTY)), 7, 1448);
+        for side in [Side::NicIn, Side::PodIn] {
+            node.send(side, pieces[1].clone()).untouched(verdict, reason);
+        }
+        node.send(Side::NicOut, pieces[1].clone()).untouched(Verdict::Pass, Reason::Fragment);
+        // XDP passes on what it cannot finish, and so may know less than tc.
+        let mut packet = HostPacket::new(&pieces[1], NIC).with_hook_behind();
+        let early = process::<F, _, _>(&mut packet, &node.tables, Side::NicIn);
+        assert_eq!(early, (Verdict::Pass, Reason::Fragment));
+    }
+}
+
+/// A packet of any protocol: `first` is its first byte behind the IP header.
+fn other<F: TestFamily>(dst: &str, proto: u8, first: u8) -> Vec<u8> {
+    let mut bytes = udp(client::<F>(0), at(dst, 0), &[0; 24]);
+    let (field, payload) = if F::HEADER_LEN == 40 { (20, 54) } else { (23, 34) };
+    bytes[field] = proto;
+    bytes[payload] = first;
+    bytes
+}
+
+const GRE: u8 = 47;
+const ESP: u8 = 50;
+
+fn protocols_that_services_do_not_have_are_rejected_there<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let echo = if F::HEADER_LEN == 40 { 128 } else { 8 };
+    for (proto, first) in [(F::ICMP, echo), (GRE, 0), (ESP, 0)] {
+        for side in [Side::NicIn, Side::PodIn] {
+            let refused = node.send(side, other::<F>(F::VIP, proto, first));
+            let seen = refused.seen(Verdict::SendBack, Reason::UnservedProtocol);
+            let Seen::Icmp { src, dst, kind, code, .. } = seen else { panic!("{seen:?}") };
+            assert_eq!((src, dst), (at(F::VIP, 0).ip(), client::<F>(0).ip()));
+            assert_eq!((kind, code), F::PORT_UNREACHABLE);
+            let dropped = node.send(side, other::<F>(F::UNALLOCATED, proto, first));
+            dropped.untouched(Verdict::Drop, Reason::NoSuchService);
+            // The node and pods answer for themselves.
+            for addr in [F::NODE, F::OTHER_POD] {
+                let passed = node.send(side, other::<F>(addr, proto, first));
+                passed.untouched(Verdict::Pass, Reason::UnknownProtocol);
+            }
+        }
+        let passed = node.send(Side::NicOut, other::<F>(F::VIP, proto, first));
+        passed.untouched(Verdict::Pass, Reason::UnknownProtocol);
+    }
+    let usage = node.tables.usage.borrow();
+    assert!(usage.is_empty(), "{usage:?}");
+}
+
+fn icmp_errors_and_neighbours_are_let_pass<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let kinds: &[u8] =
+        if F::HEADER_LEN == 40 { &[1, 2, 3, 4, 127, 133, 135, 136, 137] } else { &[3, 4, 5, 11, 12] };
+    for kind in kinds {
+        for addr in [F::VIP, F::UNALLOCATED] {
+            let passed = node.send(Side::NicIn, other::<F>(addr, F::ICMP, *kind));
+            // Errors are read, and found to be about nothing of ours.
+            let reason = if F::is_icmp_error(*kind) { passed.reason } else { Reason::UnknownProtocol };
+            passed.untouched(Verdict::Pass, reason);
+        }
+    }
+}
+
+#[test]
+fn a_fragment_that_is_all_of_its_packet_is_none() {
+    // RFC 6946: whoever was told of an MTU below 1280 bytes sends such packets.
+    let node = Node::<V6>::new();
+    let (client, frontend) = (client::<V6>(5000), at(V6::NODE, ports::DNS_NODE));
+    let [atomic] = &fragments(&udp(client, frontend, b"short"), 7, 1448)[..] else { panic!("one fragment") };
+    let outcome = node.send(Side::NicIn, atomic.clone());
+    assert_eq!((outcome.verdict, outcome.reason), (Verdict::Pass, Reason::Translated));
+    let packet = reassemble(&[outcome.bytes]).expect("a packet");
+    assert_eq!(read(&packet).expect("a good packet").ends(), (client, at(V6::POD, ports::TARGET_UDP)));
+    assert!(node.tables.fragments.borrow().is_empty());
+}
+
 /// Changes a frame and expects it to pass untouched.
 #[track_caller]
 fn passes<F: TestFamily>(reason: Reason, mut bytes: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) {
@@ -717,7 +1071,6 @@ fn headers_that_are_not_understood_pass_in_ipv4() {
     passes::<V4>(Reason::IpOptions, frame::<V4>(), |b| b[14] = 0x46);
     passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[14] = 0x44);
     passes::<V4>(Reason::NotIp, frame::<V4>(), |b| b[14] = 0x65);
-    passes::<V4>(Reason::Fragment, frame::<V4>(), |b| b[20] = 0x20);
     passes::<V4>(Reason::Fragment, frame::<V4>(), |b| b[21] = 1);
     passes::<V4>(Reason::UnknownProtocol, frame::<V4>(), |b| b[23] = 47);
     // Lengths that lie: longer than the frame, shorter than its headers.
@@ -736,6 +1089,24 @@ fn headers_that_are_not_understood_pass_in_ipv4() {
 }
 
 #[test]
+fn sctp_packets_without_a_whole_header_pass() {
+    let packet = || sctp(client::<V4>(5000), at(V4::NODE, ports::SIGNAL_NODE), INIT, &[1; 16]);
+    // The length of the IP packet ends within the common header, or the frame does.
+    passes::<V4>(Reason::Truncated, packet(), |b| b[17] = 31);
+    for len in 20..32 {
+        passes::<V4>(Reason::Truncated, packet(), |b| {
+            b.truncate(14 + usize::from(len));
+            b[17] = len;
+        });
+    }
+    // A common header without a chunk belongs to its association, but opens none.
+    let mut bytes = packet();
+    bytes.truncate(46);
+    bytes[17] = 32;
+    assert_eq!(Node::<V4>::new().send(Side::NicIn, bytes).verdict, Verdict::Pass);
+}
+
+#[test]
 fn headers_that_are_not_understood_pass_in_ipv6() {
     passes::<V6>(Reason::NotIp, frame::<V6>(), |b| b[14] = 0x40);
     passes::<V6>(Reason::UnknownProtocol, frame::<V6>(), |b| b[20] = 47);
@@ -745,10 +1116,9 @@ fn headers_that_are_not_understood_pass_in_ipv6() {
         passes::<V6>(Reason::Truncated, frame::<V6>(), |b| b.truncate(len));
     }
     for (next, reason) in [
-        (44, Reason::Fragment),
-        (50, Reason::ExtensionHeader),
-        (51, Reason::ExtensionHeader),
-        (59, Reason::ExtensionHeader),
+        (50, Reason::UnknownProtocol),
+        (51, Reason::UnknownProtocol),
+        (59, Reason::UnknownProtocol),
         (58, Reason::UnknownProtocol),
     ] {
         passes::<V6>(reason, with_extensions(&[(60, 0)], next), |_| ());
@@ -756,6 +1126,8 @@ fn headers_that_are_not_understood_pass_in_ipv6() {
     // A source route with hops left, and more headers than we walk.
     passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(43, 0)], 6), |b| b[57] = 1);
     passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(60, 0); 5], 6), |_| ());
+    // Options behind a fragment header.
+    passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(44, 0), (60, 0)], 6), |_| ());
     // Headers that lead out of the packet.
     passes::<V6>(Reason::Truncated, with_extensions(&[(0, 0)], 6), |b| b[55] = 20);
     passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(0, 0)], 6), |b| b[55] = 255);

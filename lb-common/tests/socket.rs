@@ -2,7 +2,10 @@
 
 use std::net::SocketAddr;
 
-use lb_common::abi::{AddressInfo, MemberKey, address_flags, backend_state, service_flags};
+use lb_common::abi::{
+    AddressInfo, MemberKey, Service, ServiceKey, Side, address_flags, backend_state, frontend_kind,
+    service_flags,
+};
 use lb_common::host::HostTables;
 use lb_common::socket::{self, Peer, Socket};
 use lb_common::testing::{TestFamily, at, cluster, ports};
@@ -27,7 +30,9 @@ both_families! {
     datagrams_stay_with_their_backend_while_it_lives
     frontends_without_endpoints_refuse
     what_is_no_frontend_is_left_alone
+    addresses_that_no_service_has_lead_nowhere
     loopback_addresses_serve_node_ports_to_sockets_alone
+    host_ports_answer_where_node_ports_may_not
     source_ranges_hold_for_the_node_too
     affinity_tells_the_node_from_its_pods
 }
@@ -81,6 +86,14 @@ fn what_is_no_frontend_is_left_alone<F: TestFamily>() {
     assert!(tables.sockets.borrow().is_empty());
 }
 
+/// Rule 14, for processes of the node, too.
+fn addresses_that_no_service_has_lead_nowhere<F: TestFamily>() {
+    let tables = cluster::<F>(1);
+    let addr = at(F::UNALLOCATED, ports::WEB);
+    assert_eq!(socket::connect(&tables, TCP, peer::<F>(addr)), Err(Reason::NoSuchService));
+    assert_eq!(socket::sendmsg(&tables, UDP, peer::<F>(addr)), Err(Reason::NoSuchService));
+}
+
 fn loopback_addresses_serve_node_ports_to_sockets_alone<F: TestFamily>() {
     let mut tables: HostTables<F> = cluster::<F>(1);
     let loopback = at(F::CLIENT, ports::WEB_NODE);
@@ -95,6 +108,31 @@ fn loopback_addresses_serve_node_ports_to_sockets_alone<F: TestFamily>() {
     );
     let outcome = lb_common::pipeline::process::<F, _, _>(&mut packet, &tables, lb_common::abi::Side::NicIn);
     assert_eq!(outcome, (lb_common::pipeline::Verdict::Pass, Reason::NotOurs));
+}
+
+fn host_ports_answer_where_node_ports_may_not<F: TestFamily>() {
+    let any = |port| ServiceKey { addr: F::Addr::default(), port, proto: TCP.proto, pad: 0 };
+    let (backend, closed) = (Ok(peer(at(F::POD, ports::TARGET))), Err(Reason::NotOurs));
+    for (flags, at_host_port, at_node_port) in [
+        (address_flags::NODE | address_flags::HOST_PORT, backend, closed),
+        (address_flags::LOOPBACK | address_flags::HOST_PORT, backend, closed),
+        (address_flags::NODE | address_flags::NODE_PORT, closed, backend),
+        (address_flags::LOOPBACK, closed, closed),
+    ] {
+        let mut tables: HostTables<F> = cluster::<F>(1);
+        let node_port = tables.services[&any(ports::WEB_NODE)];
+        tables.services.insert(any(443), Service { kind: frontend_kind::HOST_PORT, ..node_port });
+        tables.addresses.insert(F::wire(at(F::CLIENT, 0).ip()), AddressInfo { flags });
+        for (port, expected) in [(443, at_host_port), (ports::WEB_NODE, at_node_port)] {
+            let addr = at(F::CLIENT, port);
+            assert_eq!(socket::connect(&tables, TCP, peer::<F>(addr)), expected, "{flags:#x} {port}");
+            let syn = lb_common::testing::tcp(at(F::OTHER_POD, 1), addr, lb_common::wire::tcp_flags::SYN);
+            let mut packet = lb_common::host::HostPacket::new(&syn, 1);
+            let (_, reason) = lb_common::pipeline::process::<F, _, _>(&mut packet, &tables, Side::NicIn);
+            let to_packets = expected.is_ok() && flags & address_flags::LOOPBACK == 0;
+            assert_eq!(reason == Reason::Translated, to_packets, "{flags:#x} {port}: {reason:?}");
+        }
+    }
 }
 
 fn source_ranges_hold_for_the_node_too<F: TestFamily>() {

@@ -8,13 +8,13 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use lb_common::abi::{
-    AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, MemberKey, Network, Service,
-    ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment, FragmentKey,
+    MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use lb_common::maps::{
     DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING, MAX_ADDRESSES,
-    MAX_AFFINITIES, MAX_EDGES, MAX_MEMBERS, MAX_NETWORKS, MAX_SOCKETS, MAX_SOURCES, MAX_USAGES, NO_PREALLOC,
-    SLOTS_PER_BACKEND,
+    MAX_AFFINITIES, MAX_EDGES, MAX_FRAGMENTS, MAX_MEMBERS, MAX_NETWORKS, MAX_SOCKETS, MAX_SOURCES,
+    MAX_USAGES, NO_PREALLOC, SLOTS_PER_BACKEND,
 };
 use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
 use lb_common::tables::{Event, FlowTable};
@@ -55,6 +55,10 @@ static PENDING4: LruHashMap<FlowKey<Addr4>, Flow<Addr4>, PENDING_COUNT> = LruHas
 #[btf_map]
 static PENDING6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, PENDING_COUNT> = LruHashMap::new();
 #[btf_map]
+static FRAGMENTS4: LruHashMap<FragmentKey<Addr4>, Fragment, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
+#[btf_map]
+static FRAGMENTS6: LruHashMap<FragmentKey<Addr6>, Fragment, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
+#[btf_map]
 static SOCKETS: LruHashMap<SocketKey, SocketPeer, { MAX_SOCKETS as usize }> = LruHashMap::new();
 #[btf_map]
 static SOURCES4: LpmTrie<Source<Addr4>, u32, { MAX_SOURCES as usize }, WRITTEN_BY_AGENT> = LpmTrie::new();
@@ -70,6 +74,9 @@ static MEMBERS: HashMap<MemberKey, u32, { MAX_MEMBERS as usize }, WRITTEN_BY_AGE
 static NETWORKS4: Array<Network<Addr4>, { MAX_NETWORKS as usize }> = Array::new();
 #[btf_map]
 static NETWORKS6: Array<Network<Addr6>, { MAX_NETWORKS as usize }> = Array::new();
+/// No program uses it: the agent writes it, for people.
+#[btf_map]
+static NAMES: HashMap<u32, OwnerName, SERVICE_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
 #[btf_map]
 static USAGE: PerCpuArray<Usage, { MAX_USAGES as usize }> = PerCpuArray::new();
 #[btf_map]
@@ -120,7 +127,7 @@ fn value<A: Copy>(flow: &Cell<Flow<A>>) -> &Flow<A> {
 macro_rules! tables {
     (
         $family:ty, $addr:ty, $services:ident, $backends:ident, $addresses:ident, $flows:ident, $pending:ident,
-        $sources:ident, $affinity:ident, $networks:ident
+        $sources:ident, $affinity:ident, $networks:ident, $fragments:ident
     ) => {
         impl Tables<$family> for Kernel {
             type Entry = &'static Cell<Flow<$addr>>;
@@ -167,6 +174,18 @@ macro_rules! tables {
                     FlowTable::Established => $flows.remove(key),
                     FlowTable::Pending => $pending.remove(key),
                 };
+            }
+
+            #[inline(always)]
+            fn fragment(&self, key: &FragmentKey<$addr>) -> Option<Fragment> {
+                // SAFETY: the value is copied at once.
+                unsafe { $fragments.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn put_fragment(&self, key: &FragmentKey<$addr>, fragment: &Fragment) {
+                // If it fails, the datagram is lost; its sender sends it again.
+                let _ = $fragments.insert(key, fragment, u64::from(BPF_ANY));
             }
 
             #[inline(always)]
@@ -258,5 +277,9 @@ macro_rules! tables {
     };
 }
 
-tables!(V4, Addr4, SERVICES4, BACKENDS4, ADDRESSES4, FLOWS4, PENDING4, SOURCES4, AFFINITY4, NETWORKS4);
-tables!(V6, Addr6, SERVICES6, BACKENDS6, ADDRESSES6, FLOWS6, PENDING6, SOURCES6, AFFINITY6, NETWORKS6);
+tables!(
+    V4, Addr4, SERVICES4, BACKENDS4, ADDRESSES4, FLOWS4, PENDING4, SOURCES4, AFFINITY4, NETWORKS4, FRAGMENTS4
+);
+tables!(
+    V6, Addr6, SERVICES6, BACKENDS6, ADDRESSES6, FLOWS6, PENDING6, SOURCES6, AFFINITY6, NETWORKS6, FRAGMENTS6
+);

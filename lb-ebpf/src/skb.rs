@@ -25,8 +25,11 @@ pub const SHOT: i32 = 2;
 /// `CHECKSUM_COMPLETE` covers, so that its change and the checksum's cancel out.
 const BPF_F_IPV6: u64 = 1 << 7;
 
+/// `gso_size` of a packet that consists of a list of packets (`GSO_BY_FRAGS`): SCTP's.
+const BY_FRAGS: u32 = 0xffff;
+
 /// Headers we look at without extension headers: Ethernet, IPv6, TCP.
-const HEADERS: u32 = NETWORK as u32 + 40 + 20;
+const HEADERS: usize = NETWORK + 40 + 20;
 
 pub struct Skb {
     skb: *mut __sk_buff,
@@ -35,14 +38,15 @@ pub struct Skb {
 
 impl Skb {
     /// Takes a socket buffer, with its headers in the linear part.
+    ///
+    /// Not that of a local SCTP sender with GSO: the linear part has the headers of all its packets, which end with
+    /// SCTP's common header, and to pull the first of the packets in would change where the kernel divides them.
     #[inline(always)]
     pub fn new(skb: *mut __sk_buff) -> Self {
-        let packet = Self { skb, hop: Hop::default() };
-        let (start, end) = packet.bounds();
-        let len = packet.size();
-        if end - start < HEADERS as usize && ((end - start) as u32) < len {
-            // SAFETY: the context is valid; pointers are read anew afterwards. A failure shows as a truncated packet.
-            unsafe { bpf_skb_pull_data(skb, if len < HEADERS { len } else { HEADERS }) };
+        let mut packet = Self { skb, hop: Hop::default() };
+        // SAFETY: the context is valid while the program runs.
+        if unsafe { (*skb).gso_size } != BY_FRAGS {
+            packet.pull(HEADERS);
         }
         packet
     }
@@ -101,6 +105,11 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn has_hook_behind(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
     fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
         // SAFETY: inside of the packet as just checked; `Wire` types take any bytes.
         locate::<T>(self.bounds(), at).map(|header| unsafe { &*header })
@@ -110,6 +119,17 @@ impl Packet for Skb {
     fn view_mut<T: Wire>(&mut self, at: usize) -> Result<&mut T, Reason> {
         // SAFETY: as in `view`; the verifier has the kernel unshare the headers of programs that write.
         locate::<T>(self.bounds(), at).map(|header| unsafe { &mut *header })
+    }
+
+    #[inline(always)]
+    fn pull(&mut self, len: usize) {
+        let (start, end) = self.bounds();
+        let size = self.size();
+        if end - start < len && ((end - start) as u32) < size {
+            let len = if size < len as u32 { size } else { len as u32 };
+            // SAFETY: the context is valid; pointers are read anew afterwards. A failure shows as a truncated packet.
+            unsafe { bpf_skb_pull_data(self.skb, len) };
+        }
     }
 
     #[inline(always)]
@@ -148,7 +168,7 @@ impl Packet for Skb {
     ) -> Result<(), Reason> {
         let at = field.at() as u32;
         let zero = match field {
-            ChecksumField::Tcp { .. } => 0,
+            ChecksumField::Tcp { .. } | ChecksumField::Icmp { .. } => 0,
             ChecksumField::Udp { .. } => u64::from(BPF_F_MARK_MANGLED_0),
         };
         let is_v6 = F::HEADER_LEN == 40;
@@ -169,6 +189,16 @@ impl Packet for Skb {
             if bpf_l4_csum_replace(self.skb, at, 0, u64::from(body.sum()), zero) != 0 {
                 return Err(Reason::RewriteFailed);
             }
+        }
+        Ok(())
+    }
+
+    /// IPv4 makes up for it in its own header's checksum, IPv6 has none.
+    #[inline(always)]
+    fn readdressed<F: Family>(&mut self, addresses: Diff) -> Result<(), Reason> {
+        if F::HEADER_LEN == 40 {
+            // SAFETY: the context is valid. Without CHECKSUM_COMPLETE it does nothing.
+            unsafe { bpf_csum_update(self.skb, addresses.sum()) };
         }
         Ok(())
     }

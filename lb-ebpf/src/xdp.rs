@@ -68,6 +68,11 @@ impl Packet for Xdp {
     }
 
     #[inline(always)]
+    fn has_hook_behind(&self) -> bool {
+        true
+    }
+
+    #[inline(always)]
     fn view<T: Wire>(&self, at: usize) -> Result<&T, Reason> {
         // SAFETY: inside of the packet as just checked; `Wire` types take any bytes.
         locate::<T>(self.bounds(), at).map(|header| unsafe { &*header })

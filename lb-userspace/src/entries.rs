@@ -9,11 +9,14 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use lb_common::abi;
 
+use crate::owner::Owner;
+
 /// IP protocol of a frontend.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Protocol {
     Tcp,
     Udp,
+    Sctp,
 }
 
 impl Protocol {
@@ -22,6 +25,7 @@ impl Protocol {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,
+            Self::Sctp => 132,
         }
     }
 
@@ -30,6 +34,7 @@ impl Protocol {
         match number {
             6 => Some(Self::Tcp),
             17 => Some(Self::Udp),
+            132 => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -40,6 +45,7 @@ impl fmt::Display for Protocol {
         f.pad(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         })
     }
 }
@@ -116,7 +122,7 @@ impl fmt::Display for FrontendKind {
     }
 }
 
-/// What a client addresses. The unspecified address stands for every address that NodePorts answer on.
+/// What a client addresses. The unspecified address stands for every address that NodePorts, or host ports, answer on.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FrontendKey {
     pub addr: IpAddr,
@@ -147,7 +153,7 @@ pub struct Backend {
 /// What becomes of the flows of a backend that no frontend chooses (any more).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Keep {
-    /// It does not serve: TCP connections may end on their own, UDP moves to another backend.
+    /// It does not serve: TCP and SCTP connections may end on their own, UDP moves to another backend.
     Connections,
     /// It serves: every flow it has goes on.
     Flows,
@@ -216,6 +222,17 @@ pub struct Compiled {
     /// Endpoints that no frontend chooses now: not ready, terminating, elsewhere. Flows they have from
     /// earlier outlive the choice.
     pub kept: BTreeMap<Backend, Keep>,
+    /// Load balancers ask for it.
+    pub health: Option<HealthCheck>,
+}
+
+/// What load balancers ask a node, to find out whether to send anything there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HealthCheck {
+    /// `healthCheckNodePort`.
+    pub port: u16,
+    /// Ready endpoints on this node.
+    pub endpoints: usize,
 }
 
 /// One write to the maps. `reconcile` orders them so that no packet meets a dangling reference.
@@ -239,6 +256,10 @@ pub enum Op {
     SetSource { service: u32, net: IpNet },
     /// Removes a network from `SOURCES4/6`; fine if it is not there.
     RemoveSource { service: u32, net: IpNet },
+    /// `NAMES[service] = owner`: whose frontends have this number.
+    SetName { service: u32, owner: Owner },
+    /// Removes `NAMES[service]`; fine if it is not there.
+    RemoveName { service: u32 },
     /// `ADDRESSES4/6[addr].flags = flags` ([`abi::address_flags`]).
     SetAddress { addr: IpAddr, flags: u32 },
     /// Removes `ADDRESSES4/6[addr]`; fine if it is not there.
@@ -250,7 +271,7 @@ pub enum Op {
 pub struct BackendEntry {
     pub addr: SocketAddr,
     /// [`abi::backend_state`]. Every backend of a window is `ACTIVE`; so is one that no window names but
-    /// whose flows all go on. `TERMINATING`: TCP connections go on, UDP flows move to another backend with
+    /// whose flows all go on. `TERMINATING`: TCP and SCTP connections go on, UDP flows move to another backend with
     /// their next packet.
     pub state: u8,
     /// [`abi::backend_flags`].
@@ -272,13 +293,15 @@ pub struct Snapshot {
     /// Backends by the base of the window.
     pub members: BTreeMap<u32, BTreeSet<u32>>,
     /// By the number of the Service.
+    pub names: BTreeMap<u32, abi::OwnerName>,
+    /// By the number of the Service.
     pub sources: BTreeMap<u32, BTreeSet<IpNet>>,
 }
 
 /// How many entries the maps take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// Frontends per family.
+    /// Frontends per family, and names of Services.
     pub services: u32,
     /// Backends per family; ids run from 1 to this number less 1.
     pub backends: u32,

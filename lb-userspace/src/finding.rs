@@ -1,12 +1,13 @@
 //! What is wrong with one object: said once, of that object, while everything else goes on.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use crate::entries::{FrontendKey, ServiceName};
+use crate::entries::FrontendKey;
+use crate::owner::Owner;
 
-/// Something that keeps (a part of) a Service from working as written.
+/// Something that keeps (a part of) a Service, or a host port of a Pod, from working as written.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, thiserror::Error)]
 pub enum Finding {
     /// Not an IP address.
@@ -21,6 +22,9 @@ pub enum Finding {
     /// A value the API does not define.
     #[error("{field}: unknown value {value:?}; taken as {taken}")]
     UnknownValue { field: String, value: String, taken: &'static str },
+    /// A host port is asked for at an address of a family that the Pod has no address of.
+    #[error("port {port}: hostIP {addr} is of a family in which the Pod has no address; it is left out")]
+    NoPodAddress { port: String, addr: IpAddr },
     /// A port number outside 1 to 65535.
     #[error("{field}: {value} is no port number; it is left out")]
     BadPort { field: String, value: i64 },
@@ -39,9 +43,12 @@ pub enum Finding {
     /// A type that has a cluster IP, without one.
     #[error("no clusterIP is given, and nobody here allocates one")]
     NoClusterIp,
-    /// An older Service has this frontend.
-    #[error("{key} belongs to Service {owner}; it is left out here")]
-    Taken { key: FrontendKey, owner: ServiceName },
+    /// An older Service or Pod has this frontend.
+    #[error("{key} belongs to {owner}; it is left out here")]
+    Taken { key: FrontendKey, owner: Owner },
+    /// Nobody can be answered on its `healthCheckNodePort`.
+    #[error("healthCheckNodePort: cannot listen on {at} ({reason}); load balancers get no answer there")]
+    HealthPort { at: SocketAddr, reason: String },
     /// No room in the maps.
     #[error(
         "does not fit: {need} more {what} needed, {free} of {limit} free ({flag} sets the limit); \
@@ -63,6 +70,14 @@ pub enum Finding {
 }
 
 impl Finding {
+    /// What it is, in one word.
+    pub fn kind(&self) -> String {
+        let mut text = format!("{self:?}");
+        let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
+        text.truncate(end);
+        text
+    }
+
     /// It depends on other Services and the room in the maps, not on the object alone.
     pub fn is_of_maps(&self) -> bool {
         matches!(
@@ -74,5 +89,17 @@ impl Finding {
                 | Self::NetworkDoesNotFit { .. }
                 | Self::ListInsteadOfTable
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_finding_has_a_kind() {
+        assert_eq!(Finding::NoClusterIp.kind(), "NoClusterIp");
+        let finding = Finding::BadAddress { field: "spec.clusterIPs".into(), value: "x".into() };
+        assert_eq!(finding.kind(), "BadAddress");
     }
 }

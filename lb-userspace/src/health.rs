@@ -3,6 +3,8 @@
 //! `healthz`: what Kubernetes says is in the maps, and this node is not on its way out; load balancers ask
 //! for it. `livez`: the agent makes progress. `readyz`: everything has been in the maps once, and is.
 
+mod ports;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,9 +24,15 @@ use prometheus_client::metrics::family::Family;
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+pub use self::ports::HealthPorts;
 
 /// How long a change may wait before the agent counts as ill.
 const TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Browsers take the answer for what it says it is.
+const NOSNIFF: [(header::HeaderName, &str); 1] = [(header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
 
 /// Connections at a time; more wait.
 const CONNECTIONS: usize = 64;
@@ -113,6 +121,11 @@ impl Health {
         self.facts().synced
     }
 
+    /// Nothing has waited for too long.
+    pub fn is_live(&self) -> bool {
+        self.facts().is_live(Instant::now())
+    }
+
     /// How often was answered what.
     pub fn answers(&self) -> &Answers {
         &self.answers
@@ -148,13 +161,15 @@ struct Answer {
 }
 
 fn answer(facts: &Facts, well: bool, node_eligible: Option<bool>) -> Response {
+    let now = Timestamp::now();
     let answer = Answer {
-        last_updated: facts.updated.map(|time| time.to_string()),
-        current_time: Timestamp::now().to_string(),
+        // As long as it is well, nothing is older than now.
+        last_updated: if well { Some(now) } else { facts.updated }.map(|time| time.to_string()),
+        current_time: now.to_string(),
         node_eligible,
     };
     let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, [(header::X_CONTENT_TYPE_OPTIONS, "nosniff")], Json(answer)).into_response()
+    (status, NOSNIFF, Json(answer)).into_response()
 }
 
 async fn healthz(State(health): State<Health>) -> Response {
@@ -191,21 +206,39 @@ pub async fn serve(addr: SocketAddr, health: Health) -> io::Result<SocketAddr> {
 pub(crate) async fn listen(addr: SocketAddr, router: Router) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind(addr).await?;
     let local = listener.local_addr()?;
-    tokio::spawn(accept(listener, router));
+    let all = Arc::new(Semaphore::new(CONNECTIONS));
+    tokio::spawn(accept(Arc::new(listener), router, Places::beside(all)));
     Ok(local)
 }
 
-async fn accept(listener: TcpListener, router: Router) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+/// How many connections there may be.
+struct Places {
+    /// Of one listener: more wait.
+    own: Arc<Semaphore>,
+    /// Of several listeners together: more are closed.
+    all: Arc<Semaphore>,
+}
+
+impl Places {
+    fn beside(all: Arc<Semaphore>) -> Self {
+        Self { own: Arc::new(Semaphore::new(CONNECTIONS)), all }
+    }
+}
+
+/// Its connections end with it.
+async fn accept(listener: Arc<TcpListener>, router: Router, places: Places) {
+    let mut talks = JoinSet::new();
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&places.own).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
+                let Ok(shared) = Arc::clone(&places.all).try_acquire_owned() else { continue };
+                while talks.try_join_next().is_some() {}
                 let router = router.clone();
-                tokio::spawn(async move {
+                talks.spawn(async move {
                     // Clients break off as they like.
                     let _ = tokio::time::timeout(CONNECTION_TIMEOUT, talk(stream, router)).await;
-                    drop(place);
+                    drop((place, shared));
                 });
             }
             Err(error) => {
@@ -276,11 +309,19 @@ mod tests {
         let (_, body) = ask(addr, "/healthz").await;
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!(body["nodeEligible"], true);
-        assert!(body["lastUpdated"].is_string() && body["currentTime"].is_string());
+        assert!(body["lastUpdated"].is_string() && body["lastUpdated"] == body["currentTime"]);
         // The node is being deleted, or drained by the autoscaler.
         health.note_node(Some(true));
         assert_eq!(all().await, [503, 200, 200]);
         assert_eq!(ask(addr, "/metrics").await.0, 404);
+        // It was well before, not now.
+        let (_, body) = ask(addr, "/healthz").await;
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(body["nodeEligible"], false);
+        assert!(body["lastUpdated"].as_str().unwrap() < body["currentTime"].as_str().unwrap());
+        health.note_node(Some(false));
+        health.note_waiting(Instant::now().checked_sub(TIMEOUT).unwrap());
+        assert_eq!(all().await, [503, 503, 503]);
         let alone = Health::new(false);
         alone.note_synced();
         let addr = serve("127.0.0.1:0".parse().unwrap(), alone).await.unwrap();

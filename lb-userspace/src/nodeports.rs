@@ -1,8 +1,8 @@
-//! `--nodeport-addresses`: on which of the node's addresses NodePorts answer.
+//! `--nodeport-addresses`: on which of the node's addresses NodePorts answer. Host ports, which nobody restricts,
+//! answer on all of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::str::FromStr;
 
 use ipnet::IpNet;
 use lb_common::abi::address_flags;
@@ -10,6 +10,7 @@ use lb_common::abi::address_flags;
 use crate::edges::LocalAddress;
 use crate::entries::Family;
 use crate::model::Node;
+use crate::source::convert::parse_network;
 
 /// `--nodeport-addresses`.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -35,10 +36,26 @@ impl NodePortAddresses {
             [] => Ok(Self::All),
             [primary] if primary == "primary" => Ok(Self::Primary),
             networks => {
-                let parse = |text: &String| IpNet::from_str(text).map_err(|_| BadNetwork(text.clone()));
+                let parse = |text: &String| parse_network(text).ok_or_else(|| BadNetwork(text.clone()));
                 networks.iter().map(parse).collect::<Result<_, _>>().map(Self::In)
             }
         }
+    }
+
+    /// Where a server has to listen that answers on the same addresses.
+    pub fn servers(&self, flags: &BTreeMap<IpAddr, u32>) -> BTreeSet<IpAddr> {
+        let flagged = flags.iter().filter(|(_, flags)| **flags & address_flags::NODE_PORT != 0);
+        let listed = flagged.map(|(addr, _)| *addr);
+        let all = |family| match self {
+            Self::All => true,
+            Self::Primary => false,
+            Self::In(nets) => {
+                nets.iter().any(|net| net.prefix_len() == 0 && Family::of(net.addr()) == family)
+            }
+        };
+        let families = [Family::V4, Family::V6].into_iter().filter(|family| all(*family));
+        let any: BTreeSet<IpAddr> = families.map(Family::unspecified).collect();
+        listed.filter(|addr| !all(Family::of(*addr))).chain(any.iter().copied()).collect()
     }
 
     fn allow(&self, addr: IpAddr, node: Option<&Node>) -> bool {
@@ -65,10 +82,13 @@ pub fn flags(
         let kind = if address.loopback { address_flags::LOOPBACK } else { address_flags::NODE };
         flags.insert(address.addr, kind);
     }
-    // Known before loopback is up, and whatever else is on it: of 127.0.0.0/8 NodePorts answer on one.
+    // Known before loopback is up, and whatever else is on it: of 127.0.0.0/8 ports answer on one.
     flags.extend(loopback.map(|addr| (addr, address_flags::LOOPBACK)));
     for (addr, flags) in &mut flags {
         let candidate = *flags & address_flags::LOOPBACK == 0 || loopback.contains(addr);
+        if candidate {
+            *flags |= address_flags::HOST_PORT;
+        }
         if candidate && allowed.allow(*addr, node) {
             *flags |= address_flags::NODE_PORT;
         }
@@ -78,7 +98,7 @@ pub fn flags(
 
 #[cfg(test)]
 mod tests {
-    use address_flags::{LOOPBACK, NODE, NODE_PORT};
+    use address_flags::{HOST_PORT, LOOPBACK, NODE, NODE_PORT};
 
     use super::*;
 
@@ -107,12 +127,12 @@ mod tests {
     #[test]
     fn every_address_is_the_default() {
         let expected = expect([
-            ("127.0.0.1", LOOPBACK | NODE_PORT),
+            ("127.0.0.1", LOOPBACK | HOST_PORT | NODE_PORT),
             ("127.0.0.53", LOOPBACK),
-            ("192.0.2.2", NODE | NODE_PORT),
-            ("198.51.100.2", NODE | NODE_PORT),
-            ("::1", LOOPBACK | NODE_PORT),
-            ("fd00::2", NODE | NODE_PORT),
+            ("192.0.2.2", NODE | HOST_PORT | NODE_PORT),
+            ("198.51.100.2", NODE | HOST_PORT | NODE_PORT),
+            ("::1", LOOPBACK | HOST_PORT | NODE_PORT),
+            ("fd00::2", NODE | HOST_PORT | NODE_PORT),
         ]);
         assert_eq!(show(&[], None), expected);
         assert_eq!(show(&["0.0.0.0/0", "::/0"], None), expected);
@@ -121,14 +141,15 @@ mod tests {
     #[test]
     fn networks_restrict() {
         let expected = expect([
-            ("127.0.0.1", LOOPBACK),
+            ("127.0.0.1", LOOPBACK | HOST_PORT),
             ("127.0.0.53", LOOPBACK),
-            ("192.0.2.2", NODE | NODE_PORT),
-            ("198.51.100.2", NODE),
-            ("::1", LOOPBACK),
-            ("fd00::2", NODE | NODE_PORT),
+            ("192.0.2.2", NODE | HOST_PORT | NODE_PORT),
+            ("198.51.100.2", NODE | HOST_PORT),
+            ("::1", LOOPBACK | HOST_PORT),
+            ("fd00::2", NODE | HOST_PORT | NODE_PORT),
         ]);
         assert_eq!(show(&["192.0.2.0/24", "fd00::/8"], None), expected);
+        assert_eq!(show(&["192.000.002.000/024", "fd00::/8"], None), expected);
     }
 
     #[test]
@@ -136,15 +157,33 @@ mod tests {
         let mut node = Node::named("node-a");
         node.addresses = ["198.51.100.2", "192.0.2.2"].map(|addr| addr.parse().unwrap()).to_vec();
         let expected = expect([
-            ("127.0.0.1", LOOPBACK),
+            ("127.0.0.1", LOOPBACK | HOST_PORT),
             ("127.0.0.53", LOOPBACK),
-            ("192.0.2.2", NODE),
-            ("198.51.100.2", NODE | NODE_PORT),
-            ("::1", LOOPBACK),
-            ("fd00::2", NODE),
+            ("192.0.2.2", NODE | HOST_PORT),
+            ("198.51.100.2", NODE | HOST_PORT | NODE_PORT),
+            ("::1", LOOPBACK | HOST_PORT),
+            ("fd00::2", NODE | HOST_PORT),
         ]);
         assert_eq!(show(&["primary"], Some(&node)), expected);
         assert!(show(&["primary"], None).iter().all(|(_, flags)| flags & NODE_PORT == 0));
+    }
+
+    /// Rule 101.
+    #[test]
+    fn servers_listen_where_node_ports_answer() {
+        let servers = |values: &[&str]| {
+            let addresses =
+                [local("192.0.2.2", false), local("198.51.100.2", false), local("fd00::2", false)];
+            let values: Vec<String> = values.iter().map(|value| (*value).into()).collect();
+            let allowed = NodePortAddresses::parse(&values).unwrap();
+            let servers = allowed.servers(&flags(&addresses, &allowed, None));
+            servers.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(servers(&[]), ["0.0.0.0", "::"]);
+        assert_eq!(servers(&["0.0.0.0/0", "::/0"]), ["0.0.0.0", "::"]);
+        assert_eq!(servers(&["192.0.2.0/24", "fd00::/8"]), ["192.0.2.2", "fd00::2"]);
+        assert_eq!(servers(&["192.0.2.0/24", "127.0.0.0/8", "::/0"]), ["127.0.0.1", "192.0.2.2", "::"]);
+        assert_eq!(servers(&["primary"]), [""; 0]);
     }
 
     #[test]

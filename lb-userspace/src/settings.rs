@@ -15,6 +15,7 @@ use crate::datapath::{self, DEFAULT_BPFFS, Sizes, TcMode};
 use crate::edges::{self, Rules};
 use crate::entries;
 use crate::nodeports::{BadNetwork, NodePortAddresses};
+use crate::source::convert::parse_network;
 use crate::source::kubernetes;
 
 /// Default port of `--healthz-bind-address`, as kube-proxy's.
@@ -79,6 +80,19 @@ pub struct Settings {
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     #[serde(deserialize_with = "one_or_many")]
     cluster_cidr: Option<Vec<String>>,
+
+    /// What tells a pod beside its device: --cluster-cidr, the podCIDRs of this Node, or devices more than
+    /// --pod-device names [default: ClusterCIDR]
+    #[arg(long, value_name = "MODE")]
+    detect_local_mode: Option<DetectLocalMode>,
+
+    /// BridgeInterface: the bridge that pods are on
+    #[arg(long, value_name = "NAME")]
+    pod_bridge_interface: Option<String>,
+
+    /// InterfaceNamePrefix: how the names of devices begin that pods hang on
+    #[arg(long, value_name = "PREFIX")]
+    pod_interface_name_prefix: Option<String>,
 
     /// Where /healthz, /livez and /readyz answer; empty: nowhere [default: 0.0.0.0:10256]
     #[arg(long, value_name = "ADDRESS")]
@@ -149,6 +163,22 @@ enum Algorithm {
     Maglev,
 }
 
+/// `--detect-local-mode`, with kube-proxy's values.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+enum DetectLocalMode {
+    #[default]
+    #[value(name = "ClusterCIDR")]
+    #[serde(rename = "ClusterCIDR")]
+    ClusterCidr,
+    #[value(name = "NodeCIDR")]
+    #[serde(rename = "NodeCIDR")]
+    NodeCidr,
+    #[value(name = "BridgeInterface")]
+    BridgeInterface,
+    #[value(name = "InterfaceNamePrefix")]
+    InterfaceNamePrefix,
+}
+
 /// `--log-format`.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -212,6 +242,8 @@ pub enum Error {
     Network(#[from] BadNetwork),
     #[error("--cluster-cidr: {0:?} is not a network like 10.244.0.0/16")]
     ClusterCidr(String),
+    #[error("--detect-local-mode={mode} and --{name} need each other")]
+    LocalMode { mode: &'static str, name: &'static str },
     #[error("--device or --pod-device: {0}")]
     Glob(#[from] globset::Error),
     #[error("--manifests and --master exclude each other")]
@@ -252,6 +284,9 @@ impl Settings {
             algorithm,
             nodeport_addresses,
             cluster_cidr,
+            detect_local_mode,
+            pod_bridge_interface,
+            pod_interface_name_prefix,
             healthz_bind_address,
             metrics_bind_address,
             cgroup_root,
@@ -290,6 +325,25 @@ impl Settings {
                 node_name: node_name.clone(),
             }),
         };
+        let mode = self.detect_local_mode.unwrap_or_default();
+        let bridge = named(
+            mode == DetectLocalMode::BridgeInterface,
+            self.pod_bridge_interface,
+            ("BridgeInterface", "pod-bridge-interface"),
+        )?;
+        let prefix = named(
+            mode == DetectLocalMode::InterfaceNamePrefix,
+            self.pod_interface_name_prefix,
+            ("InterfaceNamePrefix", "pod-interface-name-prefix"),
+        )?;
+        let mut rules = Rules::new(&self.device.unwrap_or_default(), &self.pod_device.unwrap_or_default())?;
+        if let Some(name) = bridge {
+            rules = rules.with_pod_bridge(name);
+        }
+        if let Some(prefix) = prefix {
+            rules = rules.with_pod_prefix(prefix);
+        }
+        let cluster_networks = networks(self.cluster_cidr.unwrap_or_default())?;
         let any = SocketAddr::from(([0, 0, 0, 0], HEALTHZ_PORT));
         let loopback = SocketAddr::from(([127, 0, 0, 1], METRICS_PORT));
         Ok(Config {
@@ -311,7 +365,7 @@ impl Settings {
                 log_level: self.datapath_log_level.unwrap_or_default() as u8,
             },
             cgroup_root: self.cgroup_root,
-            rules: Rules::new(&self.device.unwrap_or_default(), &self.pod_device.unwrap_or_default())?,
+            rules,
             xdp: match self.xdp {
                 Some(Xdp::Auto) | None => edges::XdpMode::Auto,
                 Some(Xdp::Native) => edges::XdpMode::Native,
@@ -323,18 +377,31 @@ impl Settings {
                 Some(Algorithm::Random) => entries::Algorithm::Random,
             },
             nodeport_addresses: NodePortAddresses::parse(&self.nodeport_addresses.unwrap_or_default())?,
-            pod_networks: networks(self.cluster_cidr.unwrap_or_default())?,
+            pod_networks: match mode {
+                DetectLocalMode::ClusterCidr => Some(cluster_networks),
+                DetectLocalMode::NodeCidr => None,
+                DetectLocalMode::BridgeInterface | DetectLocalMode::InterfaceNamePrefix => Some(vec![]),
+            },
             healthz: self.healthz_bind_address.map_or(Some(any), |Bind(addr)| addr),
             metrics: self.metrics_bind_address.map_or(Some(loopback), |Bind(addr)| addr),
         })
     }
 }
 
+/// The name that a `--detect-local-mode` asks for, which is of no use in another; empty is as good as none.
+fn named(
+    asked: bool,
+    value: Option<String>,
+    (mode, name): (&'static str, &'static str),
+) -> Result<Option<String>, Error> {
+    let value = value.filter(|text| !text.is_empty());
+    if asked == value.is_some() { Ok(value) } else { Err(Error::LocalMode { mode, name }) }
+}
+
 /// Values of `--cluster-cidr`; empty ones as kube-proxy's configurations have them.
 fn networks(values: Vec<String>) -> Result<Vec<IpNet>, Error> {
     let values = values.into_iter().filter(|text| !text.trim().is_empty());
-    let parse = |text: String| text.trim().parse().map_err(|_| Error::ClusterCidr(text));
-    values.map(|text| parse(text).map(|net: IpNet| net.trunc())).collect()
+    values.map(|text| parse_network(&text).ok_or(Error::ClusterCidr(text))).collect()
 }
 
 /// As the kubelet names its Node.
@@ -392,6 +459,9 @@ mod tests {
             "--algorithm=random",
             "--nodeport-addresses=192.0.2.0/24,fd00::/8",
             "--cluster-cidr=10.244.0.0/16,fd00:10:244::/56",
+            "--detect-local-mode=NodeCIDR",
+            "--pod-bridge-interface=br0",
+            "--pod-interface-name-prefix=tap",
             "--healthz-bind-address=127.0.0.1:1",
             "--metrics-bind-address=127.0.0.1:2",
             "--cgroup-root=/c",
@@ -406,7 +476,8 @@ mod tests {
         let text = "node-name: a\nkubeconfig: /k\nmaster: http://m\ndevice: eth0,eth1\npod-device: [\"veth*\"]\n\
                     xdp: native\nsocket-lb: all\nalgorithm: random\n\
                     nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\n\
-                    cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\nhealthz-bind-address: 127.0.0.1:1\n\
+                    cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\ndetect-local-mode: NodeCIDR\n\
+                    pod-bridge-interface: br0\npod-interface-name-prefix: tap\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\
                     cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
                     log-level: debug\nlog-format: json\ndatapath-log-level: info\n";
@@ -451,6 +522,25 @@ mod tests {
     }
 
     #[test]
+    fn local_modes() {
+        let networks = |args: &[&str]| line(args).config().map(|config| config.pod_networks);
+        let cidr = "--cluster-cidr=10.244.0.0/16";
+        let cluster = Some(vec!["10.244.0.0/16".parse().unwrap()]);
+        assert_eq!(networks(&[cidr, "--detect-local-mode=ClusterCIDR"]).unwrap(), cluster);
+        assert_eq!(networks(&[cidr, "--detect-local-mode=NodeCIDR"]).unwrap(), None);
+        for (mode, name) in [
+            ("--detect-local-mode=BridgeInterface", "--pod-bridge-interface"),
+            ("--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix"),
+        ] {
+            assert_eq!(networks(&[cidr, mode, &format!("{name}=x")]).unwrap(), Some(vec![]));
+            for args in [&[mode][..], &[mode, &format!("{name}=")], &[&format!("{name}=x")]] {
+                let error = networks(args).unwrap_err().to_string();
+                assert_eq!(error, format!("{mode} and {name} need each other"));
+            }
+        }
+    }
+
+    #[test]
     fn defaults() {
         let config = line(&["--node-name= Node-A "]).config().unwrap();
         assert_eq!(config.node_name, "node-a");
@@ -465,9 +555,9 @@ mod tests {
         let error = line(&["--nodeport-addresses=x"]).config().unwrap_err().to_string();
         assert!(error.starts_with("--nodeport-addresses: "), "{error}");
         let config = line(&["--cluster-cidr=10.244.7.0/16,fd00::/8"]).config().unwrap();
-        let networks: Vec<String> = config.pod_networks.iter().map(ToString::to_string).collect();
+        let networks: Vec<String> = config.pod_networks.unwrap().iter().map(ToString::to_string).collect();
         assert_eq!(networks, ["10.244.0.0/16", "fd00::/8"]);
-        assert_eq!(line(&["--cluster-cidr="]).config().unwrap().pod_networks, []);
+        assert_eq!(line(&["--cluster-cidr="]).config().unwrap().pod_networks, Some(vec![]));
         let error = line(&["--cluster-cidr=10.244.0.0"]).config().unwrap_err().to_string();
         assert_eq!(error, "--cluster-cidr: \"10.244.0.0\" is not a network like 10.244.0.0/16");
         let error = line(&["--device=a[b"]).config().unwrap_err().to_string();

@@ -10,9 +10,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::entries::Protocol;
 use crate::inspect::{
     BackendView, CounterView, EdgeView, FlowView, Inspector, LinkView, MapView, ProgramView, ScopeView,
-    ServiceView,
+    ServiceView, UsageView,
 };
 use crate::table::Table;
 
@@ -131,20 +132,63 @@ pub fn services(to: &mut To<'_>) -> Result<()> {
     if to.json {
         return to.json(&services);
     }
-    let mut table =
-        Table::new(["KIND", "FRONTEND", "PROTOCOL", "SERVICE", "ALGORITHM", "FROM INSIDE", "FROM OUTSIDE"]);
+    let mut table = Table::new([
+        "KIND",
+        "FRONTEND",
+        "PROTOCOL",
+        "NAME",
+        "ALGORITHM",
+        "AFFINITY",
+        "SOURCES",
+        "FROM INSIDE",
+        "FROM OUTSIDE",
+        "CONNECTIONS",
+        "PACKETS",
+        "BYTES",
+        "REFUSED",
+    ]);
     for service in &services {
+        let usage = |count: fn(&UsageView) -> u64| {
+            service.usage.as_ref().map_or_else(|| "-".into(), |usage| count(usage).to_string())
+        };
         table.row([
             service.kind.clone(),
             frontend(service),
             service.protocol.clone(),
-            service.service.to_string(),
+            name(service),
             service.algorithm.into(),
+            if service.affinity_seconds == 0 {
+                "-".into()
+            } else {
+                format!("{} s", service.affinity_seconds)
+            },
+            sources(service),
             scope(&service.internal),
             if service.internal == service.external { "the same".into() } else { scope(&service.external) },
+            usage(|usage| usage.connections),
+            usage(|usage| usage.packets),
+            usage(|usage| usage.bytes),
+            usage(|usage| usage.refused),
         ]);
     }
     Ok(table.print(&mut to.out)?)
+}
+
+/// Namespace and name; where the map has none, the number.
+fn name(service: &ServiceView) -> String {
+    match (&service.namespace, &service.name) {
+        (Some(namespace), Some(name)) => format!("{namespace}/{name}"),
+        _ => format!("number {}", service.service),
+    }
+}
+
+/// Who may ask.
+fn sources(service: &ServiceView) -> String {
+    match service.source_ranges.as_deref() {
+        None => "all".into(),
+        Some([]) => "nobody".into(),
+        Some(nets) => some_of(nets.iter().cloned()),
+    }
 }
 
 fn frontend(service: &ServiceView) -> String {
@@ -155,18 +199,22 @@ fn frontend(service: &ServiceView) -> String {
 }
 
 fn scope(scope: &ScopeView) -> String {
-    /// Backends that are named; of more the number is given.
-    const NAMED: usize = 4;
-
     if scope.backends.is_empty() {
         return format!("none: {}", scope.when_empty);
     }
-    let backends = scope.backends.iter().take(NAMED).map(|backend| match backend.address {
+    some_of(scope.backends.iter().map(|backend| match backend.address {
         Some(addr) => SocketAddr::new(addr, backend.port).to_string(),
         None => format!("missing backend {}", backend.id),
-    });
-    let text = backends.collect::<Vec<_>>().join(" ");
-    match scope.backends.len().saturating_sub(NAMED) {
+    }))
+}
+
+/// The first few; of more the number is given.
+fn some_of(items: impl ExactSizeIterator<Item = String>) -> String {
+    const NAMED: usize = 4;
+
+    let more = items.len().saturating_sub(NAMED);
+    let text = items.take(NAMED).collect::<Vec<_>>().join(" ");
+    match more {
         0 => text,
         more => format!("{text} and {more} more"),
     }
@@ -239,11 +287,8 @@ fn flow_line(out: &mut dyn Write, flow: &FlowView) -> Result<()> {
     let pair = |from: IpAddr, from_port, to: IpAddr, to_port| {
         format!("{} > {}", SocketAddr::new(from, from_port), SocketAddr::new(to, to_port))
     };
-    let protocol = match flow.protocol {
-        6 => "TCP".to_owned(),
-        17 => "UDP".to_owned(),
-        number => number.to_string(),
-    };
+    let protocol = Protocol::from_number(flow.protocol)
+        .map_or_else(|| flow.protocol.to_string(), |known| known.to_string());
     writeln!(
         out,
         "{:7}  {:5}  {:8}  {:44}  {:44}  {:11}  {:7}  {} s",

@@ -15,14 +15,19 @@ use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use fairlead::datapath::test_run::{Input, test_run};
 use fairlead::datapath::{Datapath, Options, Place, Sizes};
 use fairlead::sys::netns;
-use lb_common::abi::{Affinity, AffinityKey, Counter, Flow, FlowKey, Network, Side, Source, Usage};
+use lb_common::abi::{
+    Affinity, AffinityKey, Counter, Flow, FlowKey, Fragment, FragmentKey, Network, Side, Source, Usage,
+};
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::maps::MAPS;
 use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
-use lb_common::reason::counter_index;
+use lb_common::reason::{Action, counter_index};
 use lb_common::tables::FlowTable;
-use lb_common::testing::{Segment, TestFamily, at, cluster, ports, read, udp};
+use lb_common::testing::{
+    Segment, TestFamily, at, cluster, fragments, icmp_error, ports, read, reassemble, sctp, udp,
+};
+use lb_common::wire::sctp_chunk::{ABORT, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Hook, Reason, V4, V6};
 
@@ -180,6 +185,16 @@ where
     map.iter().map(|entry| entry.expect("an entry")).collect()
 }
 
+/// The datagrams that came in pieces.
+fn remembered<F: KernelFamily>(datapath: &Datapath) -> BTreeMap<FragmentKey<F::Addr>, Fragment>
+where
+    FragmentKey<F::Addr>: Pod,
+{
+    let map =
+        HashMap::try_from(Map::LruHashMap(map::<F>(datapath, "FRAGMENTS"))).expect("a hash of datagrams");
+    map.iter().map(|entry| entry.expect("an entry")).collect()
+}
+
 /// What went through each Service of the small cluster.
 fn usage<F: KernelFamily>(datapath: &Datapath) -> BTreeMap<u32, Usage> {
     let map: PerCpuArray<_, Usage> =
@@ -244,6 +259,7 @@ where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
+    FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
     Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,
@@ -274,6 +290,9 @@ where
         let mut packet = HostPacket::new(frame, self.device)
             .with_route(route)
             .with_local::<F>(&F::wire(at(F::NODE, 0).ip()));
+        if place == Place::Xdp {
+            packet = packet.with_hook_behind();
+        }
         let (verdict, reason) = if is_family::<F>(frame) {
             process::<F, _, _>(&mut packet, &self.host, side)
         } else {
@@ -306,6 +325,23 @@ where
         (verdict, reason, want)
     }
 
+    /// Sends the fragments of a packet; if all of them in order are translated, the whole must be sound.
+    fn send_in_pieces(&mut self, place: (Place, Side, Hook), pieces: &[Vec<u8>]) -> Vec<Reason> {
+        let (reasons, carried): (Vec<_>, Vec<_>) = pieces
+            .iter()
+            .map(|piece| self.send(place, piece))
+            .map(|(_, reason, bytes)| (reason, bytes))
+            .unzip();
+        let is_carried = |reason: &Reason| matches!(reason.action(), Action::Carry);
+        if reasons.iter().all(is_carried)
+            && let Ok(sent) = reassemble(pieces)
+        {
+            let whole = reassemble(&carried).unwrap_or_else(|e| panic!("{e}: {sent:02x?}"));
+            read(&whole).unwrap_or_else(|e| panic!("{e}: {sent:02x?}"));
+        }
+        reasons
+    }
+
     /// Compares the flow tables, what is known of clients, and all that is counted.
     fn settle(&self) {
         for table in [FlowTable::Established, FlowTable::Pending] {
@@ -319,6 +355,10 @@ where
             clients.into_iter().map(|(key, known)| (key, Affinity { last_seen: 0, ..known })).collect()
         };
         assert_eq!(clean(self.host.affinity.borrow().clone()), clean(affinities::<F>(&self.kernel)));
+        let clean = |datagrams: BTreeMap<FragmentKey<F::Addr>, Fragment>| -> BTreeMap<_, _> {
+            datagrams.into_iter().map(|(key, first)| (key, Fragment { last_seen: 0, ..first })).collect()
+        };
+        assert_eq!(clean(self.host.fragments.borrow().clone()), clean(remembered::<F>(&self.kernel)));
         assert_eq!(*self.host.usage.borrow(), usage::<F>(&self.kernel));
         let host: Vec<_> = self.counts.iter().map(|((hook, reason), n)| (*hook, *reason, *n)).collect();
         assert_eq!(host, counters::<F>(&self.kernel));
@@ -348,6 +388,9 @@ fn monotonic() -> u64 {
         + u64::try_from(now.tv_nsec()).expect("below a second")
 }
 
+/// SCTP's chunk of a packet that neither begins nor ends anything.
+const DATA: u8 = 0;
+
 /// Packets of a small world in which everything meets everything.
 struct Traffic {
     random: fastrand::Rng,
@@ -370,6 +413,8 @@ impl Traffic {
             ports::DNS,
             ports::DNS_NODE,
             ports::FAR_DNS_NODE,
+            ports::FAR_SIGNAL,
+            ports::FAR_SIGNAL_NODE,
             ports::MANY,
             ports::MANY_NODE,
             ports::GATED,
@@ -378,6 +423,7 @@ impl Traffic {
             ports::STICKY_NODE,
             ports::TARGET,
             ports::TARGET_UDP,
+            ports::TARGET_SCTP,
             40000,
             40001,
         ]);
@@ -389,8 +435,21 @@ impl Traffic {
         // Longer than the MTU in the end, and odd lengths.
         let len = self.pick(&[0, 0, 1, 2, 7, 64, 333, 1200, 1600]);
         let payload: Vec<u8> = (0..len).map(|_| self.random.u8(..)).collect();
-        if self.random.u8(..4) == 0 {
-            return udp(src, dst, &payload);
+        match self.random.u8(..8) {
+            0 | 1 => {
+                let mut datagram = udp(src, dst, &payload);
+                if self.random.u8(..8) == 0 {
+                    // What Services cannot have.
+                    let at = if F::HEADER_LEN == 40 { NETWORK + 6 } else { NETWORK + 9 };
+                    datagram[at] = self.pick(&[F::ICMP, 47, 50]);
+                }
+                return datagram;
+            }
+            2 | 3 => {
+                let kind = self.pick(&[INIT, INIT, INIT_ACK, ABORT, SHUTDOWN_COMPLETE, DATA, DATA]);
+                return sctp(src, dst, kind, &payload);
+            }
+            _ => {}
         }
         let flags = self.pick(&[SYN, SYN, SYN | ACK, ACK, ACK, FIN | ACK, RST, RST | ACK, 0]);
         let ttl = self.pick(&[60, 60, 60, 60, 2, 1, 0]);
@@ -404,19 +463,52 @@ impl Traffic {
         .build()
     }
 
-    /// The answer to a packet, as its receiver would send it.
-    fn answer(&mut self, frame: &[u8]) -> Option<Vec<u8>> {
+    /// The packet in pieces that may be too small for its header, mostly in their order.
+    fn pieces(&mut self, frame: &[u8]) -> Vec<Vec<u8>> {
+        let (id, size) = (self.random.u32(..3), self.pick(&[8, 24, 64, 600, 600]));
+        let mut pieces = fragments(frame, id, size);
+        if self.random.u8(..4) == 0 {
+            self.random.shuffle(&mut pieces);
+        }
+        pieces
+    }
+
+    /// The answer to a packet, as its receiver would send it, or somebody on the way who cannot take it on.
+    fn answer<F: TestFamily>(&mut self, frame: &[u8]) -> Option<Vec<u8>> {
         let seen = read(frame).ok()?;
         let (src, dst) = seen.ends();
+        if self.random.u8(..4) == 0 {
+            let kind = self.pick(&[F::TOO_BIG, F::PORT_UNREACHABLE, F::TIME_EXCEEDED]);
+            let speaker = self.pick(&[dst.ip(), at(F::UNALLOCATED, 0).ip()]);
+            let packet = &frame[NETWORK..];
+            let quoted = self.pick(&[F::HEADER_LEN + 8, F::HEADER_LEN + 20, F::HEADER_LEN + 7, packet.len()]);
+            return Some(icmp_error(speaker, src.ip(), kind, &packet[..quoted.min(packet.len())]));
+        }
         match seen {
             lb_common::testing::Seen::Tcp { .. } => {
                 let flags = self.pick(&[SYN | ACK, ACK, FIN | ACK, RST]);
                 Some(Segment::new(dst, src, flags).build())
             }
             lb_common::testing::Seen::Udp { .. } => Some(udp(dst, src, b"answer")),
+            lb_common::testing::Seen::Sctp { .. } => {
+                let kind = self.pick(&[INIT_ACK, DATA, ABORT]);
+                Some(sctp(dst, src, kind, b"answer"))
+            }
             lb_common::testing::Seen::Icmp { .. } => None,
         }
     }
+}
+
+/// Where the answer is met to a packet that was translated at `place`.
+fn where_answers_come(place: (Place, Side, Hook), verdict: Verdict) -> (Place, Side, Hook) {
+    let answer = match place.0 {
+        _ if verdict != Verdict::Pass => place.0,
+        Place::Xdp | Place::NicIn => Place::NicOut,
+        Place::NicOut => Place::NicIn,
+        Place::PodIn => Place::PodOut,
+        Place::PodOut => Place::PodIn,
+    };
+    PLACES.into_iter().find(|place| place.0 == answer).expect("every place is in it")
 }
 
 /// Random conversations at every hook, which share their flows: what goes in at one place is answered at another.
@@ -425,6 +517,7 @@ where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
+    FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
     Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,
@@ -433,17 +526,24 @@ where
     let mut pair = Pair::<F>::new(device);
     let mut traffic = Traffic { random: fastrand::Rng::with_seed(seed) };
     let mut reasons = std::collections::BTreeSet::new();
-    let mut next = None;
+    let (mut next, mut errors) = (None, 0);
     for n in 0..packets {
-        let frame = next.take().unwrap_or_else(|| traffic.packet::<F>());
-        let place = traffic.pick(pair.places());
+        // An answer mostly comes where it is expected.
+        let anywhere = traffic.pick(pair.places());
+        let (frame, expected) = next.take().unwrap_or_else(|| (traffic.packet::<F>(), anywhere));
+        let place = traffic.pick(&[expected, expected, anywhere]);
+        if frame.len() > 200 && traffic.random.u8(..3) == 0 {
+            reasons.extend(pair.send_in_pieces(place, &traffic.pieces(&frame)));
+            continue;
+        }
         let (verdict, reason, out) = pair.send(place, &frame);
         reasons.insert(reason);
         if matches!(reason, Reason::Translated | Reason::Forwarded | Reason::Hairpinned) {
             assert_ne!(verdict, Verdict::Drop);
-            read(&out).unwrap_or_else(|e| panic!("seed {seed}, packet {n}: {e}: {out:02x?}"));
+            let seen = read(&out).unwrap_or_else(|e| panic!("seed {seed}, packet {n}: {e}: {out:02x?}"));
+            errors += usize::from(matches!(seen, lb_common::testing::Seen::Icmp { .. }));
             if traffic.random.u8(..3) > 0 {
-                next = traffic.answer(&out);
+                next = traffic.answer::<F>(&out).map(|frame| (frame, where_answers_come(place, verdict)));
             }
         }
         if n % 2000 == 1999 {
@@ -455,6 +555,7 @@ where
         // What is rare may not have come up.
         return;
     }
+    assert!(errors > packets / 1000, "only {errors} ICMP errors were translated");
     for reason in [
         Reason::NotOurs,
         Reason::Translated,
@@ -468,6 +569,9 @@ where
         Reason::StrayReset,
         Reason::TtlExceeded,
         Reason::PacketTooBig,
+        Reason::Fragment,
+        Reason::StrayFragment,
+        Reason::UnservedProtocol,
     ] {
         assert!(reasons.contains(&reason), "{reason:?} was never the case: this test tests nothing of it");
     }
@@ -527,6 +631,7 @@ where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
+    FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
     Source<F::Addr>: Pod,
     FlowKey<F::Addr>: Pod,

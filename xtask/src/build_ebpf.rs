@@ -8,6 +8,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context as _, Result, ensure};
 
+use crate::btf;
 use crate::host;
 use crate::process::{self, say};
 use crate::toolchain::{self, TARGET, Toolchain};
@@ -49,8 +50,9 @@ pub fn build() -> Result<PathBuf> {
     let built = target_dir().join(TARGET).join("release/lb-ebpf");
     let object = object();
     if modified(&object).is_none_or(|written| modified(&built).is_none_or(|built| built > written)) {
-        let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+        let mut bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
         ensure!(is_bpf(&bytes), "{} is no BPF object; it was built for another target", built.display());
+        btf::characters(&mut bytes)?;
         replace(&object, &bytes).with_context(|| format!("cannot write {}", object.display()))?;
     }
     Ok(object)

@@ -2,6 +2,7 @@
 //! part of the agent; of the packages it builds it uses only the names in lb-common.
 #![forbid(unsafe_code)]
 
+mod btf;
 pub mod build_ebpf;
 pub mod cli;
 pub mod demo;

@@ -5,14 +5,17 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use tracing::field::display;
 
-use crate::compile::{Facts, compile};
+use crate::compile::{Facts, compile, compile_pod};
 use crate::datapath::{ApplyError, MapError, Maps};
-use crate::entries::{Op, ServiceName};
+use crate::entries::{HealthCheck, Op};
+use crate::events::Events;
 use crate::finding::Finding;
-use crate::health::Health;
+use crate::health::{Health, HealthPorts};
 use crate::metrics::{Metrics, News, Size};
 use crate::model::{Model, Node};
+use crate::owner::Owner;
 use crate::reconcile::{Batch, Desired, Reconciler};
 use crate::source::{Event, Kind, Unlisted};
 
@@ -53,30 +56,32 @@ pub struct Agent<M> {
     maps: M,
     reconciler: Reconciler,
     health: Health,
+    ports: HealthPorts,
     metrics: Metrics,
+    events: Option<Events>,
     unlisted: Unlisted,
     /// Flags of the node's own addresses; `None`: not known yet.
     addresses: Option<BTreeMap<IpAddr, u32>>,
     /// The addresses are not what the maps have.
     addresses_changed: bool,
-    /// `--cluster-cidr`.
-    pod_networks: Vec<IpNet>,
+    /// `--cluster-cidr`; none: those that the Node object names.
+    pod_networks: Option<Vec<IpNet>>,
     /// Every ServiceCIDR has been told once.
     cidrs_listed: bool,
     /// The networks are not what the maps have.
     networks_changed: bool,
-    /// Services to compile again.
-    pending: BTreeSet<ServiceName>,
-    /// Services that the maps refused, and when to try again.
-    refused: BTreeMap<ServiceName, Refused>,
+    /// Services and Pods to compile again.
+    pending: BTreeSet<Owner>,
+    /// Those that the maps refused, and when to try again.
+    refused: BTreeMap<Owner, Refused>,
     /// What is stale has not been removed yet.
     unfinished: bool,
     /// Everything has been written once since the maps were read.
     loaded: bool,
     /// The maps may not be what `reconciler` thinks: read them again, not before this time.
     doubtful: Option<Instant>,
-    /// What was said of each Service.
-    said: BTreeMap<ServiceName, BTreeSet<Finding>>,
+    /// What was said of each Service and Pod.
+    said: BTreeMap<Owner, BTreeSet<Finding>>,
     stats: Stats,
 }
 
@@ -90,11 +95,13 @@ impl<M: Maps> Agent<M> {
             maps,
             reconciler,
             metrics: Metrics::new(&health),
+            ports: HealthPorts::new(health.clone()),
             health,
+            events: None,
             unlisted: Unlisted::default(),
             addresses: None,
             addresses_changed: false,
-            pod_networks: vec![],
+            pod_networks: Some(vec![]),
             cidrs_listed: false,
             networks_changed: false,
             pending: BTreeSet::new(),
@@ -113,25 +120,31 @@ impl<M: Maps> Agent<M> {
         self.metrics = metrics;
     }
 
+    /// Tells the API server, too, what is wrong with Services.
+    pub fn report(&mut self, events: Events) {
+        self.events = Some(events);
+    }
+
     /// Takes an event. `true`: the Node object changed.
     pub fn take(&mut self, event: Event, now: Instant) -> bool {
         match event {
             Event::Changed(change) => {
                 let news = News::from(&change);
                 let touched = self.model.apply(change);
-                self.networks_changed |= touched.service_cidrs;
+                self.networks_changed |= touched.service_cidrs || touched.node;
                 if touched.node {
                     self.facts.zone = self.model.node().and_then(|node| node.zone.clone());
                     let leaving = |node: &Node| node.deleting || node.to_be_deleted;
                     self.health.note_node(self.model.node().map(leaving));
                 }
-                if !touched.services.is_empty() {
+                let mut owners = touched.owners().peekable();
+                if owners.peek().is_some() {
                     self.metrics.work().note_change(news);
+                    if self.loaded {
+                        self.health.note_waiting(now);
+                    }
                 }
-                if !touched.services.is_empty() && self.loaded {
-                    self.health.note_waiting(now);
-                }
-                self.pending.extend(touched.services);
+                self.pending.extend(owners);
                 touched.node
             }
             Event::Listed(kind) => {
@@ -139,6 +152,10 @@ impl<M: Maps> Agent<M> {
                     self.cidrs_listed = true;
                     self.networks_changed = true;
                 }
+                self.unlisted.note(kind);
+                false
+            }
+            Event::Refused(kind) => {
                 self.unlisted.note(kind);
                 false
             }
@@ -153,8 +170,13 @@ impl<M: Maps> Agent<M> {
         }
     }
 
-    /// Pods have their addresses in these networks, on other nodes too.
-    pub fn set_pod_networks(&mut self, networks: Vec<IpNet>) {
+    /// Answers load balancers on these addresses.
+    pub fn listen_on(&mut self, addresses: BTreeSet<IpAddr>) {
+        self.ports.listen_on(addresses);
+    }
+
+    /// Pods have their addresses in these networks, on other nodes too; none: in those that the Node object names.
+    pub fn set_pod_networks(&mut self, networks: Option<Vec<IpNet>>) {
         self.pod_networks = networks;
         self.networks_changed = true;
     }
@@ -217,6 +239,7 @@ impl<M: Maps> Agent<M> {
         [
             self.doubtful,
             self.reconciler.next_expiry(),
+            self.ports.next_retry(),
             self.refused.values().map(|refused| refused.again).min(),
         ]
         .into_iter()
@@ -247,6 +270,10 @@ impl<M: Maps> Agent<M> {
         while let Some(name) = self.pending.pop_first() {
             self.settle_service(&name, now)?;
         }
+        for name in self.ports.settle(now).into_iter().map(Owner::Service) {
+            let told = self.said.get(&name).into_iter().flatten().cloned().collect();
+            self.say(&name, told);
+        }
         self.loaded = true;
         // What is stale may be of a Service that was refused.
         if self.unfinished && self.refused.is_empty() {
@@ -262,7 +289,7 @@ impl<M: Maps> Agent<M> {
         Ok(())
     }
 
-    fn settle_service(&mut self, name: &ServiceName, now: Instant) -> Result<(), Trouble> {
+    fn settle_service(&mut self, name: &Owner, now: Instant) -> Result<(), Trouble> {
         if self.refused.get(name).is_some_and(|refused| refused.again > now) {
             return Ok(());
         }
@@ -271,18 +298,23 @@ impl<M: Maps> Agent<M> {
             let said = self.said.remove(name).map_or(0, |findings| findings.len());
             self.metrics.work().note_findings(said, 0);
             self.metrics.forget_service(name);
+            self.want_health(name, None);
             let batch = self.reconciler.remove_service(name, now);
             return self.carry_out(batch, Some(name), now);
         };
         if desired.compiled.frontends.is_empty() {
             self.metrics.forget_service(name);
+            self.want_health(name, None);
             let batch = self.reconciler.remove_service(name, now);
             self.carry_out(batch, Some(name), now)?;
             self.refused.remove(name);
             self.say(name, findings);
             return Ok(());
         }
-        self.metrics.note_policies(name, &desired.compiled);
+        let health = desired.compiled.health;
+        if let Some(service) = name.service() {
+            self.metrics.note_policies(service, &desired.compiled);
+        }
         let mut batch = self.reconciler.set_service(name, desired, now);
         // Before the maps have it, so that nothing is counted for whoever had its number before.
         if let Some(id) = self.reconciler.service_id(name) {
@@ -291,24 +323,40 @@ impl<M: Maps> Agent<M> {
         findings.extend(batch.findings.remove(name).unwrap_or_default());
         self.carry_out(batch, Some(name), now)?;
         self.refused.remove(name);
+        self.want_health(name, health);
         self.say(name, findings);
-        self.metrics.work().note_programmed(name);
+        if let Some(service) = name.service() {
+            self.metrics.work().note_programmed(service);
+        }
         Ok(())
     }
 
-    fn desired(&mut self, name: &ServiceName) -> Option<(Desired, Vec<Finding>)> {
-        let service = self.model.service(name)?;
+    /// What load balancers may ask about a Service.
+    fn want_health(&mut self, name: &Owner, check: Option<HealthCheck>) {
+        if let Some(service) = name.service() {
+            self.ports.want(service, check);
+        }
+    }
+
+    fn desired(&mut self, name: &Owner) -> Option<(Desired, Vec<Finding>)> {
+        let (created, (compiled, findings)) = match name {
+            Owner::Service(name) => {
+                let service = self.model.service(name)?;
+                let slices: Vec<_> = self.model.slices(name).collect();
+                (service.created, compile(service, &slices, &self.facts))
+            }
+            Owner::Pod(name) => {
+                let pod = self.model.pod(name)?;
+                (pod.created, compile_pod(pod))
+            }
+        };
         self.stats.compiled += 1;
-        let slices: Vec<_> = self.model.slices(name).collect();
-        let (compiled, findings) = compile(service, &slices, &self.facts);
-        Some((Desired { created: service.created, compiled }, findings))
+        Some((Desired { created, compiled }, findings))
     }
 
     /// Before the first Service is written, all of them say what they claim.
     fn announce_all(&mut self) {
-        let names = self.model.services().map(|service| &service.name);
-        let names: Vec<ServiceName> =
-            names.filter(|name| !self.refused.contains_key(name)).cloned().collect();
+        let names: Vec<Owner> = self.model.owners().filter(|name| !self.refused.contains_key(name)).collect();
         for name in names {
             if let Some((desired, _)) = self.desired(&name) {
                 self.reconciler.announce(&name, &desired);
@@ -333,7 +381,9 @@ impl<M: Maps> Agent<M> {
     fn settle_networks(&mut self, now: Instant) -> Result<(), Trouble> {
         let services: Vec<IpNet> = self.model.service_cidrs().collect();
         let services = self.cidrs_listed.then_some(&services[..]);
-        let (ops, findings) = self.reconciler.set_networks(&self.pod_networks, services);
+        let of_node = || self.model.node().map(|node| node.pod_cidrs.clone()).unwrap_or_default();
+        let pods = self.pod_networks.clone().unwrap_or_else(of_node);
+        let (ops, findings) = self.reconciler.set_networks(&pods, services);
         for finding in findings {
             tracing::warn!("this node: {finding}");
         }
@@ -342,7 +392,7 @@ impl<M: Maps> Agent<M> {
         Ok(())
     }
 
-    fn carry_out(&mut self, batch: Batch, name: Option<&ServiceName>, now: Instant) -> Result<(), Trouble> {
+    fn carry_out(&mut self, batch: Batch, name: Option<&Owner>, now: Instant) -> Result<(), Trouble> {
         self.apply(&batch.ops, name, now)?;
         // Of other Services, that the change concerns too.
         for (name, findings) in batch.findings {
@@ -354,7 +404,7 @@ impl<M: Maps> Agent<M> {
         Ok(())
     }
 
-    fn apply(&mut self, ops: &[Op], name: Option<&ServiceName>, now: Instant) -> Result<(), Trouble> {
+    fn apply(&mut self, ops: &[Op], name: Option<&Owner>, now: Instant) -> Result<(), Trouble> {
         if ops.is_empty() {
             return Ok(());
         }
@@ -370,7 +420,7 @@ impl<M: Maps> Agent<M> {
                     let pause = before.map_or(RETRY, |pause| (pause * 2).min(RETRY_AT_MOST));
                     self.refused.insert(name.clone(), Refused { again: now + pause, pause });
                 }
-                Err(Trouble::Apply { service: name.cloned(), error })
+                Err(Trouble::Apply { owner: name.cloned(), error })
             }
         }
     }
@@ -387,20 +437,26 @@ impl<M: Maps> Agent<M> {
         Ok(())
     }
 
-    /// Says what is wrong with a Service, as far as it is news.
-    fn say(&mut self, name: &ServiceName, findings: Vec<Finding>) {
-        let findings: BTreeSet<Finding> = findings.into_iter().collect();
+    /// Says what is wrong with a Service or Pod, as far as it is news.
+    fn say(&mut self, name: &Owner, findings: Vec<Finding>) {
+        let of_object = findings.into_iter().filter(|finding| !matches!(finding, Finding::HealthPort { .. }));
+        let of_port = name.service().and_then(|service| self.ports.finding(service)).cloned();
+        let findings: BTreeSet<Finding> = of_object.chain(of_port).collect();
+        let (service, pod) = (name.service().map(display), name.pod().map(display));
         let known = self.said.remove(name).unwrap_or_default();
         let news: Vec<&Finding> = findings.difference(&known).collect();
         for finding in news.iter().take(TOLD) {
-            tracing::warn!(service = %name, "{finding}");
+            tracing::warn!(service, pod, "{finding}");
+            if let (Some(events), Some(name)) = (&mut self.events, name.service()) {
+                events.tell(name, self.model.service(name).map_or("", |service| &service.uid), finding);
+            }
         }
         if news.len() > TOLD {
-            tracing::warn!(service = %name, "and {} more like these", news.len() - TOLD);
+            tracing::warn!(service, pod, "and {} more like these", news.len() - TOLD);
         }
         self.metrics.work().note_findings(known.len(), findings.len());
         if findings.is_empty() && !known.is_empty() {
-            tracing::info!(service = %name, "nothing is wrong any more");
+            tracing::info!(service, pod, "nothing is wrong any more");
         }
         if !findings.is_empty() {
             self.said.insert(name.clone(), findings);
@@ -410,8 +466,8 @@ impl<M: Maps> Agent<M> {
 
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
-    #[error("{}{error}", service.as_ref().map(|name| format!("Service {name}: ")).unwrap_or_default())]
-    Apply { service: Option<ServiceName>, error: ApplyError },
+    #[error("{}{error}", owner.as_ref().map(|name| format!("{name}: ")).unwrap_or_default())]
+    Apply { owner: Option<Owner>, error: ApplyError },
     #[error(transparent)]
     Read(MapError),
 }

@@ -8,6 +8,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
+use kube::Client;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -18,6 +20,7 @@ use crate::datapath::node::{self, StateFile};
 use crate::datapath::{self, Datapath, KernelMaps, SocketLb};
 use crate::edges::{self, Edges, Rules, View, XdpMode};
 use crate::entries::Algorithm;
+use crate::events::Events;
 use crate::health::{self, Health};
 use crate::metrics::{self, KernelCounts, Metrics};
 use crate::nodeports::{self, NodePortAddresses};
@@ -34,8 +37,8 @@ pub struct Config {
     pub xdp: XdpMode,
     pub algorithm: Algorithm,
     pub nodeport_addresses: NodePortAddresses,
-    /// `--cluster-cidr`.
-    pub pod_networks: Vec<IpNet>,
+    /// `--cluster-cidr`; none: those that the Node object names (`--detect-local-mode=NodeCIDR`).
+    pub pod_networks: Option<Vec<IpNet>>,
     /// None: nobody asks.
     pub healthz: Option<SocketAddr>,
     /// None: nobody asks.
@@ -60,9 +63,10 @@ pub async fn run(config: Config) -> Result<()> {
         }
     };
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, "fairlead starts");
+    raise_file_limit();
     // What can be refused without touching the node comes first.
     let source = Source::start(&config).await?;
-    let health = Health::new(source.needs_node);
+    let health = Health::new(source.client.is_some());
     if let Some(addr) = config.healthz {
         let addr = health::serve(addr, health.clone()).await;
         let addr = addr.with_context(|| {
@@ -85,6 +89,9 @@ pub async fn run(config: Config) -> Result<()> {
     let edges = attach(&config, &datapath)?;
     let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
     let mut agent = Agent::new(facts, datapath.maps()?, health)?;
+    if let Some(client) = source.client.clone() {
+        agent.report(Events::start(client, &config.node_name, metrics.events()));
+    }
     agent.observe(metrics);
     agent.set_pod_networks(config.pod_networks.clone());
 
@@ -92,6 +99,15 @@ pub async fn run(config: Config) -> Result<()> {
     // The follower of devices ends first, so that nothing is attached behind our back.
     drop(edges);
     outcome
+}
+
+/// Every healthCheckNodePort takes file descriptors.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// Puts the programs on the node's hooks.
@@ -120,27 +136,26 @@ fn attach(config: &Config, datapath: &Datapath) -> Result<Edges> {
 struct Source {
     events: mpsc::Receiver<Event>,
     tasks: JoinSet<()>,
-    /// The API server should have an object for this node.
-    needs_node: bool,
+    /// The API server, if there is one: it should have an object for this node.
+    client: Option<Client>,
 }
 
 impl Source {
     async fn start(config: &Config) -> Result<Self> {
         let (sender, events) = mpsc::channel(CHANNEL);
-        let tasks = match &config.source {
+        let (tasks, client) = match &config.source {
             SourceOptions::Manifests(path) => {
                 manifests::follow(path, sender)?;
                 tracing::info!(directory = %path.display(), "following manifests");
-                JoinSet::new()
+                (JoinSet::new(), None)
             }
             SourceOptions::Kubernetes(options) => {
                 let client = kubernetes::client(options).await?;
                 tracing::info!("following the API server");
-                kubernetes::follow(&client, &options.node_name, &sender)
+                (kubernetes::follow(&client, &options.node_name, &sender), Some(client))
             }
         };
-        let needs_node = matches!(config.source, SourceOptions::Kubernetes(_));
-        Ok(Self { events, tasks, needs_node })
+        Ok(Self { events, tasks, client })
     }
 }
 
@@ -194,13 +209,15 @@ async fn follow(
             () = sleep => {}
         }
         if addresses && let Some(view) = view.borrow_and_update().as_deref() {
-            agent.set_addresses(nodeports::flags(&view.addresses, &config.nodeport_addresses, agent.node()));
+            let flags = nodeports::flags(&view.addresses, &config.nodeport_addresses, agent.node());
+            agent.listen_on(config.nodeport_addresses.servers(&flags));
+            agent.set_addresses(flags);
         }
         agent.settle(Instant::now());
         if first && agent.unlisted().is_empty() {
             first = false;
             if agent.node().is_none() {
-                warn_without_node(config, source.needs_node);
+                warn_without_node(config, source.client.is_some());
             }
         }
     }

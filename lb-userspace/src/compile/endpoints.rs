@@ -4,8 +4,8 @@
 //! one that serves while it terminates, hints ignored. The local set is decided independently, and hints
 //! never apply to it: local ready ones, else local ones that serve while they terminate.
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::{Facts, shared};
@@ -16,6 +16,8 @@ use crate::model::{Endpoint, EndpointSlice, ServicePort};
 pub(super) struct Choice {
     pub(super) cluster: Arc<[Backend]>,
     pub(super) local: Arc<[Backend]>,
+    /// Addresses of ready endpoints on this node.
+    pub(super) ready_here: BTreeSet<IpAddr>,
     /// Every endpoint, chosen or not.
     pub(super) all: BTreeMap<Backend, Keep>,
 }
@@ -36,13 +38,15 @@ pub(super) fn choose(slices: &[&EndpointSlice], port: &ServicePort, family: Fami
         shared(ready.iter().filter(|c| narrowed.takes(c.endpoint, facts)).map(|c| c.backend))
     };
     let local_ready = shared(ready.iter().map(|c| c.backend).filter(|b| b.local));
+    let ready_here = local_ready.iter().map(|b| b.addr.ip()).collect();
     let local = if local_ready.is_empty() {
         shared(draining().map(|c| c.backend).filter(|b| b.local))
     } else {
         local_ready
     };
     let keep = |e: &Endpoint| if e.serving || e.ready { Keep::Flows } else { Keep::Connections };
-    Choice { cluster, local, all: candidates.values().map(|c| (c.backend, keep(c.endpoint))).collect() }
+    let all = candidates.values().map(|c| (c.backend, keep(c.endpoint))).collect();
+    Choice { cluster, local, ready_here, all }
 }
 
 struct Candidate<'a> {

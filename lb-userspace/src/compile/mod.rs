@@ -1,16 +1,18 @@
-//! One Service on this node -> its frontends and backend sets. Pure and deterministic: it sees no map, and
+//! One Service, or the host ports of one Pod, on this node -> its frontends and backend sets. Pure and deterministic: it sees no map, and
 //! nothing of any other Service.
 
 mod endpoints;
+mod pods;
 
-use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub use self::pods::compile_pod;
 use crate::compile::endpoints::Choice;
 use crate::entries::{
-    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Target, WhenEmpty,
+    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, HealthCheck, Target, WhenEmpty,
 };
 use crate::finding::Finding;
 use crate::model::{EndpointSlice, Policy, Service, ServicePort, ServiceType};
@@ -37,6 +39,7 @@ pub fn compile(service: &Service, slices: &[&EndpointSlice], facts: &Facts) -> (
     }
     let algorithm = service.algorithm.unwrap_or(facts.algorithm);
     let families = families(service, slices);
+    let mut ready_here: BTreeMap<Family, BTreeSet<IpAddr>> = BTreeMap::new();
     for port in &service.ports {
         for family in &families {
             let choice = endpoints::choose(slices, port, *family, facts);
@@ -44,11 +47,15 @@ pub fn compile(service: &Service, slices: &[&EndpointSlice], facts: &Facts) -> (
                 out.compiled.kept.insert(*backend, *keep);
             }
             out.add_port(service, port, *family, algorithm, &choice);
+            ready_here.entry(*family).or_default().extend(choice.ready_here);
         }
         if port.node_port.is_none() && service.kind == ServiceType::NodePort {
             out.findings.push(Finding::NoNodePort { port: port.label() });
         }
     }
+    // A pod of both families is one endpoint.
+    let endpoints = ready_here.values().map(BTreeSet::len).max().unwrap_or(0);
+    out.compiled.health = service.health_port.map(|port| HealthCheck { port, endpoints });
     for (key, frontend) in &out.compiled.frontends {
         let family = Family::of(key.addr);
         if frontend.restricted

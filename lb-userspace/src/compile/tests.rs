@@ -156,14 +156,15 @@ fn policy_cluster_takes_every_ready_endpoint() {
 
 /// Rule 11.
 #[test]
-fn one_port_number_with_two_protocols() {
+fn one_port_number_with_three_protocols() {
     let mut service = cluster_ip();
     service.ports = vec![
         ServicePort { name: "p1".into(), port: 53, protocol: Protocol::Tcp, node_port: None },
         ServicePort { name: "p2".into(), port: 53, protocol: Protocol::Udp, node_port: None },
+        ServicePort { name: "p3".into(), port: 53, protocol: Protocol::Sctp, node_port: None },
     ];
     let slice = slice_of(
-        vec![("p1", 5353, Protocol::Tcp), ("p2", 53, Protocol::Udp)],
+        vec![("p1", 5353, Protocol::Tcp), ("p2", 53, Protocol::Udp), ("p3", 53, Protocol::Sctp)],
         vec![endpoint("10.0.0.1", "", "R")],
     );
     let (compiled, findings) = compile(&service, &[&slice], &facts());
@@ -173,6 +174,7 @@ fn one_port_number_with_two_protocols() {
     };
     assert_eq!(port(Protocol::Tcp), [(5353, Protocol::Tcp)]);
     assert_eq!(port(Protocol::Udp), [(53, Protocol::Udp)]);
+    assert_eq!(port(Protocol::Sctp), [(53, Protocol::Sctp)]);
     assert_eq!(findings, []);
 }
 
@@ -514,4 +516,38 @@ fn source_ranges_restrict_load_balancer_ips_alone() {
     // Without such an address there is nothing to restrict.
     let unaddressed = Service { load_balancer_ips: vec![], ..service };
     assert_eq!(compile(&unaddressed, &[&slice(vec![])], &facts()).0.sources, BTreeMap::new());
+}
+
+/// Rules 67, 98 and 125.
+#[test]
+fn load_balancers_count_ready_endpoints_of_this_node() {
+    let service = Service {
+        kind: ServiceType::LoadBalancer,
+        health_port: Some(32_000),
+        ports: vec![tcp(80), ServicePort { name: "two".into(), ..tcp(81) }],
+        ..local(cluster_ip())
+    };
+    let count = |service: &Service, slices: &[&EndpointSlice]| {
+        let health = compile(service, slices, &facts()).0.health;
+        health.map(|health| (health.port, health.endpoints))
+    };
+    let ports = || vec![("", 8080, Protocol::Tcp), ("two", 8081, Protocol::Tcp)];
+    let of = |endpoints| count(&service, &[&slice_of(ports(), endpoints)]);
+    assert_eq!(of(vec![]), Some((32_000, 0)));
+    // However many ports it has, a pod is one endpoint.
+    assert_eq!(of(vec![endpoint("10.0.0.1", HERE, "R"), endpoint("10.0.0.2", HERE, "R")]), Some((32_000, 2)));
+    assert_eq!(
+        of(vec![endpoint("10.0.0.1", HERE, "ST"), endpoint("10.0.0.2", "node-b", "R")]),
+        Some((32_000, 0))
+    );
+    assert_eq!(
+        of(vec![endpoint("10.0.0.1", HERE, "ST"), endpoint("10.0.0.2", HERE, "R")]),
+        Some((32_000, 1))
+    );
+    // Of both families it is one, too.
+    let dual = Service { families: vec![Family::V4, Family::V6], ..service.clone() };
+    let v4 = slice_of(ports(), vec![endpoint("10.0.0.1", HERE, "R")]);
+    let v6 = slice_of(ports(), vec![endpoint("fd00::1", HERE, "R"), endpoint("fd00::2", HERE, "R")]);
+    assert_eq!(count(&dual, &[&v4, &v6]), Some((32_000, 2)));
+    assert_eq!(count(&Service { health_port: None, ..service }, &[&v4]), None);
 }

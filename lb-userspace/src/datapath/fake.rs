@@ -178,6 +178,16 @@ impl FakeMaps {
                     }
                 }
             }
+            Op::SetName { service, owner } => {
+                let names = &mut self.state.names;
+                if names.len() >= self.limits.services as usize && !names.contains_key(service) {
+                    return Err(MapError::Full { map: "NAMES".into(), capacity: self.limits.services });
+                }
+                names.insert(*service, owner.into());
+            }
+            Op::RemoveName { service } => {
+                self.state.names.remove(service);
+            }
             Op::SetNetwork { family, index, network } => {
                 let list = &mut self.state.networks[usize::from(*family == Family::V6)];
                 let index = *index as usize;

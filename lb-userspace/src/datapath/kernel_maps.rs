@@ -9,7 +9,7 @@ use aya::Pod;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, IterableMap, Map, MapData, MapError as AyaError};
 use ipnet::IpNet;
-use lb_common::abi::{self, Addr4, Addr6, AddressInfo, MemberKey, Network, ServiceKey, Source};
+use lb_common::abi::{self, Addr4, Addr6, AddressInfo, MemberKey, Network, OwnerName, ServiceKey, Source};
 use lb_common::maps::{MAPS, MapSpec};
 
 use super::error::OpenError;
@@ -36,6 +36,7 @@ pub struct KernelMaps {
     addresses4: HashMap<MapData, Addr4, AddressInfo>,
     addresses6: HashMap<MapData, Addr6, AddressInfo>,
     members: HashMap<MapData, MemberKey, u32>,
+    names: HashMap<MapData, u32, OwnerName>,
     networks4: Array<MapData, Network<Addr4>>,
     networks6: Array<MapData, Network<Addr6>>,
     sources4: LpmTrie<MapData, Source<Addr4>, u32>,
@@ -71,6 +72,7 @@ impl KernelMaps {
             addresses4,
             addresses6: typed("ADDRESSES6", &open)?,
             members,
+            names: typed("NAMES", &open)?,
             networks4: typed("NETWORKS4", &open)?,
             networks6: typed("NETWORKS6", &open)?,
             sources4,
@@ -159,6 +161,14 @@ impl KernelMaps {
                 let key = MemberKey { window: *window, backend: *backend };
                 remove(&mut self.members, "MEMBERS", &key, first)
             }
+            Op::SetName { .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetName { service, owner } => Some((*service, owner.into())),
+                    _ => None,
+                });
+                write(&mut self.names, "NAMES", run, ops)
+            }
+            Op::RemoveName { service } => remove(&mut self.names, "NAMES", service, first),
             Op::SetSource { net: IpNet::V4(_), .. } => {
                 let run = run(ops, |op| match op {
                     Op::SetSource { service, net } => {
@@ -340,6 +350,10 @@ impl Maps for KernelMaps {
         walk("MEMBERS", fd(&self.members), |key: MemberKey, _: u32| {
             members.entry(key.window).or_default().insert(key.backend);
         })?;
+        let mut names = BTreeMap::new();
+        walk("NAMES", fd(&self.names), |service: u32, name: OwnerName| {
+            names.insert(service, name);
+        })?;
         Ok(Snapshot {
             slots: self.read_slots(frontends.values())?,
             backends: self.read_backends()?,
@@ -347,6 +361,7 @@ impl Maps for KernelMaps {
             addresses,
             sources: self.read_sources()?,
             members,
+            names,
             networks: self.read_networks()?,
         })
     }
@@ -442,6 +457,7 @@ fn subject(op: &Op) -> String {
         Op::AddMember { window, backend } | Op::RemoveMember { window, backend } => {
             format!("backend {backend} of the window at {window}")
         }
+        Op::SetName { service, .. } | Op::RemoveName { service } => format!("name of Service {service}"),
         Op::SetSource { service, net } | Op::RemoveSource { service, net } => {
             format!("source range {net} of Service {service}")
         }

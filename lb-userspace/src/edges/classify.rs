@@ -49,12 +49,16 @@ pub struct Address {
     pub permanent: bool,
 }
 
-/// `--device` and `--pod-device`.
+/// `--device`, `--pod-device`, and what `--detect-local-mode` says of devices.
 #[derive(Clone, Debug)]
 pub struct Rules {
     devices: GlobSet,
     pod_devices: GlobSet,
     guest_bridges: GlobSet,
+    /// Pods are on the ports of this bridge, too.
+    pod_bridge: Option<String>,
+    /// Pods hang on devices whose names begin so, too.
+    pod_prefix: Option<String>,
 }
 
 impl Rules {
@@ -69,7 +73,25 @@ impl Rules {
             devices: globs(devices.iter().map(String::as_str))?,
             pod_devices,
             guest_bridges: globs(GUEST_BRIDGES.into_iter().chain(POD_BRIDGES))?,
+            pod_bridge: None,
+            pod_prefix: None,
         })
+    }
+
+    /// Pods are on the ports of this bridge, too.
+    #[must_use]
+    pub fn with_pod_bridge(self, name: String) -> Self {
+        Self { pod_bridge: Some(name), ..self }
+    }
+
+    /// Pods hang on devices whose names begin so, too.
+    #[must_use]
+    pub fn with_pod_prefix(self, prefix: String) -> Self {
+        Self { pod_prefix: Some(prefix), ..self }
+    }
+
+    fn is_pod_bridge(&self, name: &str) -> bool {
+        POD_BRIDGES.contains(&name) || self.pod_bridge.as_deref() == Some(name)
     }
 }
 
@@ -139,9 +161,10 @@ fn is_pod(device: &Device, devices: &[Device], rules: &Rules) -> bool {
         return false;
     }
     let on_pod_bridge = device.master.is_some_and(|master| {
-        devices.iter().any(|bridge| bridge.ifindex == master && POD_BRIDGES.contains(&bridge.name.as_str()))
+        devices.iter().any(|bridge| bridge.ifindex == master && rules.is_pod_bridge(&bridge.name))
     });
-    on_pod_bridge || rules.pod_devices.is_match(&device.name)
+    let has_prefix = rules.pod_prefix.as_ref().is_some_and(|prefix| device.name.starts_with(prefix));
+    on_pod_bridge || has_prefix || rules.pod_devices.is_match(&device.name)
 }
 
 fn role(
@@ -286,6 +309,20 @@ mod tests {
                 Role::None(why) => format!("{}: {why}", device.name),
             })
             .collect()
+    }
+
+    #[test]
+    fn kube_proxy_names_bridges_and_prefixes_of_pods() {
+        let mut port = device(3, "tap7", "tun", &[]);
+        port.master = Some(2);
+        let devices = [device(2, "pods", "bridge", &["10.1.0.1/24"]), port, device(4, "tapir", "tun", &[])];
+        let rules = || rules(&[], &[]);
+        assert!(!roles(&devices, &rules()).iter().any(|role| role.ends_with(": pod")));
+        let bridge = roles(&devices, &rules().with_pod_bridge("pods".into()));
+        assert_eq!(bridge[..2], ["pods: pods are on its ports", "tap7: pod"]);
+        assert_ne!(bridge[2], "tapir: pod");
+        let prefix = roles(&devices, &rules().with_pod_prefix("tap".into()));
+        assert_eq!(prefix[1..], ["tap7: pod", "tapir: pod"]);
     }
 
     #[test]

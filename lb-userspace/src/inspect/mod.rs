@@ -3,7 +3,7 @@
 //!
 //! The names of all fields are part of the public interface (`-o json`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsFd;
@@ -13,16 +13,17 @@ use aya::Pod;
 use aya::maps::{LpmTrie, Map, MapData, MapError as AyaError, PerCpuArray};
 use lb_common::abi::{
     self, Addr4, Addr6, Affinity, AffinityKey, Carry, Edge, Flow, FlowKey, MemberKey, Side, SocketKey,
-    SocketPeer, SocketSide, Source, Window, backend_flags, backend_state, edge_flags, flow_flags,
+    SocketPeer, SocketSide, Source, Window, backend_flags, backend_state, edge_flags, flow_flags, owner_kind,
     service_flags,
 };
-use lb_common::maps::{LAYOUT_VERSION, MAPS, MapSpec};
+use lb_common::maps::{LAYOUT_VERSION, MAPS, MAX_USAGES, MapSpec};
 use lb_common::reason::{Action, Hook, Reason, counter_index};
 use serde::Serialize;
 
 use crate::datapath::pins::{self, Pins};
 use crate::datapath::{Datapath, KernelMaps, MapError, Maps, OpenError, device_name, links, walk};
 use crate::entries::{BackendEntry, Family, FrontendKey, FrontendKind, Snapshot};
+use crate::owner;
 use crate::sys::bpf::{self, LinkTarget};
 
 /// The maps cannot be read.
@@ -61,7 +62,7 @@ pub struct CounterView {
 /// A frontend and where it leads.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct ServiceView {
-    /// The address; `null`: every address of the node that NodePorts answer on.
+    /// The address; `null`: every address of the node that NodePorts, or host ports, answer on.
     pub address: Option<IpAddr>,
     /// `IPv4` or `IPv6`.
     pub family: &'static str,
@@ -69,12 +70,37 @@ pub struct ServiceView {
     pub protocol: String,
     /// `ClusterIP`, `NodePort`, `LoadBalancer`, `ExternalIP` or `HostPort`.
     pub kind: String,
-    /// Number of the Service; its frontends share it.
+    /// Number of the Service or Pod; its frontends share it.
     pub service: u32,
+    /// `Service`, or `Pod` of a host port; `null`: it has no name in the map.
+    pub owner: Option<&'static str>,
+    /// `null`: it has no name in the map.
+    pub namespace: Option<String>,
+    /// `null`: it has no name in the map. Beyond 63 bytes without its middle.
+    pub name: Option<String>,
     /// `maglev` or `random`.
     pub algorithm: &'static str,
+    /// How long a client is remembered, seconds; 0: it is not.
+    pub affinity_seconds: u32,
+    /// Networks that may ask; `null`: everybody may.
+    pub source_ranges: Option<Vec<String>>,
     pub internal: ScopeView,
     pub external: ScopeView,
+    /// What went through all frontends of this number; `null`: they are not counted by themselves.
+    pub usage: Option<UsageView>,
+}
+
+/// What went through a Service or a Pod's host ports.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct UsageView {
+    /// Flows begun, and sockets connected.
+    pub connections: u64,
+    /// Packets translated, both directions.
+    pub packets: u64,
+    /// Bytes of these IP packets.
+    pub bytes: u64,
+    /// Packets and sockets that were rejected or dropped.
+    pub refused: u64,
 }
 
 /// The backends that clients of one scope may get.
@@ -255,7 +281,32 @@ impl Inspector {
     /// Every frontend with its backends, in the order of addresses.
     pub fn services(&self) -> Result<Vec<ServiceView>, InspectError> {
         let snapshot = self.snapshot()?;
-        Ok(snapshot.frontends.iter().map(|(key, service)| service_view(&snapshot, *key, service)).collect())
+        let usages = self.usages(snapshot.frontends.values().map(|service| service.id))?;
+        let views = snapshot.frontends.iter().map(|(key, service)| ServiceView {
+            usage: usages.get(&service.id).copied(),
+            ..service_view(&snapshot, *key, service)
+        });
+        Ok(views.collect())
+    }
+
+    /// What went through the Services with these numbers, of those that are counted one by one.
+    fn usages(&self, ids: impl Iterator<Item = u32>) -> Result<BTreeMap<u32, UsageView>, InspectError> {
+        let map = Map::PerCpuArray(duplicate(self.data("USAGE")?).map_err(fail("USAGE"))?);
+        let usages: PerCpuArray<MapData, abi::Usage> = map.try_into().map_err(fail("USAGE"))?;
+        let ids: BTreeSet<u32> = ids.filter(|id| (1..MAX_USAGES).contains(id)).collect();
+        let mut views = BTreeMap::new();
+        for id in ids {
+            let values = usages.get(&id, 0).map_err(fail("USAGE"))?;
+            let sum = |count: fn(&abi::Usage) -> u64| values.iter().map(count).sum();
+            let view = UsageView {
+                connections: sum(|usage| usage.connections),
+                packets: sum(|usage| usage.packets),
+                bytes: sum(|usage| usage.bytes),
+                refused: sum(|usage| usage.refused),
+            };
+            views.insert(id, view);
+        }
+        Ok(views)
     }
 
     /// Every backend that is or was in use.
@@ -353,6 +404,7 @@ impl Inspector {
                 "SOURCES6" => self.count_trie::<Source<Addr6>>(spec)?,
                 "AFFINITY4" => self.count::<AffinityKey<Addr4>, Affinity>(spec)?,
                 "AFFINITY6" => self.count::<AffinityKey<Addr6>, Affinity>(spec)?,
+                "NAMES" => self.count::<u32, abi::OwnerName>(spec)?,
                 "MEMBERS" => self.count::<MemberKey, u32>(spec)?,
                 _ => continue,
             };
@@ -422,6 +474,10 @@ fn service_view(snapshot: &Snapshot, key: FrontendKey, service: &abi::Service) -
         when_empty: if service.flags & drop == 0 { "reject" } else { "drop" },
         backends: shares(snapshot, family, window),
     };
+    let name = snapshot.names.get(&service.id);
+    let restricted = service.flags & service_flags::SOURCE_RANGES != 0;
+    let ranges = snapshot.sources.get(&service.id).into_iter().flatten();
+    let ranges = ranges.filter(|net| Family::of(net.addr()) == family).map(ToString::to_string).collect();
     ServiceView {
         address: (!key.addr.is_unspecified()).then_some(key.addr),
         family: family_name(family),
@@ -430,9 +486,15 @@ fn service_view(snapshot: &Snapshot, key: FrontendKey, service: &abi::Service) -
         kind: FrontendKind::from_number(service.kind)
             .map_or_else(|| format!("unknown ({})", service.kind), |kind| kind.to_string()),
         service: service.id,
+        owner: name.map(|name| owner_name(name.kind)),
+        namespace: name.map(|name| owner::text(&name.namespace)),
+        name: name.map(|name| owner::text(&name.name)),
         algorithm: if service.flags & service_flags::MAGLEV == 0 { "random" } else { "maglev" },
+        affinity_seconds: service.affinity,
+        source_ranges: restricted.then_some(ranges),
         internal: scope(service.internal, service_flags::INTERNAL_DROP),
         external: scope(service.external, service_flags::EXTERNAL_DROP),
+        usage: None,
     }
 }
 
@@ -574,6 +636,14 @@ fn action_name(action: Action) -> &'static str {
         Action::Reject => "reject",
         Action::Expire => "expire",
         Action::Shrink => "shrink",
+    }
+}
+
+fn owner_name(kind: u32) -> &'static str {
+    match kind {
+        owner_kind::SERVICE => "Service",
+        owner_kind::POD => "Pod",
+        _ => "unknown",
     }
 }
 

@@ -29,7 +29,9 @@ pub use self::kernel::{Counts, KernelCounts};
 pub use self::work::{News, Size, Work};
 use crate::datapath::Features;
 use crate::entries::{Compiled, ServiceName};
+use crate::events::Outcomes;
 use crate::health::{self, Health};
+use crate::owner::Owner;
 use accounts::Accounts;
 use collect::Collection;
 
@@ -52,6 +54,7 @@ struct Inner {
     work: Work,
     shared: Arc<Shared>,
     features: Family<Label, Gauge>,
+    events: Outcomes,
     /// One answer is made at a time.
     turn: tokio::sync::Mutex<()>,
 }
@@ -105,9 +108,15 @@ impl Metrics {
             "Reads of counting maps that failed while metrics were collected",
             shared.errors.clone(),
         );
+        let events = Outcomes::default();
+        registry.register(
+            "fairlead_events",
+            "Events about Services, by what became of them",
+            events.family().clone(),
+        );
         process::register(&mut registry);
         let turn = tokio::sync::Mutex::default();
-        Self(Arc::new(Inner { registry, work, shared, features, turn }))
+        Self(Arc::new(Inner { registry, work, shared, features, events, turn }))
     }
 
     /// There is a datapath, with these maps.
@@ -117,6 +126,11 @@ impl Metrics {
         }
         // There is one datapath in the life of an agent.
         let _ = self.0.shared.counts.set(counts);
+    }
+
+    /// What became of Events.
+    pub fn events(&self) -> &Outcomes {
+        &self.0.events
     }
 
     /// How the agent keeps up.
@@ -134,8 +148,8 @@ impl Metrics {
         self.0.work.note_policies(name, compiled);
     }
 
-    /// The Service gets this id in the maps.
-    pub fn note_service(&self, name: &ServiceName, id: u32) {
+    /// The Service or Pod gets this id in the maps.
+    pub fn note_service(&self, name: &Owner, id: u32) {
         let shared = &self.0.shared;
         let found = lock(&shared.found).remove(&id);
         let old = lock(&shared.accounts).id(name);
@@ -153,9 +167,11 @@ impl Metrics {
         lock(&shared.accounts).assign(name, id);
     }
 
-    /// The Service is not in the maps any more.
-    pub fn forget_service(&self, name: &ServiceName) {
-        self.0.work.forget_policies(name);
+    /// The Service or Pod is not in the maps any more.
+    pub fn forget_service(&self, name: &Owner) {
+        if let Some(service) = name.service() {
+            self.0.work.forget_policies(service);
+        }
         let shared = &self.0.shared;
         let id = lock(&shared.accounts).id(name);
         if let Some(id) = id {

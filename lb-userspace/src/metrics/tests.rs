@@ -324,9 +324,9 @@ fn only_the_busiest_have_metrics_of_their_own_and_nothing_goes_backwards() {
 #[test]
 fn a_service_beyond_the_last_index_is_one_of_the_others() {
     let mut accounts = Accounts::new(10);
-    accounts.assign(&name(1), MAX_USAGES);
+    accounts.assign(&name(1).into(), MAX_USAGES);
     assert_eq!(accounts.counted(), []);
-    accounts.credit(&name(1), MAX_USAGES, Usage { connections: 5, ..Usage::default() });
+    accounts.credit(&name(1).into(), MAX_USAGES, Usage { connections: 5, ..Usage::default() });
     accounts.credit_shared(Usage { connections: 7, ..Usage::default() });
     let rows = accounts.rows();
     assert_eq!(rows.len(), 1);
@@ -506,4 +506,31 @@ async fn health_answers_are_counted() {
     ] {
         assert!(text.lines().any(|have| have == line), "{line}\n{text}");
     }
+}
+
+/// However many Services a node has, the answer to a scraper stays of a size.
+#[test]
+fn ten_thousand_services_are_a_thousand_lines() {
+    let limits = Limits {
+        services: 20_000,
+        backends: 100,
+        slots: 20_000,
+        addresses: 20_000,
+        sources: 50,
+        members: 50,
+    };
+    let mut world = World::new(FakeMaps::new(limits), &Fake::default(), SERVICES);
+    for n in 0..10_000_u16 {
+        let [high, low] = n.to_be_bytes();
+        let name = ServiceName { namespace: "ns".into(), name: format!("a-service-{n}").into() };
+        world.set(&Service { name, cluster_ips: vec![[172, 30, high, low].into()], ..service(1) });
+    }
+    world.settle();
+    assert_eq!(world.value("fairlead_services"), Some(10_000.0));
+    let text = world.metrics.render().unwrap();
+    for metric in ["connections", "packets", "bytes", "refused"] {
+        let start = format!("fairlead_service_{metric}_total{{");
+        assert_eq!(text.lines().filter(|line| line.starts_with(&start)).count(), SERVICES + 1, "{metric}");
+    }
+    assert!(text.len() < 500_000, "{} bytes", text.len());
 }

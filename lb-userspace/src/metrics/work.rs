@@ -41,7 +41,7 @@ pub enum News {
         /// Milliseconds since 1970.
         triggered: Option<i64>,
     },
-    /// The Node, or the networks of Services.
+    /// The Node, its Pods, or the networks of Services.
     Cluster,
 }
 
@@ -53,9 +53,12 @@ impl From<&Change> for News {
                 Self::Endpoints { service: slice.service.clone(), triggered: slice.triggered }
             }
             Change::SliceGone(_) => Self::Endpoints { service: None, triggered: None },
-            Change::Node(_) | Change::NodeGone(_) | Change::ServiceCidr(..) | Change::ServiceCidrGone(_) => {
-                Self::Cluster
-            }
+            Change::Pod(_)
+            | Change::PodGone(_)
+            | Change::Node(_)
+            | Change::NodeGone(_)
+            | Change::ServiceCidr(..)
+            | Change::ServiceCidrGone(_) => Self::Cluster,
         }
     }
 }

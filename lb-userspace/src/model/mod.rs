@@ -7,13 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 pub use types::{
-    Endpoint, EndpointSlice, Hints, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName,
-    SlicePort,
+    Endpoint, EndpointSlice, Hints, HostPort, Ignored, Node, Pod, Policy, Service, ServicePort, ServiceType,
+    SliceName, SlicePort,
 };
 
 use ipnet::IpNet;
 
 use crate::entries::ServiceName;
+use crate::owner::{Owner, PodName};
 
 /// One change of one object.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -22,6 +23,8 @@ pub enum Change {
     ServiceGone(ServiceName),
     Slice(Arc<EndpointSlice>),
     SliceGone(SliceName),
+    Pod(Arc<Pod>),
+    PodGone(PodName),
     Node(Box<Node>),
     NodeGone(String),
     /// A ServiceCIDR and its networks.
@@ -34,10 +37,20 @@ pub enum Change {
 pub struct Touched {
     /// Services to compile again.
     pub services: BTreeSet<ServiceName>,
+    /// Pods of this node whose host ports to compile again.
+    pub pods: BTreeSet<PodName>,
     /// The Node object of this node changed.
     pub node: bool,
     /// A ServiceCIDR changed.
     pub service_cidrs: bool,
+}
+
+impl Touched {
+    /// Everything to compile again.
+    pub fn owners(&self) -> impl Iterator<Item = Owner> {
+        let services = self.services.iter().cloned().map(Owner::from);
+        services.chain(self.pods.iter().cloned().map(Owner::from))
+    }
 }
 
 /// The objects of the cluster as far as they concern this node.
@@ -51,6 +64,8 @@ pub struct Model {
     slice_service: BTreeMap<SliceName, ServiceName>,
     /// Services with a hint in one of their slices: the only ones that care about this node's zone.
     hinted: BTreeSet<ServiceName>,
+    /// Those of this node with host ports.
+    pods: BTreeMap<PodName, Arc<Pod>>,
     node: Option<Node>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
 }
@@ -64,6 +79,7 @@ impl Model {
             slices: BTreeMap::new(),
             slice_service: BTreeMap::new(),
             hinted: BTreeSet::new(),
+            pods: BTreeMap::new(),
             node: None,
             service_cidrs: BTreeMap::new(),
         }
@@ -86,6 +102,12 @@ impl Model {
             }
             Change::Slice(slice) => self.set_slice(slice, &mut touched.services),
             Change::SliceGone(name) => self.remove_slice(&name, &mut touched.services),
+            Change::Pod(pod) => self.set_pod(pod, &mut touched.pods),
+            Change::PodGone(name) => {
+                if self.pods.remove(&name).is_some() {
+                    touched.pods.insert(name);
+                }
+            }
             Change::Node(node) => self.set_node(Some(*node), &mut touched),
             Change::NodeGone(name) => {
                 if name == self.node_name {
@@ -108,9 +130,15 @@ impl Model {
         self.services.get(name).map(|service| &**service)
     }
 
-    /// Every Service.
-    pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values().map(|service| &**service)
+    /// The Pod of this name, if it is on this node and has host ports.
+    pub fn pod(&self, name: &PodName) -> Option<&Pod> {
+        self.pods.get(name).map(|pod| &**pod)
+    }
+
+    /// Everything that may have frontends.
+    pub fn owners(&self) -> impl Iterator<Item = Owner> {
+        let services = self.services.keys().cloned().map(Owner::from);
+        services.chain(self.pods.keys().cloned().map(Owner::from))
     }
 
     /// The slices of a Service, in the order of their names.
@@ -160,6 +188,21 @@ impl Model {
         }
         self.note_hints(&service);
         touched.insert(service);
+    }
+
+    fn set_pod(&mut self, pod: Arc<Pod>, touched: &mut BTreeSet<PodName>) {
+        let ours = pod.node.as_deref() == Some(self.node_name.as_str());
+        let name = pod.name.clone();
+        let changed = if ours && !(pod.ports.is_empty() && pod.findings.is_empty()) {
+            let changed = self.pods.get(&name) != Some(&pod);
+            self.pods.insert(name.clone(), pod);
+            changed
+        } else {
+            self.pods.remove(&name).is_some()
+        };
+        if changed {
+            touched.insert(name);
+        }
     }
 
     fn note_hints(&mut self, service: &ServiceName) {
@@ -245,6 +288,30 @@ mod tests {
         let orphan = EndpointSlice { service: None, ..slice("a", "new", "10.0.0.1") };
         assert_eq!(set(&mut model, &orphan), ["new"]);
         assert!(model.slices.is_empty() && model.slice_service.is_empty());
+    }
+
+    #[test]
+    fn only_pods_of_this_node_with_host_ports_are_kept() {
+        let mut model = Model::new("node");
+        let pod_name = PodName { namespace: "ns".into(), name: "pod".into() };
+        let port = HostPort {
+            name: String::new(),
+            host_port: 80,
+            host_ip: None,
+            container_port: 8080,
+            protocol: crate::entries::Protocol::Tcp,
+        };
+        let plain = Pod { node: Some("node".into()), ..Pod::named(pod_name.clone()) };
+        let ours = Pod { ports: vec![port], ..plain.clone() };
+        let elsewhere = Pod { node: Some("other".into()), ..ours.clone() };
+        let mut set = |pod: &Pod| model.apply(Change::Pod(Arc::new(pod.clone()))).pods.len();
+        assert_eq!([set(&plain), set(&elsewhere), set(&ours), set(&ours)], [0, 0, 1, 0]);
+        // It has ended.
+        assert_eq!([set(&plain), set(&plain), set(&ours)], [1, 0, 1]);
+        assert_eq!(model.owners().map(|owner| owner.to_string()).collect::<Vec<_>>(), ["Pod ns/pod"]);
+        assert_eq!(model.apply(Change::PodGone(pod_name.clone())).owners().count(), 1);
+        assert_eq!(model.apply(Change::PodGone(pod_name)).owners().count(), 0);
+        assert!(model.pods.is_empty());
     }
 
     #[test]

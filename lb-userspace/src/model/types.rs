@@ -9,11 +9,14 @@ use ipnet::IpNet;
 
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
+use crate::owner::PodName;
 
 /// A Service.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
     pub name: ServiceName,
+    /// `metadata.uid`; may be empty.
+    pub uid: Box<str>,
     /// `metadata.creationTimestamp`, seconds since 1970; of two Services that claim one frontend the older
     /// has it.
     pub created: i64,
@@ -33,6 +36,8 @@ pub struct Service {
     pub affinity: Option<u32>,
     pub internal_policy: Policy,
     pub external_policy: Policy,
+    /// `spec.healthCheckNodePort`, where it means something: type LoadBalancer with the external policy Local.
+    pub health_port: Option<u16>,
     /// The annotation [`Service::ALGORITHM`].
     pub algorithm: Option<Algorithm>,
     /// What could not be understood in the object.
@@ -50,6 +55,7 @@ impl Service {
     pub fn named(name: ServiceName) -> Self {
         Self {
             name,
+            uid: Box::default(),
             created: 0,
             kind: ServiceType::ClusterIP,
             ignored: None,
@@ -62,6 +68,7 @@ impl Service {
             affinity: None,
             internal_policy: Policy::Cluster,
             external_policy: Policy::Cluster,
+            health_port: None,
             algorithm: None,
             findings: vec![],
         }
@@ -193,6 +200,48 @@ impl Endpoint {
     }
 }
 
+/// A Pod, as far as its host ports go.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pod {
+    pub name: PodName,
+    /// `metadata.creationTimestamp`, seconds since 1970; as with Services the older has a frontend.
+    pub created: i64,
+    /// `spec.nodeName`.
+    pub node: Option<Box<str>>,
+    /// `status.podIPs`.
+    pub addrs: Vec<IpAddr>,
+    /// None if it has ended, has no address yet, or has the node's network.
+    pub ports: Vec<HostPort>,
+    /// What could not be understood in the object.
+    pub findings: Vec<Finding>,
+}
+
+impl Pod {
+    /// A Pod on no node, without addresses or host ports.
+    pub fn named(name: PodName) -> Self {
+        Self { name, created: 0, node: None, addrs: vec![], ports: vec![], findings: vec![] }
+    }
+}
+
+/// A port of a container that has a `hostPort`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostPort {
+    /// May be empty.
+    pub name: String,
+    pub host_port: u16,
+    /// `hostIP`; unspecified: every address of the node of its family; none: of both families.
+    pub host_ip: Option<IpAddr>,
+    pub container_port: u16,
+    pub protocol: Protocol,
+}
+
+impl HostPort {
+    /// Its name, or the host port if it has none: how messages call it.
+    pub fn label(&self) -> String {
+        if self.name.is_empty() { self.host_port.to_string() } else { self.name.clone() }
+    }
+}
+
 /// A Node: this one.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Node {
@@ -201,6 +250,8 @@ pub struct Node {
     pub zone: Option<String>,
     /// `status.addresses` of type InternalIP, then ExternalIP.
     pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Vec<IpNet>,
     /// `metadata.deletionTimestamp` is set.
     pub deleting: bool,
     /// It carries the taint `ToBeDeletedByClusterAutoscaler`.
@@ -210,6 +261,13 @@ pub struct Node {
 impl Node {
     /// A node of which only the name is known.
     pub fn named(name: impl Into<String>) -> Self {
-        Self { name: name.into(), zone: None, addresses: vec![], deleting: false, to_be_deleted: false }
+        Self {
+            name: name.into(),
+            zone: None,
+            addresses: vec![],
+            pod_cidrs: vec![],
+            deleting: false,
+            to_be_deleted: false,
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use lb_common::abi::address_flags;
+use lb_common::abi::{address_flags, frontend_kind};
 
 use crate::entries::{Family, Op};
 
@@ -13,17 +13,27 @@ struct Wanted {
     /// Flags that this node gives it.
     node: u32,
     /// Frontends of kind ClusterIP at this address.
-    frontends: u32,
+    cluster_ips: u32,
+    /// Frontends of other kinds.
+    others: u32,
 }
 
 impl Wanted {
     fn flags(self) -> u32 {
         // On an address of the node itself other ports are not ours to reject, whatever a Service claims.
-        if self.frontends > 0 && self.node & (address_flags::NODE | address_flags::LOOPBACK) == 0 {
+        if self.node & (address_flags::NODE | address_flags::LOOPBACK) != 0 {
+            self.node
+        } else if self.cluster_ips > 0 {
             self.node | address_flags::SERVICE
+        } else if self.others > 0 {
+            self.node | address_flags::FRONTEND
         } else {
             self.node
         }
+    }
+
+    fn frontends(&mut self, kind: u8) -> &mut u32 {
+        if kind == frontend_kind::CLUSTER_IP { &mut self.cluster_ips } else { &mut self.others }
     }
 }
 
@@ -47,15 +57,18 @@ impl Addresses {
         Self { limit, wanted: BTreeMap::new(), held, held_v6: u32::try_from(held_v6).unwrap_or(u32::MAX) }
     }
 
-    /// One more frontend of kind ClusterIP at `addr`.
-    pub(super) fn add_frontend(&mut self, addr: IpAddr) {
-        self.wanted.entry(addr).or_default().frontends += 1;
+    /// One more frontend of this kind ([`frontend_kind`]) at `addr`. The unspecified address stands for those of the
+    /// node, which are known.
+    pub(super) fn add_frontend(&mut self, addr: IpAddr, kind: u8) {
+        if !addr.is_unspecified() {
+            *self.wanted.entry(addr).or_default().frontends(kind) += 1;
+        }
     }
 
-    /// One frontend of kind ClusterIP less at `addr`.
-    pub(super) fn remove_frontend(&mut self, addr: IpAddr) {
+    /// One frontend of this kind less at `addr`.
+    pub(super) fn remove_frontend(&mut self, addr: IpAddr, kind: u8) {
         if let Some(wanted) = self.wanted.get_mut(&addr) {
-            wanted.frontends -= 1;
+            *wanted.frontends(kind) -= 1;
         }
     }
 
@@ -81,10 +94,8 @@ impl Addresses {
     /// The write that makes the map right about `addr`, if one is needed.
     pub(super) fn settle(&mut self, addr: IpAddr) -> Result<Option<Op>, Full> {
         let flags = self.wanted.get(&addr).map_or(0, |wanted| wanted.flags());
-        if self.wanted.get(&addr).is_some_and(|w| w.node == 0 && w.frontends == 0) {
-            self.wanted.remove(&addr);
-        }
         if flags == 0 {
+            self.wanted.remove(&addr);
             let removed = self.held.remove(&addr).is_some();
             if removed && addr.is_ipv6() {
                 self.held_v6 -= 1;

@@ -5,20 +5,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::{Desired, Reconciler, Retired, Service};
-use crate::entries::{Compiled, Frontend, FrontendKey, Protocol, ServiceName};
+use crate::entries::{Compiled, Frontend, FrontendKey, Protocol};
+use crate::owner::Owner;
 
 /// Who has to be looked at again when a Service changes its claims.
 #[derive(Default)]
 pub(super) struct Claimed {
     /// They may get a frontend that the Service gave up.
-    pub(super) heirs: BTreeSet<ServiceName>,
+    pub(super) heirs: BTreeSet<Owner>,
     /// They claim a frontend that the Service claims now, too.
-    pub(super) rivals: BTreeSet<ServiceName>,
+    pub(super) rivals: BTreeSet<Owner>,
 }
 
 impl Reconciler {
     /// Notes which frontends the Service claims.
-    pub(super) fn claim(&mut self, name: &ServiceName, desired: &Desired) -> Claimed {
+    pub(super) fn claim(&mut self, name: &Owner, desired: &Desired) -> Claimed {
         let mut claimed = Claimed::default();
         let mut gone: Vec<(FrontendKey, i64)> = vec![];
         if let Some(old) = self.services.get(name) {
@@ -49,12 +50,12 @@ impl Reconciler {
         claimed
     }
 
-    pub(super) fn owner(&self, key: &FrontendKey) -> Option<&ServiceName> {
+    pub(super) fn owner(&self, key: &FrontendKey) -> Option<&Owner> {
         self.claims.get(key).and_then(|claims| claims.first()).map(|(_, name)| name)
     }
 
     /// A number for a new Service: the one its frontends have in the maps already, if nobody else has it.
-    pub(super) fn identify(&mut self, name: &ServiceName, compiled: &Compiled) -> u32 {
+    pub(super) fn identify(&mut self, name: &Owner, compiled: &Compiled) -> u32 {
         let unclaimed = |key: &FrontendKey| {
             let installed = self.installed.get(key)?;
             installed.owner.is_none().then_some(installed.entry.id)

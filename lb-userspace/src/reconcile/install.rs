@@ -9,8 +9,9 @@ use ipnet::IpNet;
 use lb_common::abi::{self, service_flags};
 
 use super::{Batch, Choices, Content, Installed, Reconciler, Retired, Service, Steps, Window, maglev};
-use crate::entries::{Algorithm, Family, Frontend, FrontendKey, FrontendKind, Op, ServiceName, WhenEmpty};
+use crate::entries::{Algorithm, Family, Frontend, FrontendKey, Op, WhenEmpty};
 use crate::finding::Finding;
+use crate::owner::Owner;
 
 /// When frontends that a Service lost are removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,13 +43,7 @@ struct Place {
 }
 
 impl Reconciler {
-    pub(super) fn install(
-        &mut self,
-        name: &ServiceName,
-        removals: Removals,
-        now: Instant,
-        batch: &mut Batch,
-    ) {
+    pub(super) fn install(&mut self, name: &Owner, removals: Removals, now: Instant, batch: &mut Batch) {
         let Some(mut service) = self.services.remove(name) else { return };
         let mut steps = Steps::default();
         let wanted = self.wanted(name, &service.frontends, &mut steps);
@@ -74,6 +69,11 @@ impl Reconciler {
             }
         }
         self.release_ports(&mut service, &wanted, now);
+        if service.keys.is_empty() {
+            steps.retire.extend(self.names.remove(service.id));
+        } else {
+            steps.names.extend(self.names.set(service.id, name));
+        }
         self.services.insert(name.clone(), service);
         let touched = std::mem::take(&mut steps.touched);
         let findings = self.settle_addresses(touched, &mut steps.addresses);
@@ -85,7 +85,7 @@ impl Reconciler {
     /// The frontends that are the Service's own.
     fn wanted(
         &self,
-        name: &ServiceName,
+        name: &Owner,
         frontends: &[(FrontendKey, Frontend)],
         steps: &mut Steps,
     ) -> BTreeMap<FrontendKey, Frontend> {
@@ -323,7 +323,7 @@ impl Reconciler {
 
     fn carry_out(
         &mut self,
-        name: &ServiceName,
+        name: &Owner,
         service: &mut Service,
         plan: Plan,
         removed: &[FrontendKey],
@@ -376,7 +376,7 @@ impl Reconciler {
     /// There is no room: what is there stays as it is, except for frontends that are not wanted any more.
     fn make_do(
         &mut self,
-        name: &ServiceName,
+        name: &Owner,
         service: &mut Service,
         wanted: &BTreeMap<FrontendKey, Frontend>,
         removed: &[FrontendKey],
@@ -426,7 +426,7 @@ impl Reconciler {
         &mut self,
         key: FrontendKey,
         entry: abi::Service,
-        name: &ServiceName,
+        name: &Owner,
         service: &mut Service,
         steps: &mut Steps,
     ) {
@@ -438,13 +438,11 @@ impl Reconciler {
     }
 
     /// The frontend in the maps is the Service's from now on.
-    fn own(&mut self, key: FrontendKey, name: &ServiceName, service: &mut Service, steps: &mut Steps) {
+    fn own(&mut self, key: FrontendKey, name: &Owner, service: &mut Service, steps: &mut Steps) {
         let Some(installed) = self.installed.get_mut(&key) else { return };
         installed.owner = Some(name.clone());
         service.add_key(key);
-        if installed.entry.kind == FrontendKind::ClusterIP.number() {
-            self.addresses.add_frontend(key.addr);
-        }
+        self.addresses.add_frontend(key.addr, installed.entry.kind);
         steps.touched.insert(key.addr);
     }
 

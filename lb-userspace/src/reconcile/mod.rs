@@ -1,9 +1,11 @@
 //! Desired entries against what is in the maps -> an ordered list of map operations.
 //!
-//! The order keeps every packet from meeting a dangling reference: removed frontends first; then new
+//! The order keeps every packet from meeting a dangling reference: removed addresses and frontends first; then new
 //! backends, their windows, the frontends that switch to them; then what nobody refers to any more. A window
 //! is never written while a frontend refers to it. Windows and backend ids that became free are given out
 //! again only after a grace time, so that a packet that read the old frontend finds what it expects.
+//!
+//! A Service here is whatever has frontends: one of Kubernetes, or a Pod with host ports ([`Owner`]).
 //!
 //! Only the Services of a change are looked at; nothing here walks all of them, except [`Reconciler::adopt`]
 //! and [`Reconciler::finish`] at the start.
@@ -15,6 +17,7 @@ mod claims;
 mod install;
 mod maglev;
 mod members;
+mod names;
 mod networks;
 mod ranges;
 mod sources;
@@ -33,13 +36,14 @@ use self::backends::{Backends, Settled};
 use self::claims::{Claimed, ServiceIds};
 use self::install::Removals;
 use self::members::Members;
+use self::names::Names;
 use self::ranges::Ranges;
 use self::sources::Sources;
 use crate::entries::{
-    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, Keep, Limits, Op, Protocol,
-    ServiceName, Snapshot,
+    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, Keep, Limits, Op, Protocol, Snapshot,
 };
 use crate::finding::Finding;
+use crate::owner::Owner;
 
 /// What one Service should have in the maps.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -55,7 +59,7 @@ pub struct Batch {
     /// To be carried out in this order.
     pub ops: Vec<Op>,
     /// Of every Service that was looked at.
-    pub findings: BTreeMap<ServiceName, Vec<Finding>>,
+    pub findings: BTreeMap<Owner, Vec<Finding>>,
 }
 
 /// The maps as they are, and who needs what in them.
@@ -63,11 +67,11 @@ pub struct Batch {
 pub struct Reconciler {
     limits: Limits,
     grace: Duration,
-    services: BTreeMap<ServiceName, Service>,
+    services: BTreeMap<Owner, Service>,
     /// Services that did not fit when last looked at.
-    unfit: BTreeSet<ServiceName>,
+    unfit: BTreeSet<Owner>,
     /// Who claims a frontend, the first in line first.
-    claims: BTreeMap<FrontendKey, Vec<(i64, ServiceName)>>,
+    claims: BTreeMap<FrontendKey, Vec<(i64, Owner)>>,
     installed: BTreeMap<FrontendKey, Installed>,
     /// How many of `installed` are of IPv6.
     installed_v6: u32,
@@ -79,11 +83,12 @@ pub struct Reconciler {
     /// Numbers of Service ports.
     ports: ServiceIds,
     members: Members,
+    names: Names,
     /// `NETWORKS4` and `NETWORKS6` as they are.
     networks: [Vec<(IpNet, u32)>; 2],
     sources: Sources,
     /// Services with source ranges: they care about the node's addresses.
-    restricted: BTreeSet<ServiceName>,
+    restricted: BTreeSet<Owner>,
     retired: VecDeque<(Instant, Retired)>,
 }
 
@@ -123,7 +128,7 @@ impl Service {
 struct Installed {
     entry: abi::Service,
     /// None: found in the maps, not yet anybody's.
-    owner: Option<ServiceName>,
+    owner: Option<Owner>,
 }
 
 /// A range of `SLOTS` that frontends refer to.
@@ -178,6 +183,7 @@ struct Steps {
     backends: Vec<Op>,
     windows: Vec<Op>,
     sources: Vec<Op>,
+    names: Vec<Op>,
     frontends: Vec<Op>,
     addresses: Vec<Op>,
     retire: Vec<Op>,
@@ -188,8 +194,12 @@ struct Steps {
 
 impl Steps {
     fn into_batch(self, batch: &mut Batch) {
-        let Self { remove, backends, windows, sources, frontends, addresses, retire, .. } = self;
-        for ops in [remove, backends, windows, sources, frontends, addresses, retire] {
+        let Self { remove, backends, windows, sources, names, frontends, addresses, retire, .. } = self;
+        // While a Service's address is there its ports answer, with a reject at least: with the address first all of
+        // them go at once, and last they come.
+        let (gone, known): (Vec<Op>, Vec<Op>) =
+            addresses.into_iter().partition(|op| matches!(op, Op::RemoveAddress { .. }));
+        for ops in [gone, remove, backends, windows, sources, names, frontends, known, retire] {
             batch.ops.extend(ops);
         }
     }
@@ -217,6 +227,7 @@ impl Reconciler {
             addresses: Addresses::new(limits.addresses, snapshot.addresses.clone()),
             ports: ServiceIds::default(),
             members: Members::new(limits.members, snapshot.members.clone()),
+            names: Names::new(limits.services, snapshot.names.clone()),
             networks: snapshot.networks.clone(),
             sources: Sources::new(limits.sources, snapshot.sources.clone()),
             restricted: BTreeSet::new(),
@@ -239,12 +250,12 @@ impl Reconciler {
 
     /// Notes the frontends that a Service is going to claim. At the start all Services are announced before
     /// the first is set, so that none takes a frontend that turns out to be another's.
-    pub fn announce(&mut self, name: &ServiceName, desired: &Desired) {
+    pub fn announce(&mut self, name: &Owner, desired: &Desired) {
         self.claim(name, desired);
     }
 
     /// This is what the Service should have from now on.
-    pub fn set_service(&mut self, name: &ServiceName, desired: Desired, now: Instant) -> Batch {
+    pub fn set_service(&mut self, name: &Owner, desired: Desired, now: Instant) -> Batch {
         let Claimed { heirs, rivals } = self.claim(name, &desired);
         let id = self.services.get(name).map(|service| service.id);
         let id = id.unwrap_or_else(|| self.identify(name, &desired.compiled));
@@ -281,7 +292,7 @@ impl Reconciler {
     }
 
     /// The Service is gone.
-    pub fn remove_service(&mut self, name: &ServiceName, now: Instant) -> Batch {
+    pub fn remove_service(&mut self, name: &Owner, now: Instant) -> Batch {
         if !self.services.contains_key(name) {
             return Batch::default();
         }
@@ -333,6 +344,7 @@ impl Reconciler {
         }
         let known: BTreeSet<u32> = self.services.values().map(|service| service.id).collect();
         steps.retire.extend(self.sources.finish(&known));
+        steps.retire.extend(self.names.finish());
         let retired = |base: u32| {
             self.retired
                 .iter()
@@ -388,12 +400,12 @@ impl Reconciler {
     }
 
     /// The Service that has this number in the maps.
-    pub fn service_ids(&self) -> impl Iterator<Item = (u32, &ServiceName)> {
+    pub fn service_ids(&self) -> impl Iterator<Item = (u32, &Owner)> {
         self.services.iter().map(|(name, service)| (service.id, name))
     }
 
     /// The number of a Service in the maps.
-    pub fn service_id(&self, name: &ServiceName) -> Option<u32> {
+    pub fn service_id(&self, name: &Owner) -> Option<u32> {
         self.services.get(name).map(|service| service.id)
     }
 
@@ -413,9 +425,10 @@ impl Reconciler {
         [("BACKENDS4", v4.0, v4.1), ("BACKENDS6", v6.0, v6.1), ("SLOTS", slots, self.limits.slots.into())]
     }
 
-    /// Services known, for status.
+    /// Services of Kubernetes known, for status.
     pub fn services(&self) -> usize {
-        self.services.len()
+        let pods = self.services.keys().rev().take_while(|owner| owner.pod().is_some());
+        self.services.len() - pods.count()
     }
 
     /// Frontends in the maps.
@@ -435,9 +448,7 @@ impl Reconciler {
     fn disown(&mut self, key: FrontendKey) {
         let Some(installed) = self.installed.get_mut(&key) else { return };
         let Some(owner) = installed.owner.take() else { return };
-        if installed.entry.kind == FrontendKind::ClusterIP.number() {
-            self.addresses.remove_frontend(key.addr);
-        }
+        self.addresses.remove_frontend(key.addr, installed.entry.kind);
         if let Some(owner) = self.services.get_mut(&owner) {
             owner.remove_key(&key);
         }

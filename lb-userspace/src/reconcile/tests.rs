@@ -7,14 +7,14 @@ use proptest::sample::subsequence;
 use super::*;
 use crate::datapath::Maps;
 use crate::datapath::fake::FakeMaps;
-use crate::entries::{BackendEntry, Frontend, Protocol, Target, WhenEmpty};
+use crate::entries::{BackendEntry, Frontend, FrontendKind, Protocol, ServiceName, Target, WhenEmpty};
 
 const GRACE: Duration = Duration::from_secs(10);
 const ROOMY: Limits =
     Limits { services: 1000, backends: 1000, slots: 16_000, addresses: 1000, sources: 1000, members: 1000 };
 
-fn name(name: &str) -> ServiceName {
-    ServiceName { namespace: "ns".into(), name: name.into() }
+fn name(name: &str) -> Owner {
+    ServiceName { namespace: "ns".into(), name: name.into() }.into()
 }
 
 fn backend(addr: &str) -> Backend {
@@ -152,6 +152,8 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
             Op::AddMember { .. } => "member",
             Op::RemoveMember { .. } => "-member",
             Op::SetNetwork { .. } => "network",
+            Op::SetName { .. } => "name",
+            Op::RemoveName { .. } => "-name",
             Op::SetSource { .. } => "source",
             Op::RemoveSource { .. } => "-source",
             Op::SetAddress { .. } => "address",
@@ -164,13 +166,15 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
 fn operations_come_in_the_order_that_never_dangles() {
     let mut world = World::new(ROOMY);
     let batch = world.set("svc", desired(&[(VIP, &[ONE]), ("172.30.0.1:81", &[ONE])]));
-    assert_eq!(kinds(&batch.ops), ["active", "slots", "frontend", "frontend", "address"]);
+    assert_eq!(kinds(&batch.ops), ["active", "slots", "name", "frontend", "frontend", "address"]);
     let batch = world.set("svc", desired(&[(VIP, &[TWO])]));
     assert_eq!(kinds(&batch.ops), ["-frontend", "active", "slots", "frontend", "terminating"]);
     let batch = world.remove("svc");
-    assert_eq!(kinds(&batch.ops), ["-frontend", "-address", "terminating"]);
+    // A packet finds the Service or none, not one without this port.
+    assert_eq!(kinds(&batch.ops), ["-address", "-frontend", "terminating", "-name"]);
     assert_eq!(kinds(&world.pass(GRACE).ops), ["unused", "unused"]);
-    assert_eq!(world.maps.snapshot().frontends.len(), 0);
+    let snapshot = world.maps.snapshot();
+    assert_eq!((snapshot.frontends.len(), snapshot.names.len()), (0, 0));
 }
 
 /// Rule 69.
@@ -196,7 +200,8 @@ fn no_change_writes_nothing_and_a_change_touches_only_its_service() {
 fn targets_with_the_same_backends_share_a_window() {
     let mut world = World::new(ROOMY);
     let batch = world.set("svc", desired(&[(VIP, &[ONE, TWO]), ("0.0.0.0:30080", &[TWO, ONE])]));
-    assert_eq!(kinds(&batch.ops), ["active", "active", "slots", "frontend", "frontend", "address"]);
+    let expected = ["active", "active", "slots", "name", "frontend", "frontend", "address"];
+    assert_eq!(kinds(&batch.ops), expected);
     // One leaves: the other keeps the window.
     let batch = world.set("svc", desired(&[(VIP, &[ONE, TWO])]));
     assert_eq!(kinds(&batch.ops), ["-frontend"]);
@@ -333,6 +338,40 @@ fn addresses_of_services_and_of_the_node_merge() {
     assert_eq!(world.maps.snapshot().addresses, BTreeMap::new());
 }
 
+/// Rules 17 and 34: an address that only load balancers and routers know is ours, too; its other ports are not.
+#[test]
+fn external_addresses_are_known() {
+    use address_flags::{FRONTEND, NODE, SERVICE};
+
+    let mut world = World::new(ROOMY);
+    let addr: IpAddr = "203.0.113.5".parse().unwrap();
+    let held = |world: &World| world.maps.snapshot().addresses.get(&addr).copied();
+    let of_kind = |kind| {
+        let mut desired = desired(&[("203.0.113.5:80", &[ONE])]);
+        desired.compiled.frontends.get_mut(&key("203.0.113.5:80")).unwrap().kind = kind;
+        desired
+    };
+    for kind in [FrontendKind::LoadBalancer, FrontendKind::ExternalIP] {
+        let batch = world.set("svc", of_kind(kind));
+        assert_eq!(kinds(&batch.ops)[..2], ["active", "slots"]);
+        assert_eq!(held(&world), Some(FRONTEND));
+        world.set("svc", of_kind(FrontendKind::ClusterIP));
+        assert_eq!(held(&world), Some(SERVICE));
+        world.set("svc", of_kind(kind));
+        assert_eq!(held(&world), Some(FRONTEND));
+        // While it is the node's own, it is that.
+        let (ops, _) = world.reconciler.set_node_addresses(&BTreeMap::from([(addr, NODE)]));
+        world.maps.apply(&ops).unwrap();
+        assert_eq!(held(&world), Some(NODE));
+        let (ops, _) = world.reconciler.set_node_addresses(&BTreeMap::new());
+        world.maps.apply(&ops).unwrap();
+        assert_eq!(held(&world), Some(FRONTEND));
+        world.remove("svc");
+        assert_eq!(held(&world), None);
+        world.pass(GRACE);
+    }
+}
+
 #[test]
 fn who_does_not_fit_is_named_and_the_others_work() {
     let limits = Limits { services: 2, backends: 4, slots: 8, addresses: 2, ..ROOMY };
@@ -407,7 +446,7 @@ fn a_restart_keeps_what_is_right_and_removes_what_is_stale() {
     world.restart();
     assert_eq!(world.set("stay", stay).ops, []);
     assert_eq!(world.reconciler.set_node_addresses(&node).0, []);
-    assert_eq!(kinds(&world.finish()), ["-frontend", "-address", "terminating"]);
+    assert_eq!(kinds(&world.finish()), ["-address", "-frontend", "terminating", "-name"]);
     assert_eq!(kinds(&world.pass(GRACE).ops), ["unused"]);
     assert_eq!(world.entry(three).state, backend_state::UNUSED);
     assert_eq!(world.view().len(), 2);
@@ -479,7 +518,11 @@ fn service_numbers_are_small_distinct_and_survive_a_restart() {
     world.set("a", desired(&[(VIP, &[])]));
     world.set("b", desired(&[("172.30.0.2:80", &[])]));
     let ids = |world: &World| {
-        world.reconciler.service_ids().map(|(id, n)| (n.name.to_string(), id)).collect::<Vec<_>>()
+        world
+            .reconciler
+            .service_ids()
+            .map(|(id, n)| (n.service().unwrap().name.to_string(), id))
+            .collect::<Vec<_>>()
     };
     assert_eq!(ids(&world), [("a".into(), 1), ("b".into(), 2)]);
     world.restart();
@@ -490,6 +533,30 @@ fn service_numbers_are_small_distinct_and_survive_a_restart() {
     world.pass(GRACE);
     world.set("d", desired(&[("172.30.0.4:80", &[])]));
     assert_eq!(ids(&world), [("b".into(), 2), ("c".into(), 3), ("d".into(), 1)]);
+}
+
+#[test]
+fn names_are_taken_over_repaired_and_left_out_where_there_is_no_room() {
+    let named = |world: &World| {
+        let names = world.maps.snapshot().names;
+        names.iter().map(|(id, name)| format!("{id} {}", crate::owner::text(&name.name))).collect::<Vec<_>>()
+    };
+    let vip = |n: u8| format!("172.30.0.{n}:80");
+    let mut world = World::new(Limits { services: 3, ..ROOMY });
+    for (n, service) in [(1, "a"), (2, "b"), (3, "c")] {
+        world.set(service, desired(&[(&vip(n), &[])]));
+    }
+    assert_eq!(named(&world), ["1 a", "2 b", "3 c"]);
+    // Names are for people: a Service without one is served as well.
+    let batch = world.set("d", desired(&[("[fd00::d]:80", &[])]));
+    assert_eq!(kinds(&batch.ops), ["frontend", "address"]);
+    world.remove("d");
+    world.restart();
+    assert_eq!(kinds(&world.set("a", desired(&[(&vip(1), &[])])).ops), [""; 0]);
+    // Somebody else has its frontend, and so its number, by now.
+    assert_eq!(kinds(&world.set("e", desired(&[(&vip(2), &[])])).ops), ["name"]);
+    assert_eq!(kinds(&world.finish()), ["-frontend", "-address", "-name"]);
+    assert_eq!(named(&world), ["1 a", "2 e"]);
 }
 
 /// Rules 16 to 22.
@@ -549,8 +616,9 @@ fn affinity_knows_the_members_of_its_windows() {
     let port = |world: &World, addr: &str| world.maps.snapshot().frontends[&key(addr)].port;
     let mut world = World::new(ROOMY);
     let batch = world.set("svc", sticky(&[ONE, TWO], 10));
-    let expected = ["active", "active", "slots", "member", "member", "frontend", "frontend", "frontend"];
-    assert_eq!(kinds(&batch.ops)[..8], expected);
+    let expected =
+        ["active", "active", "slots", "member", "member", "name", "frontend", "frontend", "frontend"];
+    assert_eq!(kinds(&batch.ops)[..9], expected);
     assert_eq!(port(&world, VIP), port(&world, "0.0.0.0:30080"));
     assert_ne!(port(&world, VIP), port(&world, "172.30.0.1:81"));
     world.set("other", desired(&[("172.30.0.2:80", &[ONE])]));
@@ -591,7 +659,7 @@ fn sources_that_do_not_fit_leave_the_service_as_it_was() {
     assert_eq!((batch.ops, batch.findings[&name("b")].clone()), (vec![], vec![finding]));
     world.set("a", restricted(VIP, &[]));
     let batch = world.pass(GRACE);
-    assert_eq!(kinds(&batch.ops), ["source", "frontend", "address"]);
+    assert_eq!(kinds(&batch.ops), ["source", "name", "frontend", "address"]);
 }
 
 /// One step of a history.
@@ -703,7 +771,7 @@ fn any_desired() -> impl Strategy<Value = Desired> {
                 of_family.insert(net);
             }
         }
-        Desired { created, compiled: Compiled { frontends, sources, kept } }
+        Desired { created, compiled: Compiled { frontends, sources, kept, health: None } }
     })
 }
 
@@ -916,6 +984,11 @@ proptest! {
 
         check_sources(&snapshot, &services, &node);
         check_affinity(&snapshot, &wanted);
+        let numbers: BTreeSet<u32> = snapshot.frontends.values().map(|entry| entry.id).collect();
+        prop_assert_eq!(snapshot.names.keys().copied().collect::<BTreeSet<_>>(), numbers);
+        for (id, owner) in world.reconciler.service_ids() {
+            prop_assert!(snapshot.names.get(&id).is_none_or(|held| *held == owner.into()));
+        }
 
         // From scratch it would be the same, slot by slot.
         let mut scratch = World::new(ROOMY);
@@ -958,7 +1031,7 @@ proptest! {
         world.pass(GRACE);
         let snapshot = world.maps.snapshot();
         prop_assert!(snapshot.frontends.is_empty() && snapshot.addresses.is_empty());
-        prop_assert!(snapshot.sources.is_empty() && snapshot.members.is_empty());
+        prop_assert!(snapshot.sources.is_empty() && snapshot.members.is_empty() && snapshot.names.is_empty());
         prop_assert!(snapshot.backends.values().all(|b| b.state == backend_state::UNUSED));
         prop_assert_eq!(world.reconciler.free_slots(), u64::from(ROOMY.slots) - 1);
     }

@@ -15,9 +15,10 @@ use k8s_openapi::jiff::Timestamp;
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
 use crate::model::{
-    Endpoint, EndpointSlice, Hints, Ignored, Node, Policy, Service, ServicePort, ServiceType, SliceName,
-    SlicePort,
+    Endpoint, EndpointSlice, Hints, HostPort, Ignored, Node, Pod, Policy, Service, ServicePort, ServiceType,
+    SliceName, SlicePort,
 };
+use crate::owner::PodName;
 
 /// On Services and EndpointSlices: another proxy serves them.
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
@@ -31,6 +32,9 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Set by the cluster autoscaler before it drains a node.
 const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
+/// Bytes of somebody's text in a message.
+const QUOTED: usize = 100;
+
 /// Namespace of an object that names none.
 const DEFAULT_NAMESPACE: &str = "default";
 
@@ -38,6 +42,7 @@ const DEFAULT_NAMESPACE: &str = "default";
 pub fn service(object: core::Service) -> Service {
     let mut service = Service::named(service_name(&object.metadata));
     let mut findings = Findings { prefix: String::new(), found: vec![] };
+    service.uid = object.metadata.uid.unwrap_or_default().into();
     service.created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
     let annotations = object.metadata.annotations.unwrap_or_default();
     let labels = object.metadata.labels.unwrap_or_default();
@@ -105,6 +110,9 @@ pub fn service(object: core::Service) -> Service {
     service.load_balancer_ips = findings.addresses("status.loadBalancer.ingress.ip", vips);
     let ranges = spec.load_balancer_source_ranges.unwrap_or_default();
     service.source_ranges = findings.source_ranges("spec.loadBalancerSourceRanges", ranges);
+    let asked = service.kind == ServiceType::LoadBalancer && service.external_policy == Policy::Local;
+    let health_port = spec.health_check_node_port.filter(|number| asked && *number != 0);
+    service.health_port = health_port.and_then(|number| findings.port("spec.healthCheckNodePort", number));
     for (i, port) in spec.ports.unwrap_or_default().into_iter().enumerate() {
         service.ports.extend(service_port(i, port, &mut findings));
     }
@@ -142,10 +150,11 @@ pub fn slice(object: discovery::EndpointSlice) -> EndpointSlice {
         findings: vec![],
     };
     let family = match object.address_type.as_str() {
-        "IPv4" => Family::V4,
-        "IPv6" => Family::V6,
-        // FQDN, which no proxy serves.
-        _ => return slice,
+        "IPv4" => Some(Family::V4),
+        "IPv6" => Some(Family::V6),
+        // Domain names, which no proxy serves; of what nobody knows the Service should hear.
+        other if other.is_empty() || other == "FQDN" => return slice,
+        _ => None,
     };
     if labels.contains_key(PROXY_NAME_LABEL) || labels.contains_key(HEADLESS_LABEL) {
         return slice;
@@ -156,6 +165,11 @@ pub fn slice(object: discovery::EndpointSlice) -> EndpointSlice {
 
     let prefix = format!("EndpointSlice {} ", slice.name.name);
     let mut findings = Findings { prefix, found: vec![] };
+    let Some(family) = family else {
+        findings.one_of("addressType", Some(&object.address_type), &[("FQDN", ())]);
+        slice.findings = findings.found;
+        return slice;
+    };
     for (i, port) in object.ports.unwrap_or_default().into_iter().enumerate() {
         // No number means "all ports" for consumers that can do that; a Service cannot ask for it.
         let Some(number) = port.port else { continue };
@@ -202,12 +216,65 @@ fn convert_endpoint(
     })
 }
 
+/// A Pod. One that ended, or that has the node's network, has no host ports of ours; one that is being deleted keeps
+/// them until it is gone.
+pub fn pod(object: core::Pod) -> Pod {
+    let mut pod = Pod::named(pod_name(&object.metadata));
+    pod.created = object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
+    let spec = object.spec.unwrap_or_default();
+    let status = object.status.unwrap_or_default();
+    pod.node = spec.node_name.map(String::into_boxed_str);
+    let over = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+    if over || spec.host_network == Some(true) {
+        return pod;
+    }
+    let mut findings = Findings { prefix: String::new(), found: vec![] };
+    let ips: Vec<String> = status.pod_ips.unwrap_or_default().into_iter().map(|ip| ip.ip).collect();
+    let ips = if ips.is_empty() { status.pod_ip.into_iter().collect() } else { ips };
+    let ips: Vec<String> = ips.into_iter().filter(|ip| !ip.is_empty()).collect();
+    // Those of init containers that stay.
+    let sidecars = spec.init_containers.unwrap_or_default().into_iter();
+    let sidecars = sidecars.filter(|container| container.restart_policy.as_deref() == Some("Always"));
+    let mut ports: Vec<(String, core::ContainerPort)> = vec![];
+    for container in spec.containers.into_iter().chain(sidecars) {
+        let own = container.ports.unwrap_or_default().into_iter();
+        let own = own.filter(|port| port.host_port.is_some_and(|number| number != 0));
+        ports.extend(own.map(|port| (container.name.clone(), port)));
+    }
+    if ips.is_empty() || ports.is_empty() {
+        return pod;
+    }
+    pod.addrs = findings.addresses("status.podIPs", ips);
+    pod.ports = ports.into_iter().filter_map(|(name, port)| host_port(&name, port, &mut findings)).collect();
+    pod.findings = findings.found;
+    pod
+}
+
+fn host_port(container: &str, port: core::ContainerPort, findings: &mut Findings) -> Option<HostPort> {
+    let field = |name: &str| format!("container {container} {name}");
+    let mut converted = HostPort {
+        name: port.name.unwrap_or_default(),
+        host_port: findings.port(&field("hostPort"), port.host_port?)?,
+        host_ip: None,
+        container_port: findings.port(&field("containerPort"), port.container_port)?,
+        protocol: Protocol::Tcp,
+    };
+    converted.protocol = findings.protocol(converted.label(), port.protocol)?;
+    if let Some(text) = port.host_ip.filter(|text| !text.is_empty()) {
+        converted.host_ip = Some(findings.host_ip(&field("hostIP"), text)?);
+    }
+    Some(converted)
+}
+
 /// A Node.
 pub fn node(object: core::Node) -> Node {
     let mut node = Node::named(object.metadata.name.unwrap_or_default());
     node.zone = object.metadata.labels.and_then(|mut labels| labels.remove(ZONE_LABEL));
     node.deleting = object.metadata.deletion_timestamp.is_some();
-    let taints = object.spec.and_then(|spec| spec.taints).unwrap_or_default();
+    let spec = object.spec.unwrap_or_default();
+    let pod_cidrs = spec.pod_cidrs.unwrap_or_default();
+    node.pod_cidrs = pod_cidrs.iter().filter_map(|text| parse_network(text)).collect();
+    let taints = spec.taints.unwrap_or_default();
     node.to_be_deleted = taints.iter().any(|taint| taint.key == TO_BE_DELETED_TAINT);
     let addresses = object.status.and_then(|status| status.addresses).unwrap_or_default();
     for kind in ["InternalIP", "ExternalIP"] {
@@ -238,6 +305,11 @@ pub fn service_name(metadata: &ObjectMeta) -> ServiceName {
     ServiceName { namespace: namespace(metadata), name: own_name(metadata) }
 }
 
+/// Name of a Pod.
+pub fn pod_name(metadata: &ObjectMeta) -> PodName {
+    PodName { namespace: namespace(metadata), name: own_name(metadata) }
+}
+
 /// Name of an EndpointSlice.
 pub fn slice_name(metadata: &ObjectMeta) -> SliceName {
     SliceName { namespace: namespace(metadata), name: own_name(metadata) }
@@ -255,6 +327,7 @@ fn protocol(name: Option<&str>) -> Option<Protocol> {
     match name {
         None | Some("TCP" | "") => Some(Protocol::Tcp),
         Some("UDP") => Some(Protocol::Udp),
+        Some("SCTP") => Some(Protocol::Sctp),
         Some(_) => None,
     }
 }
@@ -275,7 +348,7 @@ fn parse_ip(text: &str) -> Option<IpAddr> {
 }
 
 /// As Kubernetes reads networks: white space around them does not matter, nor do bits behind the prefix.
-fn parse_network(text: &str) -> Option<IpNet> {
+pub fn parse_network(text: &str) -> Option<IpNet> {
     let (addr, prefix) = text.trim().split_once('/')?;
     let mapped = addr.contains(':');
     let addr = parse_ip(addr)?;
@@ -283,6 +356,15 @@ fn parse_network(text: &str) -> Option<IpNet> {
     let prefix: u8 = if digits { prefix.parse().ok()? } else { return None };
     let prefix = if mapped && addr.is_ipv4() { prefix.checked_sub(96)? } else { prefix };
     Some(IpNet::new(addr, prefix).ok()?.trunc())
+}
+
+/// What somebody wrote, as far as a message has room for it.
+fn shortened(mut text: String) -> String {
+    if text.len() > QUOTED {
+        text.truncate(text.floor_char_boundary(QUOTED));
+        text.push('…');
+    }
+    text
 }
 
 /// An address that no Service and no endpoint can have.
@@ -306,13 +388,13 @@ impl Findings {
 
     fn unusable(&mut self, field: &str, value: String) {
         let field = self.field(field);
-        self.found.push(Finding::UnusableAddress { field, value });
+        self.found.push(Finding::UnusableAddress { field, value: shortened(value) });
     }
 
     fn address(&mut self, field: &str, text: String) -> Option<IpAddr> {
         let Some(addr) = parse_ip(&text) else {
             let field = self.field(field);
-            self.found.push(Finding::BadAddress { field, value: text });
+            self.found.push(Finding::BadAddress { field, value: shortened(text) });
             return None;
         };
         if is_unusable(addr) {
@@ -320,6 +402,16 @@ impl Findings {
             return None;
         }
         Some(addr)
+    }
+
+    /// An address of the node, whichever it has.
+    fn host_ip(&mut self, field: &str, text: String) -> Option<IpAddr> {
+        let addr = parse_ip(&text);
+        if addr.is_none() {
+            let field = self.field(field);
+            self.found.push(Finding::BadAddress { field, value: text });
+        }
+        addr
     }
 
     fn addresses(&mut self, field: &str, texts: Vec<String>) -> Vec<IpAddr> {
@@ -336,7 +428,7 @@ impl Findings {
             } else {
                 ranges.entry(if text.contains(':') { Family::V6 } else { Family::V4 }).or_default();
                 let field = self.field(field);
-                self.found.push(Finding::BadNetwork { field, value: text });
+                self.found.push(Finding::BadNetwork { field, value: shortened(text) });
             }
         }
         ranges.retain(|_, nets| nets.iter().all(|net| net.prefix_len() > 0));
@@ -365,7 +457,7 @@ impl Findings {
     fn protocol(&mut self, port: String, name: Option<String>) -> Option<Protocol> {
         let converted = protocol(name.as_deref());
         if converted.is_none() {
-            let protocol = name.unwrap_or_default();
+            let protocol = shortened(name.unwrap_or_default());
             self.found.push(Finding::UnsupportedProtocol { port, protocol });
         }
         converted
@@ -385,7 +477,7 @@ impl Findings {
             return *known;
         }
         let field = self.field(field);
-        self.found.push(Finding::UnknownValue { field, value: value.to_owned(), taken: default });
+        self.found.push(Finding::UnknownValue { field, value: shortened(value.to_owned()), taken: default });
         fallback
     }
 }
@@ -433,7 +525,7 @@ mod tests {
     fn everything_that_matters_is_taken_over() {
         let object = json!({
             "metadata": {
-                "name": "svc", "namespace": "ns", "creationTimestamp": "1970-01-01T00:01:00Z",
+                "name": "svc", "namespace": "ns", "creationTimestamp": "1970-01-01T00:01:00Z", "uid": "u-1",
                 "annotations": { Service::ALGORITHM: "random" },
             },
             "spec": {
@@ -442,6 +534,7 @@ mod tests {
                 "ipFamilies": ["IPv4", "IPv6"],
                 "externalIPs": ["192.168.99.11"],
                 "internalTrafficPolicy": "Local", "externalTrafficPolicy": "Local",
+                "healthCheckNodePort": 32000,
                 "ports": [
                     { "name": "http", "port": 80, "nodePort": 30080, "targetPort": "web" },
                     { "name": "dns", "port": 53, "protocol": "UDP" },
@@ -450,6 +543,7 @@ mod tests {
             "status": { "loadBalancer": { "ingress": [{ "ip": "1.2.3.4" }, { "hostname": "example.org" }] } },
         });
         let expected = Service {
+            uid: "u-1".into(),
             created: 60,
             kind: ServiceType::LoadBalancer,
             algorithm: Some(Algorithm::Random),
@@ -459,6 +553,7 @@ mod tests {
             load_balancer_ips: vec!["1.2.3.4".parse().unwrap()],
             internal_policy: Policy::Local,
             external_policy: Policy::Local,
+            health_port: Some(32_000),
             ports: vec![
                 ServicePort {
                     name: "http".into(),
@@ -471,6 +566,22 @@ mod tests {
             ..Service::named(ServiceName { namespace: "ns".into(), name: "svc".into() })
         };
         assert_eq!(service(serde_json::from_value(object).unwrap()), expected);
+    }
+
+    #[test]
+    fn a_health_port_is_for_load_balancers_with_policy_local() {
+        let health_port = |kind: &str, policy: &str, port: i32| {
+            let service = a_service(&json!({
+                "type": kind, "clusterIP": "172.30.0.41", "externalTrafficPolicy": policy, "healthCheckNodePort": port,
+            }));
+            (service.health_port, texts_of(&service))
+        };
+        assert_eq!(health_port("LoadBalancer", "Local", 32_000), (Some(32_000), vec![]));
+        assert_eq!(health_port("LoadBalancer", "Local", 0), (None, vec![]));
+        assert_eq!(health_port("LoadBalancer", "Cluster", 32_000), (None, vec![]));
+        assert_eq!(health_port("NodePort", "Local", 32_000), (None, vec![]));
+        let text = "spec.healthCheckNodePort: 65536 is no port number; it is left out".to_owned();
+        assert_eq!(health_port("LoadBalancer", "Local", 65_536), (None, vec![text]));
     }
 
     /// Rule 63.
@@ -500,6 +611,21 @@ mod tests {
         assert_eq!(addrs, ["172.30.0.41", "192.168.99.11", "10.0.0.1"]);
         let slice = a_slice(&json!({ "endpoints": [{ "addresses": ["010.180.00.001"] }] }));
         assert_eq!(slice.endpoints[0].addr.to_string(), "10.180.0.1");
+        let object = json!({
+            "metadata": { "name": "svc" },
+            "spec": { "type": "LoadBalancer", "clusterIPs": ["172.30.0.041"] },
+            "status": { "loadBalancer": { "ingress": [{ "ip": "001.002.003.004" }] } },
+        });
+        let service = super::service(serde_json::from_value(object).unwrap());
+        assert_eq!(
+            (service.cluster_ips[0].to_string(), service.load_balancer_ips[0].to_string()),
+            ("172.30.0.41".into(), "1.2.3.4".into())
+        );
+        let addresses = json!([{ "type": "InternalIP", "address": "192.168.000.002" }]);
+        let object = json!({ "metadata": { "name": "n" }, "status": { "addresses": addresses } });
+        assert_eq!(node(serde_json::from_value(object).unwrap()).addresses[0].to_string(), "192.168.0.2");
+        let object = json!({ "metadata": { "name": "k" }, "spec": { "cidrs": ["010.096.0.0/012"] } });
+        assert_eq!(service_cidr(serde_json::from_value(object).unwrap()).nets[0].to_string(), "10.96.0.0/12");
     }
 
     /// Rules 23 to 25, and 64.
@@ -607,7 +733,7 @@ mod tests {
             "type": "Cluster", "clusterIP": "172.30.0.41", "externalTrafficPolicy": "Remote",
             "ipFamilies": ["IPv5", "IPv4"],
             "ports": [
-                { "name": "s", "port": 80, "protocol": "SCTP" }, { "port": 0 }, { "port": 65536 },
+                { "name": "s", "port": 80, "protocol": "DCCP" }, { "port": 0 }, { "port": 65536 },
                 { "port": 80, "nodePort": 70000 },
             ],
         }));
@@ -617,7 +743,7 @@ mod tests {
             "spec.type: unknown value \"Cluster\"; taken as ClusterIP",
             "spec.externalTrafficPolicy: unknown value \"Remote\"; taken as Cluster",
             "spec.ipFamilies: unknown value \"IPv5\"; taken as nothing",
-            "port s: protocol SCTP is not supported; the port is left out",
+            "port s: protocol DCCP is not supported; the port is left out",
             "spec.ports[1].port: 0 is no port number; it is left out",
             "spec.ports[2].port: 65536 is no port number; it is left out",
             "spec.ports[3].nodePort: 70000 is no port number; it is left out",
@@ -642,8 +768,37 @@ mod tests {
             let slice = a_slice(&json!({ "metadata": { "name": "s", "labels": labels } }));
             assert_eq!(slice.service, None);
         }
-        for address_type in ["FQDN", "", "IPv9"] {
+        for address_type in ["FQDN", ""] {
             assert_eq!(a_slice(&json!({ "addressType": address_type })).service, None);
+        }
+    }
+
+    #[test]
+    fn a_slice_of_unknown_addresses_is_named_and_has_none() {
+        let slice = a_slice(&json!({ "addressType": "IPv9", "endpoints": [{ "addresses": ["10.0.0.1"] }] }));
+        assert_eq!((slice.service.unwrap().to_string(), slice.endpoints), ("ns/svc".into(), vec![]));
+        let text = "EndpointSlice svc-1 addressType: unknown value \"IPv9\"; taken as FQDN";
+        assert_eq!(texts(&slice.findings), [text]);
+    }
+
+    /// Rule 156.
+    #[test]
+    fn long_texts_are_shortened_where_they_are_quoted() {
+        let long = "ü".repeat(200);
+        let object = json!({
+            "metadata": { "name": "svc", "annotations": { Service::ALGORITHM: long, "note": long } },
+            "spec": {
+                "clusterIP": "172.30.0.41", "type": long, "externalIPs": [long], "loadBalancerSourceRanges": [long],
+                "ports": [{ "port": 80 }, { "port": 81, "protocol": long }],
+            },
+        });
+        let service = service(serde_json::from_value(object).unwrap());
+        assert_eq!((service.ports.len(), service.cluster_ips.len()), (1, 1));
+        let quoted = format!("{}…", "ü".repeat(50));
+        let texts = texts_of(&service);
+        assert_eq!(texts.len(), 5, "{texts:?}");
+        for text in texts {
+            assert!(text.contains(&quoted) && text.len() < 250, "{text}");
         }
     }
 
@@ -668,7 +823,8 @@ mod tests {
         let slice = a_slice(&json!({
             "ports": [
                 { "name": "http", "port": 8080, "protocol": "TCP" }, { "port": 53, "protocol": "UDP" },
-                { "name": "all" }, { "name": "s", "port": 1, "protocol": "SCTP" }, { "name": "zero", "port": 0 },
+                { "name": "all" }, { "name": "s", "port": 1, "protocol": "SCTP" },
+                { "name": "d", "port": 1, "protocol": "DCCP" }, { "name": "zero", "port": 0 },
             ],
             "endpoints": [{
                 "addresses": ["10.0.0.1"], "nodeName": "node-a", "zone": "z9",
@@ -676,7 +832,8 @@ mod tests {
             }],
         }));
         let port = |name: &str, port, protocol| SlicePort { name: name.into(), port, protocol };
-        assert_eq!(slice.ports, [port("http", 8080, Protocol::Tcp), port("", 53, Protocol::Udp)]);
+        let ports = [("http", 8080, Protocol::Tcp), ("", 53, Protocol::Udp), ("s", 1, Protocol::Sctp)];
+        assert_eq!(slice.ports, ports.map(|(name, number, protocol)| port(name, number, protocol)));
         let expected = Endpoint {
             node: Some("node-a".into()),
             hints: Some(Box::new(Hints {
@@ -690,6 +847,87 @@ mod tests {
         assert_eq!(texts(&slice.findings).len(), 1);
     }
 
+    fn a_pod(spec: &Value, status: &Value) -> Pod {
+        let metadata = json!({
+            "name": "pod", "namespace": "ns", "creationTimestamp": "2026-01-01T00:00:00Z",
+            "deletionTimestamp": "2026-01-01T00:00:09Z",
+        });
+        pod(serde_json::from_value(json!({ "metadata": metadata, "spec": spec, "status": status })).unwrap())
+    }
+
+    fn container(ports: &Value) -> Value {
+        json!({ "name": "c", "ports": ports })
+    }
+
+    fn host_port_of(name: &str, host_port: u16, host_ip: Option<&str>, container_port: u16) -> HostPort {
+        let host_ip = host_ip.map(|addr| addr.parse().unwrap());
+        HostPort { name: name.into(), host_port, host_ip, container_port, protocol: Protocol::Tcp }
+    }
+
+    /// Rules 64, 131 and 147.
+    #[test]
+    fn a_pod_is_taken_over() {
+        let sidecar = json!({ "name": "s", "restartPolicy": "Always", "ports": [{ "containerPort": 2, "hostPort": 82 }] });
+        let init = json!({ "name": "i", "ports": [{ "containerPort": 3, "hostPort": 83 }] });
+        let ports = json!([
+            { "name": "http", "containerPort": 1, "hostPort": 81, "hostIP": "192.168.000.2" },
+            { "name": "quic", "containerPort": 1, "hostPort": 81, "protocol": "UDP", "hostIP": "::" },
+            { "containerPort": 4 }, { "containerPort": 5, "hostPort": 0 },
+        ]);
+        let spec = json!({
+            "nodeName": "node-a", "containers": [container(&ports)], "initContainers": [init, sidecar],
+        });
+        let status = json!({ "phase": "Running", "podIP": "10.0.0.1", "podIPs": [{ "ip": "10.0.0.1" }, { "ip": "fd00::1" }] });
+        let expected = Pod {
+            created: 1_767_225_600,
+            node: Some("node-a".into()),
+            addrs: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            ports: vec![
+                host_port_of("http", 81, Some("192.168.0.2"), 1),
+                HostPort { protocol: Protocol::Udp, ..host_port_of("quic", 81, Some("::"), 1) },
+                host_port_of("", 82, None, 2),
+            ],
+            ..Pod::named(PodName { namespace: "ns".into(), name: "pod".into() })
+        };
+        assert_eq!(a_pod(&spec, &status), expected);
+        let one = json!({ "phase": "Pending", "podIP": "10.0.0.1" });
+        assert_eq!(a_pod(&spec, &one).addrs, expected.addrs[..1]);
+    }
+
+    #[test]
+    fn pods_without_host_ports_of_ours() {
+        let spec = json!({ "nodeName": "n", "containers": [container(&json!([{ "containerPort": 1, "hostPort": 81 }]))] });
+        let running = json!({ "phase": "Running", "podIP": "10.0.0.1" });
+        assert_eq!(a_pod(&spec, &running).ports.len(), 1);
+        for phase in ["Succeeded", "Failed"] {
+            assert_eq!(a_pod(&spec, &json!({ "phase": phase, "podIP": "10.0.0.1" })).ports, []);
+        }
+        assert_eq!(a_pod(&spec, &json!({ "phase": "Pending" })).ports, []);
+        let mut host_network = spec;
+        host_network["hostNetwork"] = true.into();
+        assert_eq!(a_pod(&host_network, &running).ports, []);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_host_port_is_named_and_the_rest_is_used() {
+        let ports = json!([
+            { "containerPort": 1, "hostPort": 65536 }, { "containerPort": 0, "hostPort": 81 },
+            { "containerPort": 1, "hostPort": -1 }, { "containerPort": 1, "hostPort": 82, "hostIP": "localhost" },
+            { "name": "x", "containerPort": 1, "hostPort": 83, "protocol": "ICMP" },
+            { "containerPort": 1, "hostPort": 84 },
+        ]);
+        let pod = a_pod(&json!({ "containers": [container(&ports)] }), &json!({ "podIP": "10.0.0.1" }));
+        assert_eq!(pod.ports, [host_port_of("", 84, None, 1)]);
+        let expected = [
+            "container c hostPort: 65536 is no port number; it is left out",
+            "container c containerPort: 0 is no port number; it is left out",
+            "container c hostPort: -1 is no port number; it is left out",
+            "container c hostIP: \"localhost\" is not an IP address; it is left out",
+            "port x: protocol ICMP is not supported; the port is left out",
+        ];
+        assert_eq!(texts(&pod.findings), expected);
+    }
+
     #[test]
     fn a_node_is_taken_over() {
         let object = json!({
@@ -697,7 +935,10 @@ mod tests {
                 "name": "node-a", "labels": { ZONE_LABEL: "z1" },
                 "deletionTimestamp": "2026-01-01T00:00:00Z",
             },
-            "spec": { "taints": [{ "key": TO_BE_DELETED_TAINT, "effect": "NoSchedule" }] },
+            "spec": {
+                "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64", "pods"],
+                "taints": [{ "key": TO_BE_DELETED_TAINT, "effect": "NoSchedule" }],
+            },
             "status": { "addresses": [
                 { "type": "Hostname", "address": "node-a" }, { "type": "ExternalIP", "address": "1.2.3.4" },
                 { "type": "InternalIP", "address": "192.168.0.2" }, { "type": "InternalIP", "address": "fd00::2" },
@@ -706,6 +947,8 @@ mod tests {
         let node = node(serde_json::from_value(object).unwrap());
         let addresses: Vec<_> = node.addresses.iter().map(ToString::to_string).collect();
         assert_eq!(addresses, ["192.168.0.2", "fd00::2", "1.2.3.4"]);
+        let networks: Vec<_> = node.pod_cidrs.iter().map(ToString::to_string).collect();
+        assert_eq!(networks, ["10.244.1.0/24", "fd00:10:244:1::/64"]);
         assert_eq!(node.zone.as_deref(), Some("z1"));
         assert!(node.deleting && node.to_be_deleted);
     }

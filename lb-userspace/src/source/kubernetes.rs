@@ -1,4 +1,4 @@
-//! The Kubernetes API server: Services, EndpointSlices and this one Node, listed and watched for as long as
+//! The Kubernetes API server: Services, EndpointSlices, this one Node and its Pods, listed and watched for as long as
 //! the agent lives.
 //!
 //! Asks only for what it uses (label and field selectors, no write access), and converts each object while
@@ -28,7 +28,8 @@ use super::convert::ServiceCidr;
 use super::known::Known;
 use super::{Closed, Event, Kind, Sender, convert};
 use crate::entries::ServiceName;
-use crate::model::{Change, EndpointSlice, Node, Service, SliceName};
+use crate::model::{Change, EndpointSlice, Node, Pod, Service, SliceName};
+use crate::owner::PodName;
 
 /// What kube-proxy asks for, too.
 const LABELS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
@@ -118,6 +119,7 @@ pub fn follow_with(
     let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
     let labelled = config.clone().labels(LABELS);
     let cidrs = Follower::<ServiceCidr>::new(client, config.clone(), events, backoff());
+    let here = config.clone().fields(&format!("spec.nodeName={node_name}"));
     let ours = config.fields(&format!("metadata.name={node_name}"));
     let mut tasks = JoinSet::new();
     let services = Follower::<Service>::new(client, labelled.clone(), events, backoff());
@@ -126,6 +128,8 @@ pub fn follow_with(
     tasks.spawn(slices.run());
     let nodes = Follower::<Node>::new(client, ours, events, backoff());
     tasks.spawn(nodes.run());
+    let pods = Follower::<Pod>::new(client, here, events, backoff());
+    tasks.spawn(pods.run());
     tasks.spawn(cidrs.run());
     tasks
 }
@@ -183,6 +187,28 @@ impl Watched for EndpointSlice {
 
     fn gone(name: SliceName) -> Change {
         Change::SliceGone(name)
+    }
+}
+
+impl Watched for Pod {
+    type Object = core::Pod;
+    type Name = PodName;
+    const KIND: Kind = Kind::Pods;
+
+    fn convert(object: core::Pod) -> Self {
+        convert::pod(object)
+    }
+
+    fn name(&self) -> PodName {
+        self.name.clone()
+    }
+
+    fn changed(self) -> Change {
+        Change::Pod(Arc::new(self))
+    }
+
+    fn gone(name: PodName) -> Change {
+        Change::PodGone(name)
     }
 }
 
@@ -305,6 +331,9 @@ impl<W: Watched> Follower<W> {
             match event {
                 Ok(event) => self.take(event).await?,
                 Err(error) => {
+                    if W::KIND.is_dispensable() && is_refused(&error) {
+                        self.send(Event::Refused(W::KIND)).await?;
+                    }
                     self.complain(&error);
                     let pause = self.backoff.next().unwrap_or(Duration::from_secs(30));
                     tokio::select! {
@@ -357,9 +386,26 @@ impl<W: Watched> Follower<W> {
     fn complain(&mut self, error: &watcher::Error) {
         let text = describe(W::KIND, error);
         if self.trouble.as_deref() != Some(&text) {
-            tracing::warn!(kind = %W::KIND, "{text}; everything stays as it is, and the server is asked again");
+            let meanwhile = if W::KIND.is_dispensable() && is_refused(error) {
+                "Services are served all the same, but no new host ports"
+            } else {
+                "everything stays as it is"
+            };
+            tracing::warn!(kind = %W::KIND, "{text}; {meanwhile}, and the server is asked again");
             self.trouble = Some(text);
         }
+    }
+}
+
+/// We may not read this kind.
+fn is_refused(error: &watcher::Error) -> bool {
+    use watcher::Error::{InitialListFailed, WatchFailed, WatchStartFailed};
+
+    match error {
+        InitialListFailed(error) | WatchStartFailed(error) | WatchFailed(error) => {
+            matches!(error, kube::Error::Api(status) if matches!(status.code, 401 | 403))
+        }
+        _ => false,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Where changes of Services, EndpointSlices and the Node come from: a Kubernetes API server, or manifest
+//! Where changes of Services, EndpointSlices, Pods and the Node come from: a Kubernetes API server, or manifest
 //! files. Both convert at their border: Kubernetes' types go no further than this directory.
 
 pub mod convert;
@@ -22,6 +22,8 @@ pub enum Event {
     Changed(Change),
     /// Every object of this kind has been told once.
     Listed(Kind),
+    /// Objects of this kind may not be read, and everything else goes on without them until they may.
+    Refused(Kind),
 }
 
 /// A kind of objects that is listed and watched.
@@ -29,6 +31,8 @@ pub enum Event {
 pub enum Kind {
     Services,
     EndpointSlices,
+    /// Those of this node.
+    Pods,
     Nodes,
     /// Not every API server has them.
     ServiceCidrs,
@@ -36,7 +40,12 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind that every API server has; the agent writes nothing before all of them are listed.
-    pub const ALL: [Self; 3] = [Self::Services, Self::EndpointSlices, Self::Nodes];
+    pub const ALL: [Self; 4] = [Self::Services, Self::EndpointSlices, Self::Pods, Self::Nodes];
+
+    /// Services are served without objects of this kind, if they may not be read.
+    pub const fn is_dispensable(self) -> bool {
+        matches!(self, Self::Pods)
+    }
 }
 
 impl fmt::Display for Kind {
@@ -44,6 +53,7 @@ impl fmt::Display for Kind {
         f.pad(match self {
             Self::Services => "Services",
             Self::EndpointSlices => "EndpointSlices",
+            Self::Pods => "Pods",
             Self::Nodes => "Nodes",
             Self::ServiceCidrs => "ServiceCIDRs",
         })

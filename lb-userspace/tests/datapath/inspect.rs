@@ -4,7 +4,7 @@ use std::path::Path;
 
 use fairlead::datapath::test_run::{Input, test_run};
 use fairlead::datapath::{Datapath, Maps, Place, XdpKind};
-use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol};
+use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, ServiceName};
 use fairlead::inspect::{InspectError, Inspector};
 use lb_common::abi::{
     Service, Window, address_flags, backend_flags, backend_state, frontend_kind, service_flags,
@@ -24,7 +24,7 @@ fn query() -> Vec<u8> {
     frame
 }
 
-fn dns() -> [Op; 5] {
+fn dns() -> [Op; 6] {
     let backend = |id, addr: &str, flags, state| Op::SetBackend {
         family: Family::V4,
         id,
@@ -43,6 +43,10 @@ fn dns() -> [Op; 5] {
                 internal: Window { base: 1, len: 3 },
                 ..Service::default()
             },
+        },
+        Op::SetName {
+            service: 9,
+            owner: ServiceName { namespace: "kube-system".into(), name: "dns".into() }.into(),
         },
         Op::SetAddress { addr: "10.96.0.1".parse().unwrap(), flags: address_flags::SERVICE },
     ]
@@ -82,12 +86,18 @@ fn everything_is_read_from_pins_alone() {
                 "protocol": "UDP",
                 "kind": "ClusterIP",
                 "service": 9,
+                "owner": "Service",
+                "namespace": "kube-system",
+                "name": "dns",
                 "algorithm": "random",
+                "affinity_seconds": 0,
+                "source_ranges": null,
                 "internal": {
                     "when_empty": "reject",
                     "backends": [{ "id": 3, "address": "10.1.0.3", "port": 5353, "slots": 3 }],
                 },
                 "external": { "when_empty": "drop", "backends": [] },
+                "usage": { "connections": 1, "packets": 1, "bytes": 32, "refused": 0 },
             }])
         );
         let backends = serde_json::to_value(inspector.backends().unwrap()).unwrap();

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use fairlead::datapath::{Datapath, MapError, Maps, Options, Sizes};
-use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, Snapshot};
+use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, ServiceName, Snapshot};
+use fairlead::owner::Owner;
 use lb_common::abi::{Service, Window, address_flags, backend_state, frontend_kind};
 
 use crate::support::{TempBpffs, in_new_netns, small};
@@ -22,6 +23,10 @@ fn key(addr: &str, protocol: Protocol) -> FrontendKey {
 
 fn network(net: &str, flags: u32) -> (ipnet::IpNet, u32) {
     (net.parse().unwrap(), flags)
+}
+
+fn owner() -> Owner {
+    ServiceName { namespace: "ns".into(), name: "svc".into() }.into()
 }
 
 fn service(id: u32, base: u32, len: u32) -> Service {
@@ -57,6 +62,8 @@ fn after(ops: &[Op]) -> Snapshot {
                     ids.remove(&backend);
                 }
             }
+            Op::SetName { service, owner } => drop(snapshot.names.insert(service, (&owner).into())),
+            Op::RemoveName { service } => drop(snapshot.names.remove(&service)),
             Op::SetSource { service, net } => drop(snapshot.sources.entry(service).or_default().insert(net)),
             Op::RemoveSource { service, net } => {
                 if let Some(nets) = snapshot.sources.get_mut(&service) {
@@ -113,6 +120,11 @@ fn what_is_written_is_read_back() {
             Op::AddMember { window: 4090, backend: 2 },
             Op::RemoveMember { window: 1, backend: 1 },
             Op::RemoveMember { window: 7, backend: 1 },
+            Op::SetName { service: 7, owner: owner() },
+            Op::SetName { service: 70_000, owner: owner() },
+            Op::SetName { service: 8, owner: owner() },
+            Op::RemoveName { service: 8 },
+            Op::RemoveName { service: 9 },
             Op::SetSource { service: 1, net: "203.0.113.0/24".parse().unwrap() },
             Op::SetSource { service: 1, net: "203.0.113.0/25".parse().unwrap() },
             Op::SetSource { service: 2, net: "198.51.100.7/32".parse().unwrap() },

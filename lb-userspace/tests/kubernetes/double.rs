@@ -1,4 +1,4 @@
-//! An API server that knows three kinds of objects, and misbehaves when it is told to.
+//! An API server that knows a few kinds of objects, and misbehaves when it is told to.
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Query, Request, State};
-use axum::http::{StatusCode, Uri};
+use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Json, Response};
 use futures::StreamExt;
 use futures::channel::mpsc::{UnboundedSender, unbounded};
@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 
 pub(crate) const SERVICES: &str = "/api/v1/services";
 pub(crate) const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+pub(crate) const PODS: &str = "/api/v1/pods";
 pub(crate) const NODES: &str = "/api/v1/nodes";
 /// Not there (404) before the first object is set, as before Kubernetes 1.33.
 pub(crate) const CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
@@ -43,6 +44,11 @@ struct Store {
     watchers: Vec<(String, UnboundedSender<Result<Bytes, Infallible>>)>,
     requests: Vec<(String, HashMap<String, String>)>,
     mood: Option<Mood>,
+    /// Events that were created.
+    created: Vec<Value>,
+    refuses_events: bool,
+    /// A path that is answered with 403.
+    forbidden: Option<&'static str>,
     page: usize,
 }
 
@@ -97,6 +103,21 @@ impl Double {
         self.store().mood = Some(mood);
     }
 
+    /// Every Event that was created.
+    pub(crate) fn created(&self) -> Vec<Value> {
+        self.store().created.clone()
+    }
+
+    /// 403 to Events.
+    pub(crate) fn refuse_events(&self, refuse: bool) {
+        self.store().refuses_events = refuse;
+    }
+
+    /// 403 to everything that asks for `path`; none: to nothing.
+    pub(crate) fn forbid(&self, path: Option<&'static str>) {
+        self.store().forbidden = path;
+    }
+
     /// Every request so far: path and parameters.
     pub(crate) fn requests(&self) -> Vec<(String, HashMap<String, String>)> {
         self.store().requests.clone()
@@ -139,16 +160,20 @@ async fn answer(
     uri: Uri,
     request: Request,
 ) -> Response {
-    let mut store = double.store();
     let path = uri.path().to_owned();
+    if request.method() == Method::POST {
+        return create(&double, path, request).await;
+    }
+    let mut store = double.store();
     if path == CIDRS && !store.objects.contains_key(CIDRS) {
         return refuse(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource");
     }
     store.requests.push((format!("{} {path}", request.method()), parameters.clone()));
     let watch = parameters.get("watch").is_some_and(|value| value == "true");
     let gone = "too old resource version: 1 (2)";
+    let forbidden = store.forbidden == Some(path.as_str());
     match (store.mood, watch) {
-        (Some(Mood::Forbidden), _) => {
+        (mood, _) if forbidden || mood == Some(Mood::Forbidden) => {
             let message = "services is forbidden: User \"system:node\" cannot list resource";
             return refuse(StatusCode::FORBIDDEN, "Forbidden", message);
         }
@@ -172,13 +197,33 @@ async fn answer(
     Body::from_stream(receiver.map(|bytes: Result<Bytes, Infallible>| bytes)).into_response()
 }
 
+/// Events are the only objects that the agent creates.
+async fn create(double: &Double, path: String, request: Request) -> Response {
+    let body = to_bytes(request.into_body(), 64 * 1024).await.unwrap();
+    let mut store = double.store();
+    store.requests.push((format!("POST {path}"), HashMap::new()));
+    let event: Value = serde_json::from_slice(&body).unwrap();
+    let namespace = event["metadata"]["namespace"].as_str().unwrap();
+    assert_eq!(path, format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
+    if store.refuses_events {
+        let message = "events.events.k8s.io is forbidden: User \"system:node\" cannot create resource";
+        return refuse(StatusCode::FORBIDDEN, "Forbidden", message);
+    }
+    store.created.push(event.clone());
+    (StatusCode::CREATED, Json(event)).into_response()
+}
+
 fn list(store: &Store, path: &str, parameters: &HashMap<String, String>) -> Response {
     let none = BTreeMap::new();
     let objects = store.objects.get(path).unwrap_or(&none);
     let from = parameters.get("continue").map(String::as_str).unwrap_or_default();
-    let name = parameters.get("fieldSelector").and_then(|selector| selector.strip_prefix("metadata.name="));
-    let mut rest =
-        objects.iter().filter(|(own, _)| own.as_str() > from && name.is_none_or(|name| name == *own));
+    let selector = parameters.get("fieldSelector").and_then(|selector| selector.split_once('='));
+    let selected = |object: &Value| match selector {
+        Some(("metadata.name", name)) => object["metadata"]["name"] == name,
+        Some(("spec.nodeName", name)) => object["spec"]["nodeName"] == name,
+        _ => true,
+    };
+    let mut rest = objects.iter().filter(|(own, (_, object))| own.as_str() > from && selected(object));
     // Smaller than any page that is asked for: clients must go on.
     let items: Vec<_> = rest.by_ref().take(store.page).collect();
     let last = items.last().map(|(name, _)| name.as_str()).unwrap_or_default();

@@ -1,12 +1,14 @@
 //! The Kubernetes source on the wire, against a double of the API server.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod bad;
 mod double;
+mod events;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use double::{CIDRS, Double, Mood, NODES, SERVICES, SLICES};
+use double::{CIDRS, Double, Mood, NODES, PODS, SERVICES, SLICES};
 use fairlead::agent::Agent;
 use fairlead::compile::Facts;
 use fairlead::datapath::fake::FakeMaps;
@@ -70,25 +72,26 @@ impl World {
 
     /// Takes the initial lists, which hold `expected`.
     async fn listed(&mut self, expected: &[&str]) {
-        let marks = ["listed Services", "listed EndpointSlices", "listed Nodes"];
+        let marks = ["listed Services", "listed EndpointSlices", "listed Pods", "listed Nodes"];
         self.expect(&[expected, &marks].concat()).await;
         self.watching().await;
     }
 
     async fn watching(&self) {
-        let watching = || [SERVICES, SLICES, NODES].iter().all(|path| self.double.watches(path) == 1);
+        let watching = || [SERVICES, SLICES, PODS, NODES].iter().all(|path| self.double.watches(path) == 1);
         let wait = async {
             while !watching() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, wait).await.expect("watches on all three");
+        tokio::time::timeout(PATIENCE, wait).await.expect("watches on all four");
     }
 }
 
 fn show(event: &Event) -> String {
     match event {
         Event::Listed(kind) => format!("listed {kind}"),
+        Event::Refused(kind) => format!("refused {kind}"),
         Event::Changed(Change::Service(service)) => match service.ports.first() {
             Some(port) => format!("{}:{}", service.name.name, port.port),
             None => service.name.name.to_string(),
@@ -96,6 +99,8 @@ fn show(event: &Event) -> String {
         Event::Changed(Change::ServiceGone(name)) => format!("-{}", name.name),
         Event::Changed(Change::Slice(slice)) => format!("slice {}", slice.name.name),
         Event::Changed(Change::SliceGone(name)) => format!("-slice {}", name.name),
+        Event::Changed(Change::Pod(pod)) => format!("pod {} {}", pod.name.name, pod.ports.len()),
+        Event::Changed(Change::PodGone(name)) => format!("-pod {}", name.name),
         Event::Changed(Change::Node(node)) => {
             format!("node {} {}", node.name, node.zone.as_deref().unwrap_or("?"))
         }
@@ -124,6 +129,15 @@ fn node(name: &str, zone: &str) -> Value {
     json!({ "metadata": { "name": name, "labels": { "topology.kubernetes.io/zone": zone } } })
 }
 
+fn pod(name: &str, node: &str, host_port: u16) -> Value {
+    let ports = json!([{ "containerPort": 8080, "hostPort": host_port }]);
+    json!({
+        "metadata": { "name": name, "namespace": "ns", "managedFields": [{ "manager": "x" }] },
+        "spec": { "nodeName": node, "containers": [{ "name": "c", "image": "i", "ports": ports }] },
+        "status": { "phase": "Running", "podIP": "10.0.0.7" },
+    })
+}
+
 #[tokio::test]
 async fn lists_page_by_page_and_then_watches() {
     let double = Double::start().await;
@@ -141,7 +155,7 @@ async fn lists_page_by_page_and_then_watches() {
     world.double.delete(SERVICES, "b");
     world.double.delete(SLICES, "s");
     world.expect(&["-b", "-slice s"]).await;
-    assert_eq!(world.tasks.len(), 4);
+    assert_eq!(world.tasks.len(), 5);
 }
 
 #[tokio::test]
@@ -152,6 +166,7 @@ async fn asks_only_for_what_it_uses() {
     let paths: BTreeSet<&str> = requests.iter().map(|(request, _)| request.as_str()).collect();
     let expected = BTreeSet::from([
         "GET /api/v1/services",
+        "GET /api/v1/pods",
         "GET /api/v1/nodes",
         "GET /apis/discovery.k8s.io/v1/endpointslices",
     ]);
@@ -159,6 +174,8 @@ async fn asks_only_for_what_it_uses() {
     for (request, parameters) in &requests {
         if request.ends_with("nodes") {
             assert_eq!(parameters["fieldSelector"], "metadata.name=node-a");
+        } else if request.ends_with("pods") {
+            assert_eq!(parameters["fieldSelector"], "spec.nodeName=node-a");
         } else {
             let labels = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
             assert_eq!(parameters["labelSelector"], labels);
@@ -261,9 +278,39 @@ async fn a_refusal_is_asked_again() {
         }
     };
     tokio::time::timeout(PATIENCE, wait).await.unwrap();
-    assert!(world.events.try_recv().is_err(), "nothing is listed");
+    while let Ok(event) = world.events.try_recv() {
+        assert_eq!(show(&event), "refused Pods", "nothing is listed");
+    }
     world.double.be(Mood::Well);
-    world.listed(&["a:1"]).await;
+    let mut marks = BTreeSet::new();
+    while marks.len() < 5 {
+        let event = tokio::time::timeout(PATIENCE, world.events.recv()).await.unwrap().unwrap();
+        marks.extend(Some(show(&event)).filter(|event| event != "refused Pods"));
+    }
+    let listed = ["Services", "EndpointSlices", "Pods", "Nodes"].map(|kind| format!("listed {kind}"));
+    assert_eq!(marks, listed.into_iter().chain(["a:1".to_owned()]).collect());
+}
+
+#[tokio::test]
+async fn pods_of_this_node_are_followed() {
+    let double = Double::start().await;
+    double.set(PODS, pod("a", "node-a", 80));
+    double.set(PODS, pod("b", "node-b", 80));
+    let mut world = World::start(double).await;
+    world.listed(&["pod a 1"]).await;
+    world.double.set(PODS, pod("c", "node-a", 81));
+    world.double.delete(PODS, "a");
+    world.expect(&["pod c 1", "-pod a"]).await;
+    // One that is gone while nobody looks.
+    world.double.be(Mood::GoneInStream);
+    world.double.disconnect();
+    world.double.delete(PODS, "c");
+    loop {
+        let event = tokio::time::timeout(PATIENCE, world.events.recv()).await.unwrap().unwrap();
+        if show(&event) == "-pod c" {
+            break;
+        }
+    }
 }
 
 #[tokio::test]
@@ -274,6 +321,7 @@ async fn followers_end_when_nobody_listens() {
     // Each notices with its next event, or while it waits to ask again.
     world.double.set(SERVICES, service("a", 1));
     world.double.set(SLICES, slice("s"));
+    world.double.set(PODS, pod("a", "node-a", 80));
     world.double.set(NODES, node("node-a", "z1"));
     let end = async { while world.tasks.join_next().await.is_some() {} };
     tokio::time::timeout(PATIENCE, end).await.unwrap();
@@ -384,4 +432,27 @@ async fn from_the_wire_to_the_maps_through_outages_and_restarts() {
     whole.until(&[(a, more), (c, &[]), (d, &["10.0.0.4:8080"])]).await;
     // One backend, one window, one frontend; and what the predecessor had no time to free.
     assert!(whole.agent.stats().ops < 8, "{:?}", whole.agent.stats());
+}
+
+#[tokio::test]
+async fn without_a_right_to_pods_services_are_served() {
+    let limits =
+        Limits { services: 100, backends: 100, slots: 1600, addresses: 100, sources: 100, members: 100 };
+    let double = Double::start().await;
+    double.set(SERVICES, complete("a", 1));
+    double.set(SLICES, endpoints("a", &["10.0.0.1"]));
+    double.set(PODS, pod("p", "node-a", 80));
+    double.forbid(Some(PODS));
+    let mut whole = Whole::start(double.clone(), FakeMaps::new(limits)).await;
+    let service: (&str, &[&str]) = ("172.30.0.1:80/TCP", &["10.0.0.1:8080"]);
+    whole.until(&[service]).await;
+    // It is asked for again and again.
+    double.forbid(None);
+    whole.until(&[("any IPv4 node address:80/TCP", &["10.0.0.7:8080"]), service]).await;
+    // What is known stays when the right is taken away.
+    double.forbid(Some(PODS));
+    double.disconnect();
+    double.set(SERVICES, complete("b", 2));
+    let b: (&str, &[&str]) = ("172.30.0.2:80/TCP", &[]);
+    whole.until(&[("any IPv4 node address:80/TCP", &["10.0.0.7:8080"]), service, b]).await;
 }

@@ -135,12 +135,7 @@ const SUITES: [Suite; 6] = [
     Suite { name: "datapath", tier: 2, only: &["kernel::"], harness: "--nocapture" },
     Suite { name: "programs", tier: 2, only: &[], harness: "--test-threads=1" },
     Suite { name: "packets", tier: 2, only: &[], harness: "--test-threads=2" },
-    Suite {
-        name: "datapath",
-        tier: 2,
-        only: &["edges::", "inspect::", "maps::", "takeover::"],
-        harness: "--test-threads=2",
-    },
+    Suite { name: "datapath", tier: 2, only: &[], harness: "--test-threads=2 --skip kernel::" },
     Suite { name: "agent", tier: 2, only: &[], harness: "--test-threads=2" },
     Suite {
         name: "nodes",

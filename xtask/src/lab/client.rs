@@ -20,15 +20,16 @@ use socket2::{Domain, Socket, Type};
 
 use super::cgroup::Cgroup;
 use super::netns::Netns;
+use super::sctp;
 use super::server::{Stop, serve};
 use super::wire::{self, Frame, Introduction, Protocol, Sender};
 
 /// How long a call waits for its answer. Machines are shared and slow.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Datagrams of a bulk transfer that are on their way at the same time.
-const WINDOW: u32 = 16;
-/// Size of these datagrams: they fit any MTU from IPv6's 1280 bytes up, and are no multiple of 8.
+/// Size of the datagrams of a bulk transfer: they fit any MTU from IPv6's 1280 bytes up, and are no multiple of 8.
 const DATAGRAM: usize = 1202;
+/// Bytes of these datagrams that are on their way at the same time.
+const WINDOW: usize = 16 * DATAGRAM;
 /// When a datagram of a bulk transfer is sent again.
 const RESEND: Duration = Duration::from_millis(500);
 
@@ -41,6 +42,8 @@ pub struct Call {
     pub from_port: Option<u16>,
     /// UDP: whether the socket is connected to its target.
     pub connected: bool,
+    /// UDP: bytes of each datagram of a bulk transfer.
+    pub datagram: usize,
     /// TCP: closing resets the connection, so that its port is free at once.
     pub abrupt: bool,
     pub patience: Duration,
@@ -48,7 +51,15 @@ pub struct Call {
 
 impl Call {
     pub fn new(protocol: Protocol, target: SocketAddr) -> Self {
-        Self { protocol, target, from_port: None, connected: true, abrupt: false, patience: PATIENCE }
+        Self {
+            protocol,
+            target,
+            from_port: None,
+            connected: true,
+            datagram: DATAGRAM,
+            abrupt: false,
+            patience: PATIENCE,
+        }
     }
 
     pub fn tcp(target: SocketAddr) -> Self {
@@ -68,6 +79,12 @@ impl Call {
     #[must_use]
     pub fn unconnected(self) -> Self {
         Self { connected: false, ..self }
+    }
+
+    /// UDP: a bulk transfer goes in datagrams of so many bytes, in both directions; those beyond the MTU in fragments.
+    #[must_use]
+    pub fn datagram(self, bytes: usize) -> Self {
+        Self { datagram: bytes, ..self }
     }
 
     /// TCP: the connection ends with a reset.
@@ -115,6 +132,7 @@ impl Call {
         let kind = match self.protocol {
             Protocol::Tcp => Type::STREAM,
             Protocol::Udp => Type::DGRAM,
+            Protocol::Sctp => return sctp::connect(self.target),
         };
         let socket = Socket::new(Domain::for_address(self.target), kind, None)?;
         if self.from_port.is_some() || self.protocol == Protocol::Udp {
@@ -131,7 +149,7 @@ impl Call {
         match self.protocol {
             Protocol::Tcp => socket.connect_timeout(&self.target.into(), self.patience)?,
             Protocol::Udp if self.connected => socket.connect(&self.target.into())?,
-            Protocol::Udp => {}
+            Protocol::Udp | Protocol::Sctp => {}
         }
         socket.set_read_timeout(Some(self.patience))?;
         socket.set_write_timeout(Some(self.patience))?;
@@ -215,6 +233,16 @@ pub struct Tally {
     pub failures: BTreeMap<String, u32>,
 }
 
+impl Tally {
+    pub fn add(&mut self, other: Self) {
+        for (into, from) in [(&mut self.answers, other.answers), (&mut self.failures, other.failures)] {
+            for (what, count) in from {
+                *into.entry(what).or_default() += count;
+            }
+        }
+    }
+}
+
 /// A bulk transfer that came through whole, in both directions.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Transfer {
@@ -289,6 +317,7 @@ impl Desk {
             Task::Bulk(call, len) => Report::Transfer(match call.protocol {
                 Protocol::Tcp => bulk_over_tcp(&call, len)?,
                 Protocol::Udp => bulk_over_udp(&call, len)?,
+                Protocol::Sctp => bail!("SCTP is spoken for single calls only"),
             }),
             Task::Open(call) => {
                 let id = self.next_session;
@@ -349,6 +378,7 @@ fn introduce(call: &Call, socket: &Socket, nonce: u64) -> io::Result<Outcome> {
             let (line, from) = receive_answer(&socket, nonce, call.patience)?;
             (line, if call.connected { socket.peer_addr()? } else { from })
         }
+        Protocol::Sctp => return sctp::introduce(call, socket, nonce),
     };
     let local = TcpStream::from(socket.try_clone()?).local_addr()?;
     if peer != call.target {
@@ -398,9 +428,10 @@ fn bulk_over_udp(call: &Call, len: u64) -> Result<Transfer> {
     };
     let socket = UdpSocket::from(socket);
     socket.set_read_timeout(Some(RESEND))?;
-    let count = u32::try_from(len.div_ceil(DATAGRAM as u64)).context("too long")?;
+    let count = u32::try_from(len.div_ceil(call.datagram as u64)).context("too long")?;
+    let window = (WINDOW / call.datagram).max(1);
     let send = |number| -> io::Result<()> {
-        let bytes = Frame { number, sender: Sender::Client, len: DATAGRAM }.bytes();
+        let bytes = Frame { number, sender: Sender::Client, len: call.datagram }.bytes();
         if call.connected { socket.send(&bytes) } else { socket.send_to(&bytes, call.target) }.map(drop)
     };
     let mut waiting = BTreeMap::new();
@@ -408,7 +439,7 @@ fn bulk_over_udp(call: &Call, len: u64) -> Result<Transfer> {
     let mut buffer = vec![0; 65536];
     let mut last_answer = Instant::now();
     while next < count || !waiting.is_empty() {
-        while next < count && waiting.len() < WINDOW as usize {
+        while next < count && waiting.len() < window {
             send(next)?;
             waiting.insert(next, Instant::now());
             next += 1;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Node, Pod, Protocol};
 
-/// A directory of manifests, one file per Service or Node.
+/// A directory of manifests, one file per Service, Pod or Node.
 #[derive(Clone, Debug)]
 pub struct Manifests {
     dir: PathBuf,
@@ -28,14 +28,29 @@ impl Manifests {
 
     /// Writes or replaces a Service and its EndpointSlices.
     pub fn apply(&self, service: &Service) -> Result<()> {
-        let mut documents = vec![service.manifest()];
-        documents.extend(service.slices());
-        self.write(&service.name, &documents)
+        self.write(&service.name, &service.documents())
     }
 
     /// Writes or replaces a Node.
     pub fn apply_node(&self, node: &Node) -> Result<()> {
         self.write(&node.name, &[node_manifest(node)])
+    }
+
+    /// Writes or replaces a Pod with these host ports: protocol, hostIP (may be empty), hostPort, containerPort.
+    pub fn apply_pod(&self, pod: &Pod, ports: &[(Protocol, &str, u16, u16)]) -> Result<()> {
+        self.write(&format!("pod-{}", pod.name()), &[pod_manifest(pod, ports)])
+    }
+
+    /// Deletes a Pod.
+    pub fn delete_pod(&self, pod: &Pod) -> Result<()> {
+        self.delete(&format!("pod-{}", pod.name()))
+    }
+
+    /// Replaces a Node by one in this zone.
+    pub fn apply_node_in_zone(&self, node: &Node, zone: &str) -> Result<()> {
+        let mut manifest = node_manifest(node);
+        manifest["metadata"]["labels"]["topology.kubernetes.io/zone"] = json!(zone);
+        self.write(&node.name, &[manifest])
     }
 
     /// Deletes what is called `name`.
@@ -65,7 +80,8 @@ impl Manifests {
         fs::rename(&fresh, self.path(name)).with_context(|| format!("cannot write {name}"))
     }
 
-    fn write(&self, name: &str, documents: &[Value]) -> Result<()> {
+    /// Writes or replaces the file `name` with these objects.
+    pub fn write(&self, name: &str, documents: &[Value]) -> Result<()> {
         let texts: Result<Vec<_>, _> = documents.iter().map(serde_yaml_ng::to_string).collect();
         self.write_text(name, &texts.context("cannot write YAML")?.join("---\n"))
     }
@@ -86,6 +102,8 @@ pub struct Service {
     pub annotations: Vec<(String, String)>,
     /// Merged into `spec`: policies and whatever else a test is about.
     pub spec: Value,
+    /// `status.loadBalancer.ingress`.
+    pub ingress: Vec<Value>,
 }
 
 /// A port of a Service.
@@ -109,6 +127,8 @@ pub struct Endpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
+    /// `hints`.
+    pub hints: Value,
 }
 
 impl Port {
@@ -143,7 +163,27 @@ impl Endpoint {
             ready: true,
             serving: true,
             terminating: false,
+            hints: json!({}),
         }
+    }
+
+    /// It is about to go; `serving`: and answers as long as it is there.
+    #[must_use]
+    pub fn terminating(self, serving: bool) -> Self {
+        Self { ready: false, serving, terminating: true, ..self }
+    }
+
+    /// It has not come up, or has failed.
+    #[must_use]
+    pub fn unready(self) -> Self {
+        Self { ready: false, serving: false, ..self }
+    }
+
+    /// Whom it is meant for.
+    #[must_use]
+    pub fn hints(self, zones: &[&str], nodes: &[&str]) -> Self {
+        let list = |names: &[&str]| names.iter().map(|name| json!({ "name": name })).collect::<Vec<_>>();
+        Self { hints: json!({ "forZones": list(zones), "forNodes": list(nodes) }), ..self }
     }
 }
 
@@ -162,6 +202,7 @@ impl Service {
             endpoints: Vec::new(),
             annotations: Vec::new(),
             spec: json!({}),
+            ingress: Vec::new(),
         }
     }
 
@@ -175,6 +216,13 @@ impl Service {
     pub fn endpoint(mut self, endpoint: impl Into<Endpoint>) -> Self {
         self.endpoints.push(endpoint.into());
         self
+    }
+
+    /// The Service object and its EndpointSlices.
+    pub fn documents(&self) -> Vec<Value> {
+        let mut documents = vec![self.manifest()];
+        documents.extend(self.slices());
+        documents
     }
 
     /// The Service object.
@@ -200,7 +248,8 @@ impl Service {
         for (key, value) in &self.annotations {
             metadata["annotations"][key] = json!(value);
         }
-        json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec })
+        let status = json!({ "loadBalancer": { "ingress": self.ingress } });
+        json!({ "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec, "status": status })
     }
 
     /// What the EndpointSlice controller makes of it: a slice for each family of the Service.
@@ -261,9 +310,26 @@ impl Endpoint {
             "addresses": [addr],
             "conditions": { "ready": self.ready, "serving": self.serving, "terminating": self.terminating },
             "nodeName": self.node,
+            "hints": self.hints,
             "targetRef": { "kind": "Pod", "name": self.pod, "namespace": "default" },
         }))
     }
+}
+
+fn pod_manifest(pod: &Pod, ports: &[(Protocol, &str, u16, u16)]) -> Value {
+    let ports = ports.iter().map(|(protocol, host_ip, host_port, container_port)| {
+        let protocol = protocol.to_string().to_uppercase();
+        json!({ "containerPort": container_port, "hostPort": host_port, "hostIP": host_ip, "protocol": protocol })
+    });
+    let containers = json!([{ "name": "server", "image": "server", "ports": ports.collect::<Vec<_>>() }]);
+    let [first, second] = pod.addrs.both();
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "name": pod.name(), "namespace": "default" },
+        "spec": { "nodeName": pod.node, "containers": containers },
+        "status": { "phase": "Running", "podIP": first, "podIPs": [{ "ip": first }, { "ip": second }] },
+    })
 }
 
 fn node_manifest(node: &Node) -> Value {

@@ -27,6 +27,7 @@ pub mod counters;
 pub mod custody;
 pub mod manifests;
 pub mod netns;
+mod sctp;
 pub mod server;
 mod veth;
 pub mod wire;
@@ -114,6 +115,10 @@ const ROUTED_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const ROUTED_MAC: &str = "ee:ee:ee:ee:ee:ee";
 const ROUTED_GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0xecee, 0xeeff, 0xfeee, 0xeeee);
 
+/// MAC address of bridges. Without one of its own a bridge takes that of a port, and another one when ports come and
+/// go, which its pods do not notice for seconds (the CNI bridge plugin sets it as well).
+const BRIDGE_MAC: &str = "0a:58:0a:f4:00:01";
+
 /// What is known about an address at once: no device waits for duplicate address detection.
 const NO_DAD: [(&str, &str); 2] = [("ipv6/conf/all/accept_dad", "0"), ("ipv6/conf/default/accept_dad", "0")];
 const FORWARDING: [(&str, &str); 2] = [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")];
@@ -127,6 +132,8 @@ pub struct Lab {
     pub outside: Machine,
     /// A client behind a router.
     pub far: Machine,
+    /// The switch that everybody is connected to, and the router between its networks.
+    router: Netns,
     /// Agents and servers: not below the nodes' cgroups.
     processes: Cgroup,
     stop: Stop,
@@ -231,6 +238,7 @@ impl Lab {
             node_b: node("node-b", 2, node_b, Cni::Bridge)?,
             outside: machine("outside", outside, OUTSIDE)?,
             far: machine("far", far, FAR)?,
+            router: switch.clone(),
             processes: Cgroup::create(cgroups.join("processes"))?,
             stop,
             xtask: xtask.to_owned(),
@@ -254,6 +262,16 @@ impl Lab {
 
     pub fn nodes(&self) -> [&Node; 2] {
         [&self.node_a, &self.node_b]
+    }
+
+    /// The way to networks through a node, for the router and for outside machines: as if they were announced.
+    pub fn route_through(&self, node: &Node, networks: &[&str]) -> Result<()> {
+        for network in networks {
+            let via = node.addrs.of(if network.contains(':') { Family::V6 } else { Family::V4 });
+            self.outside.add_route(network, via)?;
+            self.router.ip(&format!("route replace {network} via {via}\n"))?;
+        }
+        Ok(())
     }
 
     /// The lab stays when it is dropped, for people to look at; what `agent` handles started does too.
@@ -316,6 +334,17 @@ impl Lab {
         }
         let caller = Caller::in_thread(name, &ns, &self.stop)?;
         Ok(Pod { addrs, node: node.name.clone(), ns, device, caller })
+    }
+
+    /// Makes the link to `far` narrower than `far` tells its peers, so that they learn of it from the router alone.
+    pub fn narrow_far(&self, mtu: u16) -> Result<()> {
+        self.router.ip(&format!("link set far mtu {mtu}\n"))?;
+        let Addrs { v4, v6 } = FAR_ROUTER;
+        self.far.ns.ip(&format!(
+            "link set eth0 mtu {mtu}\n\
+             route change default via {v4} advmss 1460\n\
+             route change default via {v6} advmss 1440\n"
+        ))
     }
 
     /// Starts servers that go on when this process ends, for a lab that is kept.
@@ -414,7 +443,7 @@ impl Node {
             Cni::Bridge => {
                 let Addrs { v4, v6 } = self.bridge_addrs();
                 format!(
-                    "link add cni0 type bridge mcast_snooping 0\n\
+                    "link add cni0 address {BRIDGE_MAC} type bridge mcast_snooping 0\n\
                      addr add {v4}/24 dev cni0\n\
                      addr add {v6}/64 dev cni0 nodad\n\
                      link set cni0 up\n"

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, Type};
 
 use super::netns::Netns;
+use super::sctp;
 use super::wire::{self, Frame, Introduction, Protocol, Sender};
 
 /// A peer that is silent for so long in the middle of a transfer is gone.
@@ -35,7 +36,7 @@ impl Stop {
     }
 
     /// Waits until there is something to read: true; or the stop is given: false.
-    fn readable(&self, socket: &impl AsFd) -> bool {
+    pub(super) fn readable(&self, socket: &impl AsFd) -> bool {
         loop {
             let stop = PollFd::new(self.0.as_fd(), PollFlags::POLLIN);
             let mut both = [stop, PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
@@ -64,6 +65,7 @@ pub fn serve(name: &str, protocol: Protocol, addrs: &[SocketAddr], stop: &Stop) 
                 let at = *addr;
                 thread::spawn(move || answer_datagrams(&name, at, &socket, &stop));
             }
+            Protocol::Sctp => sctp::serve(&name, *addr, &stop).with_context(doing)?,
         }
     }
     Ok(())

@@ -19,9 +19,12 @@ use serde::{Deserialize, Serialize};
 pub enum Protocol {
     Tcp,
     Udp,
+    /// Without sockets: single calls only.
+    Sctp,
 }
 
 impl Protocol {
+    /// Those with sockets.
     pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
 }
 
@@ -30,6 +33,7 @@ impl fmt::Display for Protocol {
         f.write_str(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         })
     }
 }

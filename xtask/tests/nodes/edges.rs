@@ -1,11 +1,13 @@
 //! What each edge owes its clients beside the plain way: loopback, hairpin, refusal, distribution, and
 //! changes that are followed.
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::io::{self, ErrorKind, Read};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
+use socket2::{Domain, Socket, Type};
 use xtask::lab::counters::Edge;
 use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Protocol, Xdp, eventually};
 
@@ -108,6 +110,46 @@ fn refused_at_once(findings: &mut Findings, client: (&Caller, &str), call: Call)
     let took = begin.elapsed();
     findings.check(outcome == Outcome::Refused, || format!("{what}: {outcome}"));
     findings.check(took < AT_ONCE, || format!("{what}: only after {took:?}"));
+}
+
+/// What a process is told that pings `addr`; an answer counts for nothing.
+fn ping(addr: IpAddr) -> io::Error {
+    let attempt = || -> io::Result<()> {
+        // The echo request with its checksum; for IPv6 the kernel computes that.
+        let (domain, protocol, head) = match addr {
+            IpAddr::V4(_) => (Domain::IPV4, socket2::Protocol::ICMPV4, [8, 0, 0xf7, 0xff]),
+            IpAddr::V6(_) => (Domain::IPV6, socket2::Protocol::ICMPV6, [128, 0, 0, 0]),
+        };
+        let mut socket = Socket::new(domain, Type::from(nix::libc::SOCK_RAW), Some(protocol))?;
+        socket.set_read_timeout(Some(AT_ONCE))?;
+        socket.connect(&SocketAddr::new(addr, 0).into())?;
+        let mut echo = [0; 64];
+        echo[..4].copy_from_slice(&head);
+        socket.send(&echo)?;
+        // A raw socket is given the ICMP error itself, too.
+        while socket.read(&mut [0; 256])? > 0 {}
+        Ok(())
+    };
+    attempt().err().unwrap_or_else(|| ErrorKind::Other.into())
+}
+
+/// Contract rule 15.
+#[test]
+fn a_ping_to_a_cluster_ip_is_refused_at_once() -> Result<()> {
+    for xdp in [Xdp::Native, Xdp::Off] {
+        let world = World::with_services(AgentOptions { xdp, ..options() }, |w| vec![service(1, [&w.a1])])?;
+        world.route_services_through(world.node_a())?;
+        for family in Family::ALL {
+            let addr = at_vip(1, family, PORT).ip();
+            for (who, ns) in
+                [("a2", &world.a2.ns), ("b2", &world.b2.ns), ("outside", &world.lab().outside.ns)]
+            {
+                let err = ns.run(|| ping(addr))?;
+                ensure!(err.kind() == ErrorKind::ConnectionRefused, "{who} pings {addr}: {err}");
+            }
+        }
+    }
+    Ok(())
 }
 
 fn frontends_without_endpoints_are_refused(options: AgentOptions) -> Result<()> {

@@ -1,8 +1,20 @@
 //! Nodes, pods and clients made of network namespaces, with agents on the nodes and real sockets.
 #![forbid(unsafe_code)]
 
+mod affinity;
 mod agent;
+mod cells;
 mod edges;
+mod fragments;
+mod health;
+mod hostports;
+mod icmp;
 mod lab;
 mod matrix;
+mod policies;
+mod replacement;
+mod sctp;
+mod services;
+mod source_ranges;
+mod udp;
 mod world;

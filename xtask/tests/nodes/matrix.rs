@@ -115,7 +115,7 @@ struct Cell<'a> {
     family: Family,
     /// To transfer over TCP.
     bytes: u64,
-    /// Bytes to transfer over UDP.
+    /// Bytes to transfer over the others.
     datagrams: u64,
 }
 
@@ -138,7 +138,7 @@ impl Cell<'_> {
         });
         let len = match self.protocol {
             Protocol::Tcp => self.bytes,
-            Protocol::Udp => self.datagrams,
+            Protocol::Udp | Protocol::Sctp => self.datagrams,
         };
         let transfer = findings.take(self.caller().transfer(call, len), || self.describe());
         findings.check(transfer.is_none_or(|transfer| transfer.server == self.backend.name()), || {

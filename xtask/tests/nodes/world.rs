@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
+use serde_json::json;
 use xtask::lab::{
     AgentOptions, Call, Caller, Cluster, Endpoint, Family, Lab, Node, Outcome, Pod, Port, Protocol, Service,
     eventually,
@@ -44,13 +45,49 @@ pub(crate) fn vip(n: u8) -> [IpAddr; 2] {
 
 /// `clusterIP:port` of Service number `n`.
 pub(crate) fn at_vip(n: u8, family: Family, port: u16) -> SocketAddr {
-    let [v4, v6] = vip(n);
-    SocketAddr::new(if family == Family::V4 { v4 } else { v6 }, port)
+    SocketAddr::new(of_family(vip(n), family), port)
 }
 
 /// The nodePort of Service number `n`.
 pub(crate) fn node_port(n: u8) -> u16 {
     30000 + u16::from(n)
+}
+
+/// Where load-balancer IPs and externalIPs are, and the ClusterIPs.
+const SERVICE_NETWORKS: [&str; 4] =
+    ["10.96.0.0/16", "fd00:10:96::/112", "203.0.113.0/24", "2001:db8:cb00::/64"];
+
+/// Service number `n`, with a load-balancer IP and an externalIP of each family.
+pub(crate) fn balanced(n: u8, endpoints: impl IntoIterator<Item = impl Into<Endpoint>>) -> Service {
+    let mut service = service(n, []);
+    service.endpoints = endpoints.into_iter().map(Into::into).collect();
+    service.spec = json!({ "type": "LoadBalancer", "externalIPs": external_ips(n) });
+    service.ingress = lb_ips(n).iter().map(|addr| json!({ "ip": addr })).collect();
+    service
+}
+
+/// The load-balancer IPs of Service number `n`.
+pub(crate) fn lb_ips(n: u8) -> [IpAddr; 2] {
+    announced(0, n)
+}
+
+/// The externalIPs of Service number `n`.
+pub(crate) fn external_ips(n: u8) -> [IpAddr; 2] {
+    announced(100, n)
+}
+
+/// Number `n` (below 100) of the addresses that routers know; a Service may have several kinds of them.
+pub(crate) fn announced(kind: u8, n: u8) -> [IpAddr; 2] {
+    let low = kind + n;
+    [
+        Ipv4Addr::new(203, 0, 113, low).into(),
+        Ipv6Addr::new(0x2001, 0xdb8, 0xcb00, 0, 0, 0, 0, low.into()).into(),
+    ]
+}
+
+/// That one of both addresses.
+pub(crate) fn of_family([v4, v6]: [IpAddr; 2], family: Family) -> IpAddr {
+    if family == Family::V4 { v4 } else { v6 }
 }
 
 /// Service number `n`: `PORT` and a nodePort to `TARGET_PORT`, TCP and UDP.
@@ -125,8 +162,7 @@ impl World {
 
     /// Outside machines that know Services by way of `node`.
     pub(crate) fn route_services_through(&self, node: &Node) -> Result<()> {
-        self.lab().outside.add_route("10.96.0.0/16", node.addrs.v4.into())?;
-        self.lab().outside.add_route("fd00:10:96::/112", node.addrs.v6.into())
+        self.lab().route_through(node, &SERVICE_NETWORKS)
     }
 }
 
@@ -138,6 +174,16 @@ pub(crate) fn until(caller: &Caller, call: &Call, expected: impl Fn(&Outcome) ->
             bail!("{} -> {call:?}: {outcome}", caller.name());
         }
         Ok(outcome)
+    })
+}
+
+/// Calls until exactly these answer: each of them, and nobody else.
+pub(crate) fn until_only(caller: &Caller, call: &Call, servers: &[&str]) -> Result<()> {
+    eventually(SOON, || {
+        let tally = caller.ask_many(call.clone().patience(SILENCE), 24)?;
+        let fine = tally.failures.is_empty() && tally.answers.keys().eq(servers);
+        ensure!(fine, "{} -> {call:?}: {tally:?}, not {servers:?}", caller.name());
+        Ok(())
     })
 }
 
@@ -160,6 +206,10 @@ impl Findings {
     /// What `result` holds; an error is a finding.
     pub(crate) fn take<T>(&mut self, result: Result<T>, what: impl FnOnce() -> String) -> Option<T> {
         result.map_err(|err| self.0.push(format!("{}: {err:#}", what()))).ok()
+    }
+
+    pub(crate) fn add(&mut self, others: Self) {
+        self.0.extend(others.0);
     }
 
     pub(crate) fn report(self) {

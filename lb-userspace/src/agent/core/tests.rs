@@ -2,8 +2,11 @@ use std::sync::Arc;
 
 use super::*;
 use crate::datapath::fake::FakeMaps;
-use crate::entries::{Algorithm, FrontendKey, Limits, Protocol};
-use crate::model::{Change, Endpoint, EndpointSlice, Service, ServicePort, SliceName, SlicePort};
+use crate::entries::{Algorithm, FrontendKey, FrontendKind, Limits, Protocol, ServiceName};
+use crate::model::{
+    Change, Endpoint, EndpointSlice, HostPort, Pod, Service, ServicePort, SliceName, SlicePort,
+};
+use crate::owner::PodName;
 use crate::source::Kind;
 
 const LIMITS: Limits =
@@ -155,11 +158,11 @@ fn a_new_agent_writes_only_what_changed_meanwhile() {
     }
     world.list();
     world.settle();
-    // Service 0 is gone: its frontend, its address, two backends to retire.
-    assert_eq!(world.agent.stats().ops, 4);
+    // Service 0 is gone: its frontend, its address, its name, two backends to retire.
+    assert_eq!(world.agent.stats().ops, 5);
     assert_eq!(world.keys().len(), 49);
     world.pass(GRACE);
-    assert_eq!(world.agent.stats().ops, 6);
+    assert_eq!(world.agent.stats().ops, 7);
 }
 
 #[test]
@@ -172,6 +175,91 @@ fn a_service_that_goes_is_removed() {
     world.take(slice(0, &["10.0.0.9"]));
     world.settle();
     assert_eq!(world.keys(), [key(1)]);
+}
+
+fn pod(name: &str, created: i64, host_port: u16) -> Event {
+    let port = HostPort {
+        name: String::new(),
+        host_port,
+        host_ip: None,
+        container_port: 8080,
+        protocol: Protocol::Tcp,
+    };
+    let name = PodName { namespace: "ns".into(), name: name.into() };
+    Event::Changed(Change::Pod(Arc::new(Pod {
+        created,
+        node: Some("node-a".into()),
+        addrs: vec!["10.0.0.7".parse().unwrap()],
+        ports: vec![port],
+        ..Pod::named(name)
+    })))
+}
+
+/// A frontend at any address of the node: its kind, and what was said of the Pod.
+fn any_address(world: &mut World, port: u16, pod: &str) -> (Option<u8>, Vec<String>) {
+    let key = FrontendKey { addr: [0, 0, 0, 0].into(), port, protocol: Protocol::Tcp };
+    let kind = world.agent.maps().snapshot().frontends.get(&key).map(|entry| entry.kind);
+    let name = PodName { namespace: "ns".into(), name: pod.into() };
+    let said = world.agent.said.get(&name.into()).into_iter().flatten();
+    (kind, said.map(ToString::to_string).collect())
+}
+
+#[test]
+fn of_a_host_port_and_a_node_port_the_older_counts() {
+    let host_port = Some(FrontendKind::HostPort.number());
+    let mut world = World::full(1, 1);
+    world.take(pod("a", 10, 30_080));
+    world.settle();
+    assert_eq!(any_address(&mut world, 30_080, "a"), (host_port, vec![]));
+    // A Service that is older, by all accounts.
+    let Event::Changed(Change::Service(mut older)) = service(0) else { unreachable!() };
+    let changed = Arc::make_mut(&mut older);
+    (changed.kind, changed.ports[0].node_port) = (crate::model::ServiceType::NodePort, Some(30_080));
+    world.take(Event::Changed(Change::Service(older)));
+    world.settle();
+    let text = "any IPv4 node address:30080/TCP belongs to Service ns/svc0; it is left out here";
+    let node_port = Some(FrontendKind::NodePort.number());
+    assert_eq!(any_address(&mut world, 30_080, "a"), (node_port, vec![text.to_owned()]));
+    world.take(Event::Changed(Change::ServiceGone(name(0))));
+    world.settle();
+    assert_eq!(any_address(&mut world, 30_080, "a"), (host_port, vec![]));
+}
+
+#[test]
+fn of_two_pods_the_older_has_a_host_port_until_it_is_gone() {
+    let mut world = World::full(0, 0);
+    world.take(pod("young", 20, 80));
+    world.take(pod("old", 10, 80));
+    world.settle();
+    let text = "any IPv4 node address:80/TCP belongs to Pod ns/old; it is left out here";
+    assert_eq!(any_address(&mut world, 80, "young").1, [text]);
+    assert_eq!(any_address(&mut world, 80, "old").1, [""; 0]);
+    let old = PodName { namespace: "ns".into(), name: "old".into() };
+    world.take(Event::Changed(Change::PodGone(old)));
+    world.settle();
+    let host_port = Some(FrontendKind::HostPort.number());
+    assert_eq!(any_address(&mut world, 80, "young"), (host_port, vec![]));
+    assert_eq!(world.agent.reconciler.services(), 0);
+}
+
+#[test]
+fn services_do_not_wait_for_pods_that_may_not_be_read() {
+    let mut world = World::new(FakeMaps::new(LIMITS));
+    world.take(service(0));
+    for kind in Kind::ALL.into_iter().filter(|kind| *kind != Kind::Pods) {
+        world.take(Event::Listed(kind));
+    }
+    world.agent.set_addresses(BTreeMap::new());
+    world.settle();
+    assert!(!world.health.is_synced() && world.keys().is_empty());
+    world.take(Event::Refused(Kind::Pods));
+    world.settle();
+    assert_eq!(world.keys(), [key(0)]);
+    assert!(world.health.is_synced());
+    world.take(pod("a", 10, 80));
+    world.take(Event::Listed(Kind::Pods));
+    world.settle();
+    assert_eq!(world.keys().len(), 2);
 }
 
 #[test]
@@ -261,4 +349,55 @@ fn a_service_that_is_refused_for_good_stops_no_other() {
     now += RETRY_AT_MOST;
     agent.settle(now);
     assert_eq!(agent.stats().read, read);
+}
+
+fn balanced(n: usize, port: u16) -> Event {
+    let Event::Changed(Change::Service(service)) = service(n) else { unreachable!() };
+    Event::Changed(Change::Service(Arc::new(Service { health_port: Some(port), ..(*service).clone() })))
+}
+
+/// Rule 98: who is asked follows the Service; a port that is in use is nobody else's trouble.
+#[tokio::test]
+async fn health_ports_follow_their_services() {
+    let mut world = World::full(2, 1);
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    let addr = IpAddr::from([127, high, low, 101]);
+    let taken = std::net::TcpListener::bind((addr, 30_001)).unwrap();
+    let listens = |port| std::net::TcpStream::connect((addr, port)).is_ok();
+    world.agent.listen_on(BTreeSet::from([addr]));
+    world.take(balanced(0, 30_001));
+    world.take(balanced(1, 30_002));
+    world.settle();
+    let found = |world: &World, n| world.agent.said.get(&Owner::Service(name(n))).map_or(0, BTreeSet::len);
+    assert!(listens(30_002) && found(&world, 0) == 1 && found(&world, 1) == 0);
+    // Found again with every look at the Service, and there once.
+    world.take(slice(0, &["10.9.9.9"]));
+    world.settle();
+    assert_eq!(found(&world, 0), 1);
+    drop(taken);
+    let wake = world.agent.next_wake().unwrap();
+    world.pass(wake - world.now + RETRY);
+    assert!(listens(30_001) && found(&world, 0) == 0);
+    // Another policy; no Service.
+    world.take(service(0));
+    world.take(Event::Changed(Change::ServiceGone(name(1))));
+    world.settle();
+    assert!(!listens(30_001) && !listens(30_002));
+}
+
+#[test]
+fn the_node_object_names_networks_of_pods_where_it_is_asked() {
+    for asked in [true, false] {
+        let mut world = World::full(1, 1);
+        world.agent.set_pod_networks(if asked { None } else { Some(vec![]) });
+        for text in ["10.244.1.0/24", "10.244.2.0/24"] {
+            let node = Node { pod_cidrs: vec![text.parse().unwrap()], ..Node::named("node-a") };
+            world.take(Event::Changed(Change::Node(Box::new(node))));
+            world.settle();
+            let [networks, _] = world.agent.maps().snapshot().networks;
+            let networks: Vec<_> = networks.iter().map(|(net, flags)| (net.to_string(), *flags)).collect();
+            let wanted = vec![(text.to_owned(), lb_common::abi::network_flags::POD)];
+            assert_eq!(networks, if asked { wanted } else { vec![] });
+        }
+    }
 }

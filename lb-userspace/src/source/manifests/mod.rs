@@ -1,4 +1,4 @@
-//! A directory of manifests instead of an API server: Services, EndpointSlices and Nodes in YAML or JSON,
+//! A directory of manifests instead of an API server: Services, EndpointSlices, Pods and Nodes in YAML or JSON,
 //! several documents to a file, `List` kinds included. Other kinds are passed over.
 //!
 //! The directory (not its subdirectories) is followed: files that are written, renamed or swapped by

@@ -10,7 +10,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::entries::ServiceName;
-use crate::model::{Change, EndpointSlice, Node, Service, SliceName};
+use crate::model::{Change, EndpointSlice, Node, Pod, Service, SliceName};
+use crate::owner::PodName;
 use crate::source::convert::{self, ServiceCidr};
 
 /// An object's kind and name.
@@ -18,6 +19,7 @@ use crate::source::convert::{self, ServiceCidr};
 pub(super) enum Key {
     Service(ServiceName),
     Slice(SliceName),
+    Pod(PodName),
     Node(String),
     ServiceCidr(String),
 }
@@ -28,6 +30,7 @@ impl Key {
         match self {
             Self::Service(name) => Change::ServiceGone(name),
             Self::Slice(name) => Change::SliceGone(name),
+            Self::Pod(name) => Change::PodGone(name),
             Self::Node(name) => Change::NodeGone(name),
             Self::ServiceCidr(name) => Change::ServiceCidrGone(name),
         }
@@ -39,6 +42,7 @@ impl std::fmt::Display for Key {
         match self {
             Self::Service(name) => write!(f, "Service {name}"),
             Self::Slice(name) => write!(f, "EndpointSlice {name}"),
+            Self::Pod(name) => write!(f, "Pod {name}"),
             Self::Node(name) => write!(f, "Node {name}"),
             Self::ServiceCidr(name) => write!(f, "ServiceCIDR {name}"),
         }
@@ -50,6 +54,7 @@ impl std::fmt::Display for Key {
 pub(super) enum Object {
     Service(Arc<Service>),
     Slice(Arc<EndpointSlice>),
+    Pod(Arc<Pod>),
     Node(Box<Node>),
     ServiceCidr(ServiceCidr),
 }
@@ -59,6 +64,7 @@ impl Object {
         match self {
             Self::Service(service) => Key::Service(service.name.clone()),
             Self::Slice(slice) => Key::Slice(slice.name.clone()),
+            Self::Pod(pod) => Key::Pod(pod.name.clone()),
             Self::Node(node) => Key::Node(node.name.clone()),
             Self::ServiceCidr(cidr) => Key::ServiceCidr(cidr.name.clone()),
         }
@@ -69,6 +75,7 @@ impl Object {
         match self {
             Self::Service(service) => Change::Service(service),
             Self::Slice(slice) => Change::Slice(slice),
+            Self::Pod(pod) => Change::Pod(pod),
             Self::Node(node) => Change::Node(node),
             Self::ServiceCidr(cidr) => Change::ServiceCidr(cidr.name, cidr.nets),
         }
@@ -172,6 +179,7 @@ fn object(document: Value, parsed: &mut Parsed, problems: &mut Vec<String>) {
         ("v1", "Service") => {
             convert(document, convert::service).map(|service| Object::Service(Arc::new(service)))
         }
+        ("v1", "Pod") => convert(document, convert::pod).map(|pod| Object::Pod(Arc::new(pod))),
         ("v1", "Node") => convert(document, convert::node).map(|node| Object::Node(Box::new(node))),
         ("networking.k8s.io/v1", "ServiceCIDR") => {
             convert(document, convert::service_cidr).map(Object::ServiceCidr)
@@ -183,7 +191,7 @@ fn object(document: Value, parsed: &mut Parsed, problems: &mut Vec<String>) {
             items(document, &head, parsed, problems);
             return;
         }
-        (version, "Service" | "Node" | "EndpointSlice") => Err(format!(
+        (version, "Service" | "Pod" | "Node" | "EndpointSlice") => Err(format!(
             "apiVersion {version:?} is not known; use v1, or discovery.k8s.io/v1 for EndpointSlices"
         )),
         (_, kind) => {
@@ -248,10 +256,12 @@ mod tests {
             "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\n",
             "apiVersion: v1\nkind: List\nitems:\n\
              - {apiVersion: v1, kind: Node, metadata: {name: n}}\n\
+             - {apiVersion: v1, kind: Pod, metadata: {name: p}}\n\
              - {apiVersion: v1, kind: ServiceList, items: [{metadata: {name: b, namespace: x}}]}\n\
              - {apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, metadata: {name: s}}\n",
         );
-        let expected = ["Service default/a", "Service x/b", "EndpointSlice default/s", "Node n"];
+        let expected =
+            ["Service default/a", "Service x/b", "EndpointSlice default/s", "Pod default/p", "Node n"];
         assert_eq!(keys("f.yaml", &text), (expected.map(Into::into).to_vec(), vec![]));
         assert_eq!(keys("f.yaml", ""), (vec![], vec![]));
         assert_eq!(keys("f.yaml", "---\n---\n\n---"), (vec![], vec![]));
