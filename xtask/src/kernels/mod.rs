@@ -136,7 +136,7 @@ const SUITES: [Suite; 6] = [
     Suite { name: "programs", tier: 2, only: &[], harness: "--test-threads=1" },
     Suite { name: "packets", tier: 2, only: &[], harness: "--test-threads=2" },
     Suite { name: "datapath", tier: 2, only: &[], harness: "--test-threads=2 --skip kernel::" },
-    Suite { name: "agent", tier: 2, only: &[], harness: "--test-threads=2" },
+    Suite { name: "agent", tier: 2, only: &[], harness: "--test-threads=1" },
     Suite {
         name: "nodes",
         tier: 3,
