@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result};
 /// What became of one kernel. Made from the text of guest.sh, in which libtest's lines stand.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Report {
-    pub kernel: String,
-    pub release: String,
+    /// What `uname -r` said; our name for the kernel as long as it has not.
+    release: String,
     pub took: Duration,
     pub timed_out: bool,
     booted: bool,
@@ -41,12 +41,15 @@ impl Suite {
 
 impl Report {
     /// Reads what a guest has said, as far as it came.
-    pub fn read(kernel: &str, release: &str, text: &str) -> Self {
-        let mut report = Self { kernel: kernel.to_owned(), release: release.to_owned(), ..Self::default() };
+    pub fn read(kernel: &str, text: &str) -> Self {
+        let mut report = Self { release: kernel.to_owned(), ..Self::default() };
         for line in text.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
             match words.as_slice() {
-                ["#", "up", ..] => report.booted = true,
+                ["#", "up", _, release] => {
+                    report.booted = true;
+                    (*release).clone_into(&mut report.release);
+                }
                 ["#", "done", ..] => report.done = true,
                 ["#", "begin", _, name] => {
                     let (tier, name) = name.split_once(':').unwrap_or(("0", name));
@@ -203,11 +206,12 @@ pub fn write_page(path: &Path, reports: &[Report]) -> Result<()> {
 }
 
 fn markdown(reports: &[Report]) -> String {
-    let mut text = "| kernel | programs load | tier 2 | tier 3 |\n| --- | --- | --- | --- |\n".to_owned();
+    let mut text =
+        "| kernel | lacks | programs load | tier 2 | tier 3 |\n| --- | --- | --- | --- | --- |\n".to_owned();
     for report in reports {
         let Report { release, .. } = report;
-        let _ =
-            writeln!(text, "| {release} | {} | {} | {} |", report.loads(), report.tier(2), report.tier(3));
+        let (lacks, loads) = (lacks(report), report.loads());
+        let _ = writeln!(text, "| {release} | {lacks} | {loads} | {} | {} |", report.tier(2), report.tier(3));
     }
     let mut features: BTreeMap<usize, &str> = BTreeMap::new();
     for (i, (name, _)) in reports.iter().flat_map(|report| report.features.iter().enumerate()) {
@@ -246,7 +250,7 @@ mod tests {
                         # end 20.0 3:nodes 0\n# done 21.00\n";
 
     fn read(text: &str) -> Report {
-        Report::read("5.10", "5.10.0-46-cloud-amd64", text)
+        Report::read("5.10", text)
     }
 
     #[test]
@@ -258,7 +262,10 @@ mod tests {
         let table = table(std::slice::from_ref(&report));
         assert!(table.contains("5.10.0-46-cloud-amd64  yes     tcx    yes"), "{table}");
         let markdown = markdown(&[report]);
-        assert!(markdown.contains("| 5.10.0-46-cloud-amd64 | yes | 4 passed | 6 passed |"), "{markdown}");
+        assert!(
+            markdown.contains("| 5.10.0-46-cloud-amd64 | tcx | yes | 4 passed | 6 passed |"),
+            "{markdown}"
+        );
         assert!(
             markdown.contains("| feature | 5.10 |\n| --- | --- |\n| `btf` | yes |\n| `tcx` | no |"),
             "{markdown}"
@@ -268,6 +275,7 @@ mod tests {
     #[test]
     fn whatever_is_missing_is_a_failure() {
         assert_eq!(read("").verdict(), "did not boot (0 s)");
+        assert_eq!(read("").release, "5.10");
         for (text, findings) in [
             (GOOD.replace("# done 21.00\n", ""), 0),
             (GOOD.replace("# end 20.0 3:nodes 0\n# done 21.00\n", ""), 1),
