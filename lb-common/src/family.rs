@@ -473,9 +473,12 @@ impl Family for V6 {
     #[inline(always)]
     fn is_within(addr: &Addr6, network: &Addr6, mask: &Addr6) -> bool {
         let mut differ = 0;
-        for i in 0..addr.octets.len() {
-            differ |= (addr.octets[i] ^ network.octets[i]) & mask.octets[i];
-        }
+        let mut i = 0;
+        checksum::for_words(addr, |word| {
+            let at = |addr: &Addr6| u16::from_ne_bytes([addr.octets[i], addr.octets[i + 1]]);
+            differ |= (word ^ at(network)) & at(mask);
+            i += 2;
+        });
         differ == 0
     }
 

@@ -208,7 +208,7 @@ fn is_over<A: Copy>(table: FlowTable, proto: u8, flow: &Flow<A>, now: u64) -> bo
 ///
 /// If the tuple is taken by a live flow (the same client port through two frontends to one backend), the
 /// new flow gets another source port, of the reserved range.
-#[inline(never)]
+#[inline(always)]
 pub fn enter<F: Family, T: Tables<F>>(
     tables: &T,
     key: &FlowKey<F::Addr>,

@@ -13,6 +13,10 @@ use lb_common::packet::Route;
 use lb_common::wire::Mac;
 use lb_common::{Family, Reason};
 
+/// MTU that senders are told where the kernel does not tell it: before 5.12 (commit e1850ea9bd9e) it leaves the length
+/// that it was asked about, which is none that fits. Every link for IPv6 carries so much (RFC 8200, section 5).
+const UNTOLD_MTU: u32 = 1280;
+
 /// The way out that was found.
 #[derive(Clone, Copy, Default)]
 pub struct Hop {
@@ -66,7 +70,8 @@ pub fn route<F: Family>(
         Ok(BPF_FIB_LKUP_RET_NOT_FWDED) => Ok(Route::Local),
         Ok(BPF_FIB_LKUP_RET_FRAG_NEEDED) => {
             // SAFETY: a field of a union of two u16.
-            hop.mtu = u32::from(unsafe { params.__bindgen_anon_1.mtu_result });
+            let told = unsafe { params.__bindgen_anon_1.mtu_result };
+            hop.mtu = if told == ip_len { UNTOLD_MTU } else { u32::from(told) };
             Err(Reason::PacketTooBig)
         }
         _ => Err(Reason::NoRoute),

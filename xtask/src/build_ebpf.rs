@@ -95,6 +95,8 @@ fn rustflags(linker: &Path) -> String {
         // BTF is made from debug information; the maps' key and value types are in it.
         "-Cdebuginfo=2",
         "-Clink-arg=--btf",
+        // Otherwise even six bytes are cleared by a call of `memset`, with a stack frame of its own.
+        "-Clink-arg=--disable-expand-memcpy-in-order",
     ]
     .join("\u{1f}")
 }
@@ -145,7 +147,15 @@ mod tests {
     fn flags_are_separated_as_cargo_wants_it() {
         let flags = rustflags(Path::new("/home/a b/bpf-linker"));
         let flags: Vec<&str> = flags.split('\u{1f}').collect();
-        assert_eq!(flags, ["-Clinker=/home/a b/bpf-linker", "-Cdebuginfo=2", "-Clink-arg=--btf"]);
+        assert_eq!(
+            flags,
+            [
+                "-Clinker=/home/a b/bpf-linker",
+                "-Cdebuginfo=2",
+                "-Clink-arg=--btf",
+                "-Clink-arg=--disable-expand-memcpy-in-order"
+            ]
+        );
     }
 
     #[test]

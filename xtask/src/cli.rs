@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::{build_ebpf, demo, host, lab, snapshot, test};
+use crate::{build_ebpf, demo, host, kernels, lab, snapshot, test};
 
 /// Builds, tests and shows Fairlead.
 ///
@@ -24,6 +24,7 @@ enum Command {
     #[command(hide = true)]
     Snapshot(snapshot::Args),
     Demo(demo::Args),
+    Kernels(kernels::Args),
     #[command(hide = true)]
     LabSites(lab::server::SitesArgs),
     #[command(hide = true)]
@@ -37,6 +38,7 @@ impl Command {
             Self::Test(args) => test::command(&args),
             Self::Snapshot(args) => snapshot::command(&args),
             Self::Demo(args) => demo::command(&args),
+            Self::Kernels(args) => kernels::command(&args),
             Self::LabSites(args) => lab::server::run_sites(&args),
             Self::LabDesk(args) => lab::client::run_desk(&args),
         }

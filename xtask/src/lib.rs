@@ -7,6 +7,7 @@ pub mod build_ebpf;
 pub mod cli;
 pub mod demo;
 pub mod host;
+pub mod kernels;
 pub mod lab;
 pub mod process;
 pub mod setup;

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: every test, on the real kernel of this machine, and nothing left behind.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::process::{self, say};
 use crate::setup::{self, Bpffs};
-use crate::{build_ebpf, host, snapshot};
+use crate::{build_ebpf, host, kernels, snapshot};
 
 /// Environment variable that tells tests where the agent is.
 pub const AGENT: &str = "FAIRLEAD_BIN";
@@ -37,6 +37,9 @@ pub struct Args {
     /// Only this integration test (may be repeated)
     #[arg(long)]
     test: Vec<String>,
+    /// Afterwards also on other kernels: see `cargo xtask kernels`
+    #[arg(long, conflicts_with_all = ["package", "test", "harness"])]
+    all: bool,
     /// Arguments for the test programs, such as --nocapture
     #[arg(last = true)]
     harness: Vec<String>,
@@ -51,14 +54,14 @@ pub fn command(args: &Args) -> Result<()> {
     setup::tools(&setup::TOOLS)?;
     setup::cgroup2()?;
     build_ebpf::build()?;
-    let agent = build_agent()?;
+    let built = build()?;
 
     // From here on there is something to clean up.
     ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::SeqCst)).context("cannot handle signals")?;
     let bpffs = Bpffs::ready()?;
     let mark = std::process::id().to_string();
     let before = snapshot::take(&mark)?;
-    let outcome = run(cargo_test(args)?.env(AGENT, &agent).env(snapshot::MARK, &mark), &mark);
+    let outcome = run(cargo_test(args)?.env(AGENT, &built.agent).env(snapshot::MARK, &mark), &mark);
     let left = left_behind(&mark, &before)?;
     drop(bpffs);
 
@@ -73,38 +76,63 @@ pub fn command(args: &Args) -> Result<()> {
         bail!("interrupted");
     }
     match (status.success(), left.len()) {
+        (true, 0) if args.all => kernels::command(&kernels::Args::with_filter(args.filter.clone())),
         (true, 0) => Ok(()),
         (true, count) => bail!("all tests passed, but {count} things were left behind"),
         (false, _) => bail!("tests failed"),
     }
 }
 
+/// Programs that the tests need, and the tests.
+#[derive(Debug)]
+pub struct Built {
+    /// `fairlead`
+    pub agent: PathBuf,
+    /// `xtask`
+    pub xtask: PathBuf,
+    /// Integration tests by their names, which differ.
+    tests: BTreeMap<String, PathBuf>,
+}
+
+impl Built {
+    pub fn test(&self, name: &str) -> Result<&PathBuf> {
+        self.tests.get(name).with_context(|| format!("there is no test target {name}"))
+    }
+}
+
 /// Everything the tests need, built at once: cargo unites the features of all packages, and what is built
 /// here is what `cargo test` uses.
-fn build_agent() -> Result<PathBuf> {
+pub fn build() -> Result<Built> {
     let mut command = host::cargo()?;
     command.arg("build").args(["--lib", "--bins", "--tests"]).args(WORKSPACE);
     command.arg("--message-format=json-render-diagnostics").stdout(Stdio::piped());
     let mut cargo = command.spawn().with_context(|| format!("cannot start `{}`", process::show(&command)))?;
-    let mut agent = None;
+    let mut found = BTreeMap::new();
     for line in BufReader::new(cargo.stdout.take().context("cargo has no stdout")?).lines() {
-        agent = agent_in(&line.context("cannot read what cargo says")?).or(agent);
+        found.extend(executable(&line.context("cannot read what cargo says")?));
     }
     if !cargo.wait().context("cannot wait for cargo")?.success() {
         bail!("`{}` failed", process::show(&command));
     }
-    agent.context("cargo built no agent (`fairlead`)")
+    let mut program = |name: &str| found.remove(&(false, name.to_owned()));
+    let agent = program("fairlead").context("cargo built no agent (`fairlead`)")?;
+    let xtask = program("xtask").context("cargo built no `xtask`")?;
+    let tests = found.into_iter().filter(|((test, _), _)| *test).map(|((_, name), path)| (name, path));
+    Ok(Built { agent, xtask, tests: tests.collect() })
 }
 
 const WORKSPACE: [&str; 4] = ["--locked", "--workspace", "--exclude", "lb-ebpf"];
 
-/// The agent's path, if this message of cargo's says that it is built.
-fn agent_in(message: &str) -> Option<PathBuf> {
+/// What this message of cargo's says is built: a program (`false`) or an integration test (`true`), its name and path.
+fn executable(message: &str) -> Option<((bool, String), PathBuf)> {
     let message: Value = serde_json::from_str(message).ok()?;
-    let is_agent = message["target"]["name"] == "fairlead"
-        && message["target"]["kind"][0] == "bin"
-        && message["profile"]["test"] == false;
-    is_agent.then(|| message["executable"].as_str().map(PathBuf::from))?
+    let name = message["target"]["name"].as_str()?.to_owned();
+    let is_test = match (message["target"]["kind"][0].as_str()?, message["profile"]["test"].as_bool()?) {
+        ("bin", false) => false,
+        ("test", true) => true,
+        _ => return None,
+    };
+    Some(((is_test, name), message["executable"].as_str()?.into()))
 }
 
 fn cargo_test(args: &Args) -> Result<Command> {
@@ -169,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_agent_is_found_among_cargos_messages() {
+    fn programs_and_tests_are_found_among_cargos_messages() {
         let message = |kind: &str, test: bool, executable: &str| {
             format!(
                 r#"{{"reason":"compiler-artifact","target":{{"kind":["{kind}"],"name":"fairlead"}},
@@ -177,10 +205,12 @@ mod tests {
             )
         };
         let path = r#""/t/debug/fairlead""#;
-        assert_eq!(agent_in(&message("bin", false, path)), Some("/t/debug/fairlead".into()));
-        assert_eq!(agent_in(&message("bin", true, path)), None);
-        assert_eq!(agent_in(&message("lib", false, "null")), None);
-        assert_eq!(agent_in(r#"{"reason":"build-finished","success":true}"#), None);
-        assert_eq!(agent_in("not JSON"), None);
+        let found = |test: bool| Some(((test, "fairlead".to_owned()), "/t/debug/fairlead".into()));
+        assert_eq!(executable(&message("bin", false, path)), found(false));
+        assert_eq!(executable(&message("test", true, path)), found(true));
+        assert_eq!(executable(&message("bin", true, path)), None);
+        assert_eq!(executable(&message("lib", false, "null")), None);
+        assert_eq!(executable(r#"{"reason":"build-finished","success":true}"#), None);
+        assert_eq!(executable("not JSON"), None);
     }
 }

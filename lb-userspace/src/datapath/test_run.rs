@@ -3,7 +3,7 @@
 
 use std::io;
 
-use super::hooks::{Direction, Place};
+use super::hooks::Place;
 use super::load::Programs;
 use crate::sys::bpf::{self, TestRunInput};
 
@@ -46,7 +46,7 @@ pub fn test_run(programs: &Programs, place: Place, input: Input<'_>) -> io::Resu
     let program = programs.get(place.program()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
     let context = match place {
         Place::Xdp => xdp_context(&input),
-        _ => skb_context(&input, place.direction()),
+        _ => skb_context(&input),
     };
     let output = bpf::prog_test_run(
         program,
@@ -76,12 +76,12 @@ fn xdp_context(input: &Input<'_>) -> Vec<u8> {
 /// Offsets in `struct __sk_buff`.
 mod skb {
     pub(super) const MARK: usize = 8;
-    pub(super) const INGRESS_IFINDEX: usize = 36;
     pub(super) const IFINDEX: usize = 40;
     pub(super) const SIZE: usize = 192;
 }
 
-fn skb_context(input: &Input<'_>, direction: Option<Direction>) -> Vec<u8> {
+/// The device alone: programs do not ask where a packet came in, and older kernels do not take it.
+fn skb_context(input: &Input<'_>) -> Vec<u8> {
     let mut context = vec![0; skb::SIZE];
     let mut put = |offset: usize, value: u32| {
         if let Some(word) = context.get_mut(offset..offset + 4) {
@@ -89,9 +89,6 @@ fn skb_context(input: &Input<'_>, direction: Option<Direction>) -> Vec<u8> {
         }
     };
     put(skb::MARK, input.mark);
-    if direction == Some(Direction::Ingress) {
-        put(skb::INGRESS_IFINDEX, input.ifindex);
-    }
     put(skb::IFINDEX, input.ifindex);
     context
 }

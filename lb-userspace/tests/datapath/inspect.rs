@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use fairlead::datapath::test_run::{Input, test_run};
-use fairlead::datapath::{Datapath, Maps, Place};
+use fairlead::datapath::{Datapath, Maps, Place, XdpKind};
 use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, ServiceName};
 use fairlead::inspect::{InspectError, Inspector};
 use lb_common::abi::{
     Service, Window, address_flags, backend_flags, backend_state, frontend_kind, service_flags,
 };
 
-use crate::support::{TempBpffs, in_new_netns, ip};
+use crate::support::{TempBpffs, has_tcx, in_new_netns, ip};
 
 /// Ethernet, IPv4 10.1.0.9 to 10.96.0.1, UDP 4000 to 53 with four bytes.
 fn query() -> Vec<u8> {
@@ -57,10 +57,16 @@ fn everything_is_read_from_pins_alone() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
         ip("link add vethpod index 200 type veth peer name eth0p");
+        let tcx = has_tcx("what is read of tcx links");
         {
             let datapath = Datapath::open(&bpffs.options()).unwrap();
             datapath.maps().unwrap().apply(&dns()).unwrap();
-            datapath.hooks().unwrap().attach_tcx(200, Place::PodIn).unwrap();
+            let hooks = datapath.hooks().unwrap();
+            if tcx {
+                hooks.attach_tcx(200, Place::PodIn).unwrap();
+            } else {
+                hooks.attach_xdp(200, XdpKind::Native, None).unwrap();
+            }
             let frame = query();
             let input = Input { ifindex: 200, ..Input::new(&frame) };
             let output = test_run(datapath.programs(), Place::PodIn, input).unwrap();
@@ -121,7 +127,8 @@ fn everything_is_read_from_pins_alone() {
 
         let links = inspector.links().unwrap();
         assert_eq!(links.len(), 1);
-        assert_eq!((links[0].program.as_str(), links[0].kind, links[0].alive), ("tc_pod_in", "tcx", true));
+        let expected = if tcx { ("tc_pod_in", "tcx", true) } else { ("xdp_nic", "xdp", true) };
+        assert_eq!((links[0].program.as_str(), links[0].kind, links[0].alive), expected);
         assert_eq!(links[0].device.as_deref(), Some("vethpod"));
         assert_eq!(inspector.programs().unwrap().len(), 13);
         let fill = inspector.fill().unwrap();

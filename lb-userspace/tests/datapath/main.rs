@@ -5,6 +5,7 @@
 
 mod edges;
 mod inspect;
+mod kernel;
 mod maps;
 mod support;
 mod takeover;

@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use fairlead::datapath::node::StateFile;
-use fairlead::datapath::{Options, Sizes};
+use fairlead::datapath::{Features, Options, Sizes};
 use fairlead::sys::{mount, netns};
 
 /// How long a test waits for what must happen; machines are shared and slow.
@@ -24,6 +25,15 @@ pub(crate) fn in_new_netns(test: impl FnOnce() + Send + 'static) {
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// Whether tc programs have links here (6.6). Without, a test says what it leaves out.
+pub(crate) fn has_tcx(otherwise_left_out: &str) -> bool {
+    static TCX: LazyLock<bool> = LazyLock::new(|| Features::probe().tcx);
+    if !*TCX {
+        eprintln!("this kernel has no tcx; not tested: {otherwise_left_out}");
+    }
+    *TCX
 }
 
 /// Runs `ip` in the namespace of the calling thread.

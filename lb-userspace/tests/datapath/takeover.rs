@@ -13,7 +13,7 @@ use fairlead::sys::bpf::{self, AttachType, LinkTarget, Target};
 use fairlead::sys::sysctl;
 use lb_common::maps::MAPS;
 
-use crate::support::{OtherNetns, TempBpffs, TempCgroup, in_new_netns, ip};
+use crate::support::{OtherNetns, TempBpffs, TempCgroup, has_tcx, in_new_netns, ip};
 
 fn run_cleanup(path: &Path) -> Vec<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -101,18 +101,22 @@ fn a_restart_replaces_programs_in_their_links() {
         ip("link add nic0 type veth peer name far0");
         ip("link set nic0 up");
         let ifindex = index("nic0");
+        let tcx = has_tcx("programs in tcx links");
         let attach = || {
             let datapath = Datapath::open(&bpffs.options()).unwrap();
             let hooks = datapath.hooks().unwrap();
             let observed = None;
-            hooks.attach_tcx(ifindex, Place::NicIn).unwrap();
-            hooks.attach_tcx(ifindex, Place::NicOut).unwrap();
+            if tcx {
+                hooks.attach_tcx(ifindex, Place::NicIn).unwrap();
+                hooks.attach_tcx(ifindex, Place::NicOut).unwrap();
+            }
             hooks.attach_xdp(ifindex, XdpKind::Native, observed).unwrap();
             hooks.attach_sockets(Some(&cgroup.path)).unwrap();
             hooks
         };
         let links = bpffs.pins().join("v1/links");
-        let names: Vec<String> = ["tc_nic_in", "tc_nic_out"]
+        let tc: &[&str] = if tcx { &["tc_nic_in", "tc_nic_out"] } else { &[] };
+        let names: Vec<String> = tc
             .iter()
             .map(|program| format!("{program}-{ifindex}"))
             .chain(SOCKET_PROGRAMS.iter().map(|(name, _)| (*name).to_owned()))
@@ -126,7 +130,7 @@ fn a_restart_replaces_programs_in_their_links() {
             assert_eq!((before.id, before.target), (after.id, after.target), "{name}");
             assert_ne!(before.prog_id, after.prog_id, "{name}");
         }
-        for attach_type in [AttachType::TcxIngress, AttachType::TcxEgress] {
+        for attach_type in [AttachType::TcxIngress, AttachType::TcxEgress].into_iter().filter(|_| tcx) {
             let programs = bpf::prog_query(Target::Device(ifindex), attach_type).unwrap();
             assert_eq!(programs.len(), 1, "{attach_type:?}");
         }
@@ -150,6 +154,12 @@ fn a_link_whose_target_is_another_one_now_is_made_anew() {
         assert_ne!(before.target, after.target);
         assert!(matches!(after.target, LinkTarget::Cgroup { .. }));
 
+        hooks.detach_sockets().unwrap();
+        assert!(!links.join("sock_connect4").exists());
+
+        if !has_tcx("tcx links") {
+            return;
+        }
         ip("link add nic0 index 77 type veth peer name far0");
         hooks.attach_tcx(77, Place::PodIn).unwrap();
         let before = link(&links.join("tc_pod_in-77"));
@@ -169,9 +179,6 @@ fn a_link_whose_target_is_another_one_now_is_made_anew() {
         let here = bpf::prog_query(Target::Device(77), AttachType::TcxIngress).unwrap();
         assert_eq!(here.len(), 1);
         drop(elsewhere);
-
-        hooks.detach_sockets().unwrap();
-        assert!(!links.join("sock_connect4").exists());
     });
 }
 
@@ -187,7 +194,9 @@ fn cleanup_leaves_nothing_and_may_be_repeated() {
         {
             let datapath = Datapath::open(&bpffs.options()).unwrap();
             let hooks = datapath.hooks().unwrap();
-            hooks.attach_tcx(ifindex, Place::NicIn).unwrap();
+            if has_tcx("cleanup of tcx links") {
+                hooks.attach_tcx(ifindex, Place::NicIn).unwrap();
+            }
             hooks.attach_xdp(ifindex, XdpKind::Generic, None).unwrap();
             hooks.attach_sockets(Some(&cgroup.path)).unwrap();
             let state = node::StateFile::new(&bpffs.pins());
@@ -203,7 +212,8 @@ fn cleanup_leaves_nothing_and_may_be_repeated() {
             assert!(error.unwrap_err().to_string().contains("stop it first"));
         }
         let done = run_cleanup(&bpffs.pins());
-        assert!(done.iter().any(|line| line.contains("tc_nic_in")), "{done:?}");
+        let attached = if has_tcx("") { "tc_nic_in" } else { "xdp_nic" };
+        assert!(done.iter().any(|line| line.contains(attached)), "{done:?}");
         assert_eq!(bpffs.files(), Vec::<String>::new());
         assert!(!bpffs.pins().exists());
         assert_eq!(sysctl::read(sysctl::RESERVED_PORTS).unwrap(), "100,12288-12300");

@@ -50,7 +50,13 @@ enum Frontend<'a> {
     NodePort(&'a Node),
 }
 
+/// As many bytes, or fewer by this factor where machines are emulated.
+fn fewer(bytes: u64) -> Result<u64> {
+    Ok(bytes / std::env::var("FAIRLEAD_FEWER").map_or(Ok(1), |by| by.parse())?)
+}
+
 fn every_cell(options: AgentOptions, bytes: u64) -> Result<()> {
+    let (bytes, datagrams) = (fewer(bytes)?, fewer(SOME)?);
     let world =
         World::with_services(options, |world| vec![service(1, [&world.a1]), service(2, [&world.b1])])?;
     let mut findings = Findings::default();
@@ -67,8 +73,17 @@ fn every_cell(options: AgentOptions, bytes: u64) -> Result<()> {
         for (number, backend, backend_node) in [(1, &world.a1, node_a), (2, &world.b1, node_b)] {
             for protocol in Protocol::ALL {
                 let mut cell = |client: Client<'_>, frontend: Frontend<'_>| {
-                    let cell =
-                        Cell { client, frontend, number, backend, backend_node, protocol, family, bytes };
+                    let cell = Cell {
+                        client,
+                        frontend,
+                        number,
+                        backend,
+                        backend_node,
+                        protocol,
+                        family,
+                        bytes,
+                        datagrams,
+                    };
                     cell.check(&mut findings);
                 };
                 for client in clients {
@@ -100,6 +115,8 @@ struct Cell<'a> {
     family: Family,
     /// To transfer over TCP.
     bytes: u64,
+    /// Bytes to transfer over the others.
+    datagrams: u64,
 }
 
 impl Cell<'_> {
@@ -121,7 +138,7 @@ impl Cell<'_> {
         });
         let len = match self.protocol {
             Protocol::Tcp => self.bytes,
-            Protocol::Udp | Protocol::Sctp => SOME,
+            Protocol::Udp | Protocol::Sctp => self.datagrams,
         };
         let transfer = findings.take(self.caller().transfer(call, len), || self.describe());
         findings.check(transfer.is_none_or(|transfer| transfer.server == self.backend.name()), || {
