@@ -69,6 +69,8 @@ pub struct Agent<M> {
     pending: BTreeSet<ServiceName>,
     /// Services that the maps refused, and when to try again.
     refused: BTreeMap<ServiceName, Refused>,
+    /// The same by time.
+    retries: BTreeSet<(Instant, ServiceName)>,
     /// What is stale has not been removed yet.
     unfinished: bool,
     /// Everything has been written once since the maps were read.
@@ -99,6 +101,7 @@ impl<M: Maps> Agent<M> {
             networks_changed: false,
             pending: BTreeSet::new(),
             refused: BTreeMap::new(),
+            retries: BTreeSet::new(),
             unfinished: true,
             loaded: false,
             doubtful: None,
@@ -173,6 +176,11 @@ impl<M: Maps> Agent<M> {
         self.stats
     }
 
+    /// How often the reconciler looked at a Service since the maps were read.
+    pub fn visited(&self) -> u64 {
+        self.reconciler.visited()
+    }
+
     /// The maps, for tests.
     pub fn maps(&mut self) -> &mut M {
         &mut self.maps
@@ -214,14 +222,8 @@ impl<M: Maps> Agent<M> {
         if !self.unlisted.is_empty() || self.addresses.is_none() {
             return None;
         }
-        [
-            self.doubtful,
-            self.reconciler.next_expiry(),
-            self.refused.values().map(|refused| refused.again).min(),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+        let retry = self.retries.first().map(|(again, _)| *again);
+        [self.doubtful, self.reconciler.next_expiry(), retry].into_iter().flatten().min()
     }
 
     fn try_to_settle(&mut self, now: Instant) -> Result<(), Trouble> {
@@ -242,8 +244,9 @@ impl<M: Maps> Agent<M> {
         }
         let batch = self.reconciler.expire(now);
         self.carry_out(batch, None, now)?;
-        let due = self.refused.iter().filter(|(_, refused)| refused.again <= now);
-        self.pending.extend(due.map(|(name, _)| name.clone()));
+        while self.retries.first().is_some_and(|(again, _)| *again <= now) {
+            self.pending.extend(self.retries.pop_first().map(|(_, name)| name));
+        }
         while let Some(name) = self.pending.pop_first() {
             self.settle_service(&name, now)?;
         }
@@ -267,7 +270,7 @@ impl<M: Maps> Agent<M> {
             return Ok(());
         }
         let Some((desired, mut findings)) = self.desired(name) else {
-            self.refused.remove(name);
+            self.accept(name);
             let said = self.said.remove(name).map_or(0, |findings| findings.len());
             self.metrics.work().note_findings(said, 0);
             self.metrics.forget_service(name);
@@ -278,7 +281,7 @@ impl<M: Maps> Agent<M> {
             self.metrics.forget_service(name);
             let batch = self.reconciler.remove_service(name, now);
             self.carry_out(batch, Some(name), now)?;
-            self.refused.remove(name);
+            self.accept(name);
             self.say(name, findings);
             return Ok(());
         }
@@ -290,7 +293,7 @@ impl<M: Maps> Agent<M> {
         }
         findings.extend(batch.findings.remove(name).unwrap_or_default());
         self.carry_out(batch, Some(name), now)?;
-        self.refused.remove(name);
+        self.accept(name);
         self.say(name, findings);
         self.metrics.work().note_programmed(name);
         Ok(())
@@ -354,6 +357,13 @@ impl<M: Maps> Agent<M> {
         Ok(())
     }
 
+    /// The Service is refused no longer; answers how long it was left alone.
+    fn accept(&mut self, name: &ServiceName) -> Option<Duration> {
+        let refused = self.refused.remove(name)?;
+        self.retries.remove(&(refused.again, name.clone()));
+        Some(refused.pause)
+    }
+
     fn apply(&mut self, ops: &[Op], name: Option<&ServiceName>, now: Instant) -> Result<(), Trouble> {
         if ops.is_empty() {
             return Ok(());
@@ -366,9 +376,9 @@ impl<M: Maps> Agent<M> {
             Err(error) => {
                 self.stats.ops += error.done as u64;
                 if let Some(name) = name {
-                    let before = self.refused.get(name).map(|refused| refused.pause);
-                    let pause = before.map_or(RETRY, |pause| (pause * 2).min(RETRY_AT_MOST));
+                    let pause = self.accept(name).map_or(RETRY, |pause| (pause * 2).min(RETRY_AT_MOST));
                     self.refused.insert(name.clone(), Refused { again: now + pause, pause });
+                    self.retries.insert((now + pause, name.clone()));
                 }
                 Err(Trouble::Apply { service: name.cloned(), error })
             }

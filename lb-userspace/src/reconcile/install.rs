@@ -50,6 +50,7 @@ impl Reconciler {
         batch: &mut Batch,
     ) {
         let Some(mut service) = self.services.remove(name) else { return };
+        self.visited += 1;
         let mut steps = Steps::default();
         let wanted = self.wanted(name, &service.frontends, &mut steps);
         self.unfit.remove(name);
