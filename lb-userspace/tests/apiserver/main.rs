@@ -6,6 +6,7 @@
 #[path = "../kubernetes/double.rs"]
 mod double;
 mod launch;
+mod memory;
 mod scenarios;
 
 use std::path::PathBuf;
@@ -63,6 +64,9 @@ fn check(name: &str, check: fn()) -> Trial {
 }
 
 fn main() {
+    if let Ok(master) = std::env::var(memory::MASTER) {
+        return run(memory::follow(master));
+    }
     let mut trials = vec![
         check(
             "launch::a_server_that_ends_is_named_with_its_log",
@@ -79,5 +83,8 @@ fn main() {
     ];
     trials.extend(scenario!(services_of_every_kind));
     trials.extend(scenario!(an_api_server_that_restarts));
+    trials.push(check("memory::of_a_large_cluster_is_bounded", || {
+        run(memory::of_a_large_cluster_is_bounded());
+    }));
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }

@@ -129,7 +129,7 @@ fn api(client: &Client, path: &str, resource: &ApiResource) -> Api<DynamicObject
 }
 
 /// The agent behind the API server, with maps that are no kernel's.
-struct Follower {
+pub(crate) struct Follower {
     agent: Agent<FakeMaps>,
     events: mpsc::Receiver<Event>,
     _tasks: JoinSet<()>,
@@ -137,10 +137,22 @@ struct Follower {
 
 impl Follower {
     async fn start(server: &Server) -> Self {
+        Self::with(&server.options(), LIMITS).await
+    }
+
+    /// With room for a large cluster.
+    pub(crate) async fn start_large(master: String) -> Self {
+        let limits =
+            Limits { services: 20_000, backends: 120_000, slots: 400_000, addresses: 20_000, ..LIMITS };
+        let options = Options { master: Some(master), node_name: "node-a".into(), kubeconfig: None };
+        Self::with(&options, limits).await
+    }
+
+    async fn with(options: &Options, limits: Limits) -> Self {
         let (sender, events) = mpsc::channel(CHANNEL);
-        let tasks = follow(&client(&server.options()).await.unwrap(), "node-a", &sender);
+        let tasks = follow(&client(options).await.unwrap(), "node-a", &sender);
         let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
-        let mut agent = Agent::new(facts, FakeMaps::new(LIMITS), Health::new(true)).unwrap();
+        let mut agent = Agent::new(facts, FakeMaps::new(limits), Health::new(true)).unwrap();
         agent.set_addresses(BTreeMap::new());
         Self { agent, events, _tasks: tasks }
     }
@@ -158,6 +170,15 @@ impl Follower {
             self.agent.take(event, Instant::now());
             self.agent.settle(Instant::now());
             view = self.view();
+        }
+    }
+
+    /// Lets the agent work until it has written that many frontends; they come at once.
+    pub(crate) async fn until_frontends(&mut self, count: u64) {
+        while self.agent.stats().ops < count {
+            let event = tokio::time::timeout(PATIENCE, self.events.recv()).await.unwrap().unwrap();
+            self.agent.take(event, Instant::now());
+            self.agent.settle(Instant::now());
         }
     }
 

@@ -128,10 +128,15 @@ pub(crate) struct Double {
 
 impl Double {
     pub(crate) async fn start() -> Self {
+        Self::with_pages(2).await
+    }
+
+    /// With so many objects in one answer of a list, whatever is asked for.
+    pub(crate) async fn with_pages(page: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let double = Self { addr, store: Arc::default(), server: Arc::default() };
-        double.store().page = 2;
+        double.store().page = page;
         double.serve(listener);
         double
     }
