@@ -555,7 +555,7 @@ fn names_are_taken_over_repaired_and_left_out_where_there_is_no_room() {
     assert_eq!(kinds(&world.set("a", desired(&[(&vip(1), &[])])).ops), [""; 0]);
     // Somebody else has its frontend, and so its number, by now.
     assert_eq!(kinds(&world.set("e", desired(&[(&vip(2), &[])])).ops), ["name"]);
-    assert_eq!(kinds(&world.finish()), ["-frontend", "-address", "-name"]);
+    assert_eq!(kinds(&world.finish()), ["-address", "-frontend", "-name"]);
     assert_eq!(named(&world), ["1 a", "2 e"]);
 }
 
