@@ -60,6 +60,8 @@ pub struct Agent<M> {
     metrics: Metrics,
     events: Option<Events>,
     unlisted: Unlisted,
+    /// How many objects of a kind cannot be read.
+    unreadable: BTreeMap<Kind, usize>,
     /// Flags of the node's own addresses; `None`: not known yet.
     addresses: Option<BTreeMap<IpAddr, u32>>,
     /// The addresses are not what the maps have.
@@ -101,6 +103,7 @@ impl<M: Maps> Agent<M> {
             health,
             events: None,
             unlisted: Unlisted::default(),
+            unreadable: BTreeMap::new(),
             addresses: None,
             addresses_changed: false,
             pod_networks: Some(vec![]),
@@ -160,6 +163,11 @@ impl<M: Maps> Agent<M> {
             }
             Event::Refused(kind) => {
                 self.unlisted.note(kind);
+                false
+            }
+            Event::Unreadable(kind, count) => {
+                let before = self.unreadable.insert(kind, count).unwrap_or_default();
+                self.metrics.work().note_findings(before, count);
                 false
             }
         }

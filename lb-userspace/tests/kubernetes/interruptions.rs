@@ -353,7 +353,7 @@ async fn an_object_that_cannot_be_read_stops_no_other() {
         double.set(SERVICES, object);
     }
     let mut world = World::start(double).await;
-    world.listed(&["a:1", "c:1"]).await;
+    world.listed(&["a:1", "1 unreadable Services", "c:1"]).await;
     let lines = log.lines_with("cannot be read");
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("ns/b") && lines[0].contains("eighty"), "{lines:?}");
@@ -367,13 +367,14 @@ async fn an_object_that_cannot_be_read_stops_no_other() {
     changed["spec"]["clusterIP"] = json!([1]);
     world.double.set(SERVICES, changed);
     world.double.set(SERVICES, service("d", 1));
-    world.expect(&["slice s", "d:1"]).await;
+    world.expect(&["slice s", "1 unreadable EndpointSlices", "d:1"]).await;
     let listed = world.lists();
     world.double.set(SERVICES, service("b", 2));
     world.double.set(SERVICES, broken);
     world.double.delete(SERVICES, "b");
     world.double.delete(SLICES, "s");
-    world.expect(&["b:2", "-b", "-slice s"]).await;
+    let b = ["0 unreadable Services", "b:2", "1 unreadable Services", "0 unreadable Services", "-b"];
+    world.expect(&[&b[..], &["0 unreadable EndpointSlices", "-slice s"]].concat()).await;
     assert_eq!(world.lists(), listed, "nothing is listed again");
 }
 

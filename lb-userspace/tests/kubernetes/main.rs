@@ -102,6 +102,7 @@ fn show(event: &Event) -> String {
     match event {
         Event::Listed(kind) => format!("listed {kind}"),
         Event::Refused(kind) => format!("refused {kind}"),
+        Event::Unreadable(kind, count) => format!("{count} unreadable {kind}"),
         Event::Changed(Change::Service(service)) => match service.ports.first() {
             Some(port) => format!("{}:{}", service.name.name, port.port),
             None => service.name.name.to_string(),

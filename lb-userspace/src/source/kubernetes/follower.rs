@@ -196,22 +196,35 @@ impl<W: Watched> Follower<W> {
         self.known.exists(&name);
         match object.content {
             Ok(object) => {
-                self.unreadable.remove(&name);
+                self.note_unreadable(&name, None).await?;
                 self.send(Event::Changed(object.changed())).await
             }
             Err(Unreadable { error, .. }) => {
                 if self.unreadable.get(&name) != Some(&error) {
                     tracing::warn!(kind = %W::KIND, %name, "it cannot be read, and stays as it was: {error}");
-                    self.unreadable.insert(name, error);
                 }
-                Ok(())
+                self.note_unreadable(&name, Some(error)).await
             }
         }
     }
 
     async fn gone(&mut self, name: W::Name) -> Result<(), Closed> {
-        self.unreadable.remove(&name);
+        self.note_unreadable(&name, None).await?;
         self.send(Event::Changed(W::gone(name))).await
+    }
+
+    /// Why an object cannot be read; `None`: it can, or is gone.
+    async fn note_unreadable(&mut self, name: &W::Name, error: Option<String>) -> Result<(), Closed> {
+        let before = self.unreadable.len();
+        if let Some(error) = error {
+            self.unreadable.insert(name.clone(), error);
+        } else {
+            self.unreadable.remove(name);
+        }
+        if self.unreadable.len() != before {
+            self.send(Event::Unreadable(W::KIND, self.unreadable.len())).await?;
+        }
+        Ok(())
     }
 
     async fn send(&self, event: Event) -> Result<(), Closed> {
