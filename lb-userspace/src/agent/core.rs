@@ -60,6 +60,8 @@ pub struct Agent<M> {
     metrics: Metrics,
     events: Option<Events>,
     unlisted: Unlisted,
+    /// How many objects of a kind cannot be read.
+    unreadable: BTreeMap<Kind, usize>,
     /// Flags of the node's own addresses; `None`: not known yet.
     addresses: Option<BTreeMap<IpAddr, u32>>,
     /// The addresses are not what the maps have.
@@ -74,6 +76,8 @@ pub struct Agent<M> {
     pending: BTreeSet<Owner>,
     /// Those that the maps refused, and when to try again.
     refused: BTreeMap<Owner, Refused>,
+    /// The same by time.
+    retries: BTreeSet<(Instant, Owner)>,
     /// What is stale has not been removed yet.
     unfinished: bool,
     /// Everything has been written once since the maps were read.
@@ -99,6 +103,7 @@ impl<M: Maps> Agent<M> {
             health,
             events: None,
             unlisted: Unlisted::default(),
+            unreadable: BTreeMap::new(),
             addresses: None,
             addresses_changed: false,
             pod_networks: Some(vec![]),
@@ -106,6 +111,7 @@ impl<M: Maps> Agent<M> {
             networks_changed: false,
             pending: BTreeSet::new(),
             refused: BTreeMap::new(),
+            retries: BTreeSet::new(),
             unfinished: true,
             loaded: false,
             doubtful: None,
@@ -159,6 +165,11 @@ impl<M: Maps> Agent<M> {
                 self.unlisted.note(kind);
                 false
             }
+            Event::Unreadable(kind, count) => {
+                let before = self.unreadable.insert(kind, count).unwrap_or_default();
+                self.metrics.work().note_findings(before, count);
+                false
+            }
         }
     }
 
@@ -193,6 +204,11 @@ impl<M: Maps> Agent<M> {
 
     pub fn stats(&self) -> Stats {
         self.stats
+    }
+
+    /// How often the reconciler looked at a Service since the maps were read.
+    pub fn visited(&self) -> u64 {
+        self.reconciler.visited()
     }
 
     /// The maps, for tests.
@@ -236,15 +252,9 @@ impl<M: Maps> Agent<M> {
         if !self.unlisted.is_empty() || self.addresses.is_none() {
             return None;
         }
-        [
-            self.doubtful,
-            self.reconciler.next_expiry(),
-            self.ports.next_retry(),
-            self.refused.values().map(|refused| refused.again).min(),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+        let retry = self.retries.first().map(|(again, _)| *again);
+        let wakes = [self.doubtful, self.reconciler.next_expiry(), self.ports.next_retry(), retry];
+        wakes.into_iter().flatten().min()
     }
 
     fn try_to_settle(&mut self, now: Instant) -> Result<(), Trouble> {
@@ -265,8 +275,9 @@ impl<M: Maps> Agent<M> {
         }
         let batch = self.reconciler.expire(now);
         self.carry_out(batch, None, now)?;
-        let due = self.refused.iter().filter(|(_, refused)| refused.again <= now);
-        self.pending.extend(due.map(|(name, _)| name.clone()));
+        while self.retries.first().is_some_and(|(again, _)| *again <= now) {
+            self.pending.extend(self.retries.pop_first().map(|(_, name)| name));
+        }
         while let Some(name) = self.pending.pop_first() {
             self.settle_service(&name, now)?;
         }
@@ -294,7 +305,7 @@ impl<M: Maps> Agent<M> {
             return Ok(());
         }
         let Some((desired, mut findings)) = self.desired(name) else {
-            self.refused.remove(name);
+            self.accept(name);
             let said = self.said.remove(name).map_or(0, |findings| findings.len());
             self.metrics.work().note_findings(said, 0);
             self.metrics.forget_service(name);
@@ -307,7 +318,7 @@ impl<M: Maps> Agent<M> {
             self.want_health(name, None);
             let batch = self.reconciler.remove_service(name, now);
             self.carry_out(batch, Some(name), now)?;
-            self.refused.remove(name);
+            self.accept(name);
             self.say(name, findings);
             return Ok(());
         }
@@ -322,7 +333,7 @@ impl<M: Maps> Agent<M> {
         }
         findings.extend(batch.findings.remove(name).unwrap_or_default());
         self.carry_out(batch, Some(name), now)?;
-        self.refused.remove(name);
+        self.accept(name);
         self.want_health(name, health);
         self.say(name, findings);
         if let Some(service) = name.service() {
@@ -404,6 +415,13 @@ impl<M: Maps> Agent<M> {
         Ok(())
     }
 
+    /// The Service or Pod is refused no longer; answers how long it was left alone.
+    fn accept(&mut self, name: &Owner) -> Option<Duration> {
+        let refused = self.refused.remove(name)?;
+        self.retries.remove(&(refused.again, name.clone()));
+        Some(refused.pause)
+    }
+
     fn apply(&mut self, ops: &[Op], name: Option<&Owner>, now: Instant) -> Result<(), Trouble> {
         if ops.is_empty() {
             return Ok(());
@@ -416,9 +434,9 @@ impl<M: Maps> Agent<M> {
             Err(error) => {
                 self.stats.ops += error.done as u64;
                 if let Some(name) = name {
-                    let before = self.refused.get(name).map(|refused| refused.pause);
-                    let pause = before.map_or(RETRY, |pause| (pause * 2).min(RETRY_AT_MOST));
+                    let pause = self.accept(name).map_or(RETRY, |pause| (pause * 2).min(RETRY_AT_MOST));
                     self.refused.insert(name.clone(), Refused { again: now + pause, pause });
+                    self.retries.insert((now + pause, name.clone()));
                 }
                 Err(Trouble::Apply { owner: name.cloned(), error })
             }

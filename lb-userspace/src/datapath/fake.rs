@@ -19,6 +19,8 @@ pub struct FakeMaps {
     limits: Limits,
     state: Snapshot,
     slots: Vec<u32>,
+    /// Windows of frontends that a slot is in.
+    refs: Vec<u32>,
     /// Operations carried out since the start.
     pub applied: u64,
     /// Operations to carry out before the next one fails.
@@ -32,6 +34,7 @@ impl FakeMaps {
             limits,
             state: Snapshot::default(),
             slots: vec![0; limits.slots as usize],
+            refs: vec![0; limits.slots as usize],
             applied: 0,
             fail_after: None,
         }
@@ -87,12 +90,24 @@ impl FakeMaps {
     }
 
     fn referred(&self, base: u32, len: u32) -> Option<FrontendKey> {
+        if self.refs[base as usize..(base + len) as usize].iter().all(|refs| *refs == 0) {
+            return None;
+        }
         let overlaps = |w: abi::Window| w.len > 0 && w.base < base + len && base < w.base + w.len;
         self.state
             .frontends
             .iter()
             .find(|(_, service)| overlaps(service.internal) || overlaps(service.external))
             .map(|(key, _)| *key)
+    }
+
+    /// A frontend comes or goes.
+    fn count(&mut self, entry: &abi::Service, change: i32) {
+        for window in [entry.internal, entry.external].iter().filter(|window| window.len > 0) {
+            for refs in &mut self.refs[window.base as usize..(window.base + window.len) as usize] {
+                *refs = refs.saturating_add_signed(change);
+            }
+        }
     }
 
     #[expect(clippy::too_many_lines, reason = "one arm for each operation")]
@@ -134,19 +149,30 @@ impl FakeMaps {
             Op::SetFrontend { key, entry } => {
                 self.check_frontend(*key, entry)?;
                 let family = Family::of(key.addr);
-                let held = self.state.frontends.keys().filter(|k| Family::of(k.addr) == family).count();
-                if held >= self.limits.services as usize && !self.state.frontends.contains_key(key) {
+                let held = || self.state.frontends.keys().filter(|k| Family::of(k.addr) == family).count();
+                if !self.state.frontends.contains_key(key)
+                    && self.state.frontends.len() >= self.limits.services as usize
+                    && held() >= self.limits.services as usize
+                {
                     return Err(MapError::Full { map: "SERVICES".into(), capacity: self.limits.services });
                 }
-                self.state.frontends.insert(*key, *entry);
+                if let Some(old) = self.state.frontends.insert(*key, *entry) {
+                    self.count(&old, -1);
+                }
+                self.count(entry, 1);
             }
             Op::RemoveFrontend { key } => {
-                self.state.frontends.remove(key);
+                if let Some(old) = self.state.frontends.remove(key) {
+                    self.count(&old, -1);
+                }
             }
             Op::SetAddress { addr, flags } => {
                 let family = Family::of(*addr);
-                let held = self.state.addresses.keys().filter(|a| Family::of(**a) == family).count();
-                if held >= self.limits.addresses as usize && !self.state.addresses.contains_key(addr) {
+                let held = || self.state.addresses.keys().filter(|a| Family::of(**a) == family).count();
+                if !self.state.addresses.contains_key(addr)
+                    && self.state.addresses.len() >= self.limits.addresses as usize
+                    && held() >= self.limits.addresses as usize
+                {
                     return Err(MapError::Full { map: "ADDRESSES".into(), capacity: self.limits.addresses });
                 }
                 self.state.addresses.insert(*addr, *flags);

@@ -155,7 +155,7 @@ impl Work {
         );
         registry.register(
             "fairlead_findings",
-            "Things that keep Services from working as written; the log names them",
+            "Things that keep Services from working as written, and objects that cannot be read; the log names them",
             work.findings.clone(),
         );
         work

@@ -42,6 +42,8 @@ impl Wanted {
 pub(super) struct Addresses {
     limit: u32,
     wanted: BTreeMap<IpAddr, Wanted>,
+    /// Those of the node: a node has few, Services many.
+    node: BTreeSet<IpAddr>,
     held: BTreeMap<IpAddr, u32>,
     held_v6: u32,
 }
@@ -54,7 +56,8 @@ impl Addresses {
     /// `held`: what the maps hold already.
     pub(super) fn new(limit: u32, held: BTreeMap<IpAddr, u32>) -> Self {
         let held_v6 = held.keys().filter(|addr| addr.is_ipv6()).count();
-        Self { limit, wanted: BTreeMap::new(), held, held_v6: u32::try_from(held_v6).unwrap_or(u32::MAX) }
+        let held_v6 = u32::try_from(held_v6).unwrap_or(u32::MAX);
+        Self { limit, wanted: BTreeMap::new(), node: BTreeSet::new(), held, held_v6 }
     }
 
     /// One more frontend of this kind ([`frontend_kind`]) at `addr`. The unspecified address stands for those of the
@@ -75,10 +78,13 @@ impl Addresses {
     /// These are the node's own addresses, with their flags; answers which changed.
     pub(super) fn set_node(&mut self, flags: &BTreeMap<IpAddr, u32>) -> Vec<IpAddr> {
         let mut changed = vec![];
-        for (addr, wanted) in &mut self.wanted {
-            if wanted.node != 0 && !flags.contains_key(addr) {
+        let now: BTreeSet<IpAddr> = flags.keys().copied().collect();
+        for addr in std::mem::replace(&mut self.node, now) {
+            if !flags.contains_key(&addr)
+                && let Some(wanted) = self.wanted.get_mut(&addr)
+            {
                 wanted.node = 0;
-                changed.push(*addr);
+                changed.push(addr);
             }
         }
         for (addr, flags) in flags {
@@ -114,8 +120,10 @@ impl Addresses {
 
     /// Whether the node has an address in one of these networks.
     pub(super) fn is_node_within(&self, nets: &BTreeSet<IpNet>) -> bool {
-        let node = self.wanted.iter().filter(|(_, wanted)| wanted.node & address_flags::NODE != 0);
-        node.map(|(addr, _)| addr).any(|addr| nets.iter().any(|net| net.contains(addr)))
+        let is_node = |addr: &&IpAddr| {
+            self.wanted.get(addr).is_some_and(|wanted| wanted.node & address_flags::NODE != 0)
+        };
+        self.node.iter().filter(is_node).any(|addr| nets.iter().any(|net| net.contains(addr)))
     }
 
     /// Addresses that the maps hold and nobody wants.

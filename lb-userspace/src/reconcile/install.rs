@@ -45,6 +45,7 @@ struct Place {
 impl Reconciler {
     pub(super) fn install(&mut self, name: &Owner, removals: Removals, now: Instant, batch: &mut Batch) {
         let Some(mut service) = self.services.remove(name) else { return };
+        self.visited += 1;
         let mut steps = Steps::default();
         let wanted = self.wanted(name, &service.frontends, &mut steps);
         self.unfit.remove(name);

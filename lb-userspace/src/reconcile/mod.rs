@@ -90,6 +90,8 @@ pub struct Reconciler {
     /// Services with source ranges: they care about the node's addresses.
     restricted: BTreeSet<Owner>,
     retired: VecDeque<(Instant, Retired)>,
+    /// How often a Service was looked at.
+    visited: u64,
 }
 
 #[derive(Debug)]
@@ -232,6 +234,7 @@ impl Reconciler {
             sources: Sources::new(limits.sources, snapshot.sources.clone()),
             restricted: BTreeSet::new(),
             retired: VecDeque::new(),
+            visited: 0,
         };
         this.adopt_windows(&snapshot);
         for (key, mut entry) in snapshot.frontends {
@@ -423,6 +426,11 @@ impl Reconciler {
         // Index 0 is nobody's.
         let slots = u64::from(self.limits.slots.saturating_sub(1)).saturating_sub(self.space.available());
         [("BACKENDS4", v4.0, v4.1), ("BACKENDS6", v6.0, v6.1), ("SLOTS", slots, self.limits.slots.into())]
+    }
+
+    /// How often a Service was looked at since the maps were read; tests compare it with the size of a change.
+    pub fn visited(&self) -> u64 {
+        self.visited
     }
 
     /// Services of Kubernetes known, for status.

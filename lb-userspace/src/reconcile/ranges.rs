@@ -9,12 +9,14 @@ pub(super) struct Ranges {
     free: BTreeMap<u32, u32>,
     /// The same by length.
     by_len: BTreeSet<(u32, u32)>,
+    /// Free indices in all.
+    available: u64,
 }
 
 impl Ranges {
     /// Indices 1 to `limit` less 1, all free.
     pub(super) fn new(limit: u32) -> Self {
-        let mut ranges = Self { free: BTreeMap::new(), by_len: BTreeSet::new() };
+        let mut ranges = Self { free: BTreeMap::new(), by_len: BTreeSet::new(), available: 0 };
         if limit > 1 {
             ranges.insert(1, limit - 1);
         }
@@ -67,17 +69,19 @@ impl Ranges {
 
     /// Free indices in all.
     pub(super) fn available(&self) -> u64 {
-        self.free.values().map(|len| u64::from(*len)).sum()
+        self.available
     }
 
     fn insert(&mut self, base: u32, len: u32) {
         self.free.insert(base, len);
         self.by_len.insert((len, base));
+        self.available += u64::from(len);
     }
 
     fn remove(&mut self, base: u32, len: u32) {
         self.free.remove(&base);
         self.by_len.remove(&(len, base));
+        self.available -= u64::from(len);
     }
 }
 

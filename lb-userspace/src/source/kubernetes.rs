@@ -5,28 +5,27 @@
 //! it is read: no list of whole objects is ever held. An API server that cannot be reached, refuses, or has
 //! forgotten where we were is asked again, ever less often; until then everything stays as it was.
 
-use std::borrow::Cow;
-use std::fmt::Debug;
+mod follower;
+mod slim;
+
+use std::fmt::{Debug, Display};
 use std::path::PathBuf;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
-use kube::runtime::watcher::{self, DefaultBackoff, watcher};
-use kube::{Api, Client, Config, Resource};
-use serde::{Deserialize, Deserializer};
+use kube::runtime::watcher::{self, DefaultBackoff};
+use kube::{Client, Config, Resource};
+use serde::Deserialize;
 use tokio::task::JoinSet;
 
+use self::follower::Follower;
 use super::convert::ServiceCidr;
-use super::known::Known;
-use super::{Closed, Event, Kind, Sender, convert};
+use super::{Kind, Sender, convert};
 use crate::entries::ServiceName;
 use crate::model::{Change, EndpointSlice, Node, Pod, Service, SliceName};
 use crate::owner::PodName;
@@ -37,11 +36,10 @@ const LABELS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/ser
 /// Objects in one answer of a list.
 const PAGE: u32 = 200;
 
-/// How long one watch request lives, in seconds. A connection that died in silence is noticed after this
-/// time.
+/// How long one watch request lives, in seconds.
 const WATCH_SECONDS: u32 = 120;
 
-/// How long an answer may pause; longer than a watch lives.
+/// How long bytes of an answer may stay away, whatever waits for them; longer than a watch lives.
 const READ_TIMEOUT: Duration = Duration::from_mins(3);
 
 /// How the API server is found.
@@ -82,6 +80,8 @@ pub async fn client(options: &Options) -> Result<Client, Error> {
     }
     config.read_timeout = Some(READ_TIMEOUT);
     config.reset_reader_on_write = true;
+    // Whoever asks waits and asks again.
+    config.default_retry = false;
     Client::try_from(config).map_err(Error::Client)
 }
 
@@ -136,8 +136,8 @@ pub fn follow_with(
 
 /// An object of the model and the Kubernetes object it is read from.
 trait Watched: Clone + Debug + Send + 'static {
-    type Object: Resource<DynamicType = (), Scope: Send> + for<'de> Deserialize<'de> + 'static;
-    type Name: Ord + Clone + Send;
+    type Object: Resource<DynamicType = (), Scope: Send> + for<'de> Deserialize<'de> + Default + 'static;
+    type Name: Ord + Clone + Display + Send;
     const KIND: Kind;
 
     fn convert(object: Self::Object) -> Self;
@@ -254,195 +254,4 @@ impl Watched for ServiceCidr {
     fn gone(name: String) -> Change {
         Change::ServiceCidrGone(name)
     }
-}
-
-/// What is left of a Kubernetes object once it has been read: the model's object, and the resource version
-/// that the watch goes on from.
-#[derive(Clone, Debug)]
-struct Slim<W> {
-    metadata: ObjectMeta,
-    object: W,
-}
-
-impl<'de, W: Watched> Deserialize<'de> for Slim<W> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let object = W::Object::deserialize(deserializer)?;
-        let resource_version = object.meta().resource_version.clone();
-        let metadata = ObjectMeta { resource_version, ..ObjectMeta::default() };
-        Ok(Self { metadata, object: W::convert(object) })
-    }
-}
-
-impl<W: Watched> Resource for Slim<W> {
-    type DynamicType = ();
-    type Scope = <W::Object as Resource>::Scope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        W::Object::kind(&())
-    }
-
-    fn group((): &()) -> Cow<'_, str> {
-        W::Object::group(&())
-    }
-
-    fn version((): &()) -> Cow<'_, str> {
-        W::Object::version(&())
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        W::Object::plural(&())
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        &self.metadata
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
-    }
-}
-
-/// Follows one kind.
-struct Follower<W: Watched> {
-    api: Api<Slim<W>>,
-    config: watcher::Config,
-    events: Sender,
-    known: Known<W::Name>,
-    backoff: Box<dyn Backoff>,
-    /// What went wrong last, and was said.
-    trouble: Option<String>,
-}
-
-impl<W: Watched> Follower<W> {
-    fn new(client: &Client, config: watcher::Config, events: &Sender, backoff: Box<dyn Backoff>) -> Self {
-        let (api, events) = (Api::all(client.clone()), events.clone());
-        Self { api, config, events, known: Known::default(), backoff, trouble: None }
-    }
-
-    async fn run(mut self) {
-        // Ends only when nobody listens any more.
-        while let Ok(()) = self.follow().await {}
-    }
-
-    /// Until the watcher has to start afresh.
-    async fn follow(&mut self) -> Result<(), Closed> {
-        let mut stream = pin!(watcher(self.api.clone(), self.config.clone()));
-        while let Some(event) = stream.next().await {
-            match event {
-                Ok(event) => self.take(event).await?,
-                Err(error) => {
-                    if W::KIND.is_dispensable() && is_refused(&error) {
-                        self.send(Event::Refused(W::KIND)).await?;
-                    }
-                    self.complain(&error);
-                    let pause = self.backoff.next().unwrap_or(Duration::from_secs(30));
-                    tokio::select! {
-                        () = tokio::time::sleep(pause) => {}
-                        () = self.events.closed() => return Err(Closed),
-                    }
-                    if is_gone_at_start(&error) {
-                        break;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn take(&mut self, event: watcher::Event<Slim<W>>) -> Result<(), Closed> {
-        match event {
-            watcher::Event::Init => {
-                // Nothing was heard of the server yet.
-                self.known.begin();
-                return Ok(());
-            }
-            watcher::Event::InitApply(Slim { object, .. }) | watcher::Event::Apply(Slim { object, .. }) => {
-                self.known.exists(&object.name());
-                self.send(Event::Changed(object.changed())).await?;
-            }
-            watcher::Event::Delete(Slim { object, .. }) => {
-                let name = object.name();
-                self.known.gone(&name);
-                self.send(Event::Changed(W::gone(name))).await?;
-            }
-            watcher::Event::InitDone => {
-                for name in self.known.finish() {
-                    self.send(Event::Changed(W::gone(name))).await?;
-                }
-                self.send(Event::Listed(W::KIND)).await?;
-            }
-        }
-        if self.trouble.take().is_some() {
-            tracing::info!(kind = %W::KIND, "the API server answers again");
-        }
-        Ok(())
-    }
-
-    async fn send(&self, event: Event) -> Result<(), Closed> {
-        self.events.send(event).await.map_err(|_| Closed)
-    }
-
-    /// Says what is wrong, once for as long as it stays the same.
-    fn complain(&mut self, error: &watcher::Error) {
-        let text = describe(W::KIND, error);
-        if self.trouble.as_deref() != Some(&text) {
-            let meanwhile = if W::KIND.is_dispensable() && is_refused(error) {
-                "Services are served all the same, but no new host ports"
-            } else {
-                "everything stays as it is"
-            };
-            tracing::warn!(kind = %W::KIND, "{text}; {meanwhile}, and the server is asked again");
-            self.trouble = Some(text);
-        }
-    }
-}
-
-/// We may not read this kind.
-fn is_refused(error: &watcher::Error) -> bool {
-    use watcher::Error::{InitialListFailed, WatchFailed, WatchStartFailed};
-
-    match error {
-        InitialListFailed(error) | WatchStartFailed(error) | WatchFailed(error) => {
-            matches!(error, kube::Error::Api(status) if matches!(status.code, 401 | 403))
-        }
-        _ => false,
-    }
-}
-
-/// A watch that may not even begin where it should: the list has to be read again.
-fn is_gone_at_start(error: &watcher::Error) -> bool {
-    matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == 410)
-}
-
-fn describe(kind: Kind, error: &watcher::Error) -> String {
-    use watcher::Error::{InitialListFailed, WatchFailed, WatchStartFailed};
-
-    match error {
-        InitialListFailed(error) | WatchStartFailed(error) | WatchFailed(error) => match error {
-            kube::Error::Api(status) if matches!(status.code, 401 | 403) => format!(
-                "the API server does not let us read {kind}: {}; grant get, list and watch",
-                status.message
-            ),
-            kube::Error::Api(status) if status.code == 404 => {
-                format!("the API server has no {kind}")
-            }
-            kube::Error::Api(status) => format!("the API server answers {}: {}", status.code, status.message),
-            error => format!("the API server cannot be asked: {}", with_causes(error)),
-        },
-        error => with_causes(error),
-    }
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let message = error.to_string();
-        // Many errors repeat their cause.
-        if !text.contains(&message) {
-            text = format!("{text}: {message}");
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes, to_bytes};
@@ -12,8 +14,12 @@ use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Json, Response};
 use futures::StreamExt;
 use futures::channel::mpsc::{UnboundedSender, unbounded};
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::task::{AbortHandle, JoinSet};
 
 pub(crate) const SERVICES: &str = "/api/v1/services";
 pub(crate) const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
@@ -22,34 +28,103 @@ pub(crate) const NODES: &str = "/api/v1/nodes";
 /// Not there (404) before the first object is set, as before Kubernetes 1.33.
 pub(crate) const CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
 
+/// Requests of one test; further ones are not answered.
+const FLOOD: usize = 1000;
+
 /// What the server does instead of answering.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Mood {
     Well,
-    /// 403 to everything.
-    Forbidden,
+    /// 403 to everything, or to one path.
+    Forbidden(Option<&'static str>),
+    /// 401 to everybody.
+    Unauthorized,
     /// 410 to a watch, before it begins.
     GoneAtStart,
     /// An ERROR event with code 410, as soon as a watch has begun.
     GoneInStream,
+    /// 504: the version asked for is yet to come.
+    Restored,
+    /// Takes requests, and never answers.
+    Hanging,
+    /// Ends every watch as soon as it has begun.
+    Brief,
 }
 
 #[derive(Default)]
 struct Store {
     version: u64,
-    /// By path, then by name: version and object.
-    objects: BTreeMap<String, BTreeMap<String, (u64, Value)>>,
-    /// Every change: version, path, type, object.
-    history: Vec<(u64, String, &'static str, Value)>,
-    watchers: Vec<(String, UnboundedSender<Result<Bytes, Infallible>>)>,
+    /// By path, then by name: object.
+    objects: BTreeMap<String, BTreeMap<String, Value>>,
+    /// Every change: version, path, the object before and after it.
+    history: Vec<Change>,
+    /// What happened up to this version is forgotten.
+    forgotten: u64,
+    watchers: Vec<Watcher>,
     requests: Vec<(String, HashMap<String, String>)>,
     mood: Option<Mood>,
     /// Events that were created.
     created: Vec<Value>,
     refuses_events: bool,
-    /// A path that is answered with 403.
-    forbidden: Option<&'static str>,
+    /// The only one that is let in.
+    token: Option<String>,
     page: usize,
+}
+
+struct Change {
+    version: u64,
+    path: String,
+    before: Option<Value>,
+    after: Option<Value>,
+}
+
+struct Watcher {
+    path: String,
+    selection: Selection,
+    sender: UnboundedSender<Result<Bytes, Infallible>>,
+}
+
+/// The selectors of a request.
+struct Selection {
+    /// A field, as a JSON pointer, and what it must be; `None`: all of them.
+    field: Option<(String, String)>,
+    /// Labels that must not be there; the double knows no other selectors.
+    without: Vec<String>,
+}
+
+impl Selection {
+    fn of(parameters: &HashMap<String, String>) -> Self {
+        let get = |key: &str| parameters.get(key).map(String::as_str);
+        let field = get("fieldSelector").map(|text| {
+            let (path, value) = text.split_once('=').unwrap();
+            assert!(["metadata.name", "spec.nodeName"].contains(&path), "{text}");
+            (format!("/{}", path.replace('.', "/")), value.to_owned())
+        });
+        let labels = get("labelSelector").into_iter().flat_map(|text| text.split(','));
+        Self { field, without: labels.map(|label| label.strip_prefix('!').unwrap().to_owned()).collect() }
+    }
+
+    fn has(&self, object: &Value) -> bool {
+        let is = |(path, value): &(String, String)| object.pointer(path).is_some_and(|field| field == value);
+        self.field.as_ref().is_none_or(is)
+            && self.without.iter().all(|label| object["metadata"]["labels"].get(label).is_none())
+    }
+
+    /// What a watch with these selectors is told of a change.
+    fn event(&self, change: &Change) -> Option<Bytes> {
+        let before = change.before.as_ref().filter(|object| self.has(object));
+        let after = change.after.as_ref().filter(|object| self.has(object));
+        match (before, after) {
+            (None, None) => None,
+            (None, Some(object)) => Some(line("ADDED", object)),
+            (Some(_), Some(object)) => Some(line("MODIFIED", object)),
+            (Some(object), None) => {
+                let mut object = object.clone();
+                object["metadata"]["resourceVersion"] = change.version.to_string().into();
+                Some(line("DELETED", &object))
+            }
+        }
+    }
 }
 
 /// A running server.
@@ -57,16 +132,50 @@ struct Store {
 pub(crate) struct Double {
     pub(crate) addr: SocketAddr,
     store: Arc<Mutex<Store>>,
+    server: Arc<Mutex<Option<AbortHandle>>>,
 }
 
 impl Double {
     pub(crate) async fn start() -> Self {
+        Self::with_pages(2).await
+    }
+
+    /// With so many objects in one answer of a list, whatever is asked for.
+    pub(crate) async fn with_pages(page: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let double = Self { addr: listener.local_addr().unwrap(), store: Arc::default() };
-        double.store().page = 2;
-        let router = Router::new().fallback(answer).with_state(double.clone());
-        tokio::spawn(async move { axum::serve(listener, router).await });
+        let addr = listener.local_addr().unwrap();
+        let double = Self { addr, store: Arc::default(), server: Arc::default() };
+        double.store().page = page;
+        double.serve(listener);
         double
+    }
+
+    fn serve(&self, listener: TcpListener) {
+        let router = Router::new().fallback(answer).with_state(self.clone());
+        let server = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                // Who drops such a connection resets it.
+                stream.set_zero_linger().unwrap();
+                let service = TowerToHyperService::new(router.clone());
+                connections.spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        *self.server.lock().unwrap() = Some(server.abort_handle());
+    }
+
+    /// Resets every connection, and takes none until [`Double::come_back`].
+    pub(crate) async fn go_away(&self) {
+        self.server.lock().unwrap().take().unwrap().abort();
+        self.disconnect();
+        while TcpListener::bind(self.addr).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    pub(crate) async fn come_back(&self) {
+        self.serve(TcpListener::bind(self.addr).await.unwrap());
     }
 
     fn store(&self) -> MutexGuard<'_, Store> {
@@ -74,27 +183,55 @@ impl Double {
     }
 
     /// Creates or changes an object.
-    pub(crate) fn set(&self, path: &str, mut object: Value) {
-        let mut store = self.store();
-        store.version += 1;
-        let version = store.version;
-        object["metadata"]["resourceVersion"] = version.to_string().into();
-        let name = object["metadata"]["name"].as_str().unwrap().to_owned();
-        let of_kind = store.objects.entry(path.to_owned()).or_default();
-        let old = of_kind.insert(name, (version, object.clone()));
-        store.tell(path, if old.is_some() { "MODIFIED" } else { "ADDED" }, object);
+    pub(crate) fn set(&self, path: &str, object: Value) {
+        self.store().set(path, object).tell();
     }
 
     /// Deletes an object.
     pub(crate) fn delete(&self, path: &str, name: &str) {
         let mut store = self.store();
-        let (_, mut object) = store.objects.get_mut(path).unwrap().remove(name).unwrap();
-        store.version += 1;
-        object["metadata"]["resourceVersion"] = store.version.to_string().into();
-        store.tell(path, "DELETED", object);
+        let before = Some(store.objects.get_mut(path).unwrap().remove(name).unwrap());
+        store.change(path, before, None).tell();
     }
 
-    /// Breaks every connection that carries a watch.
+    /// Like [`Double::set`], but watches get it byte by byte.
+    pub(crate) async fn dribble(&self, path: &str, object: Value) {
+        let told = self.store().set(path, object);
+        for (sender, bytes) in told.0 {
+            for byte in bytes {
+                sender.unbounded_send(Ok(Bytes::from(vec![byte]))).unwrap();
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+    }
+
+    /// Like [`Double::set`], but watches get a part of it, and then end.
+    pub(crate) fn break_off(&self, path: &str, object: Value) {
+        let mut store = self.store();
+        for (sender, bytes) in store.set(path, object).0 {
+            sender.unbounded_send(Ok(bytes.slice(..bytes.len() / 2))).unwrap();
+        }
+        store.watchers.retain(|watcher| watcher.path != path);
+    }
+
+    /// Tells the watches how far they are.
+    pub(crate) fn bookmark(&self, path: &str) {
+        let store = self.store();
+        let metadata = json!({ "resourceVersion": store.version.to_string() });
+        let mark = json!({ "kind": "Any", "apiVersion": "v1", "metadata": metadata });
+        for watcher in store.watchers.iter().filter(|watcher| watcher.path == path) {
+            watcher.sender.unbounded_send(Ok(line("BOOKMARK", &mark))).unwrap();
+        }
+    }
+
+    /// Forgets what happened so far: a watch that wants to know is answered with 410.
+    pub(crate) fn forget(&self) {
+        let mut store = self.store();
+        store.forgotten = store.version;
+        store.history.clear();
+    }
+
+    /// Ends every watch.
     pub(crate) fn disconnect(&self) {
         self.store().watchers.clear();
     }
@@ -113,9 +250,9 @@ impl Double {
         self.store().refuses_events = refuse;
     }
 
-    /// 403 to everything that asks for `path`; none: to nothing.
-    pub(crate) fn forbid(&self, path: Option<&'static str>) {
-        self.store().forbidden = path;
+    /// Lets in nobody without this token.
+    pub(crate) fn demand(&self, token: &str) {
+        self.store().token = Some(token.to_owned());
     }
 
     /// Every request so far: path and parameters.
@@ -125,17 +262,39 @@ impl Double {
 
     pub(crate) fn watches(&self, path: &str) -> usize {
         let mut store = self.store();
-        store.watchers.retain(|(_, sender)| !sender.is_closed());
-        store.watchers.iter().filter(|(watched, _)| watched == path).count()
+        store.watchers.retain(|watcher| !watcher.sender.is_closed());
+        store.watchers.iter().filter(|watcher| watcher.path == path).count()
+    }
+}
+
+/// Who is to be told what.
+struct Told(Vec<(UnboundedSender<Result<Bytes, Infallible>>, Bytes)>);
+
+impl Told {
+    fn tell(self) {
+        for (sender, bytes) in self.0 {
+            let _ = sender.unbounded_send(Ok(bytes));
+        }
     }
 }
 
 impl Store {
-    fn tell(&mut self, path: &str, kind: &'static str, object: Value) {
-        for (_, sender) in self.watchers.iter().filter(|(watched, _)| watched == path) {
-            let _ = sender.unbounded_send(Ok(line(kind, &object)));
-        }
-        self.history.push((self.version, path.to_owned(), kind, object));
+    fn set(&mut self, path: &str, mut object: Value) -> Told {
+        object["metadata"]["resourceVersion"] = (self.version + 1).to_string().into();
+        let name = object["metadata"]["name"].as_str().unwrap().to_owned();
+        let before = self.objects.entry(path.to_owned()).or_default().insert(name, object.clone());
+        self.change(path, before, Some(object))
+    }
+
+    fn change(&mut self, path: &str, before: Option<Value>, after: Option<Value>) -> Told {
+        self.version += 1;
+        let change = Change { version: self.version, path: path.to_owned(), before, after };
+        let watchers = self.watchers.iter().filter(|watcher| watcher.path == path);
+        let told = watchers
+            .filter_map(|watcher| Some((watcher.sender.clone(), watcher.selection.event(&change)?)))
+            .collect();
+        self.history.push(change);
+        Told(told)
     }
 }
 
@@ -161,47 +320,66 @@ async fn answer(
     request: Request,
 ) -> Response {
     let path = uri.path().to_owned();
+    let called = (format!("{} {path}", request.method()), parameters.clone());
+    // A flood ends sometime, so that paused time goes on and the test with it.
+    if double.store().mood == Some(Mood::Hanging) || double.store().requests.len() > FLOOD {
+        double.store().requests.push(called);
+        return std::future::pending().await;
+    }
     if request.method() == Method::POST {
-        return create(&double, path, request).await;
+        double.store().requests.push(called);
+        return create(&double, &path, request).await;
     }
     let mut store = double.store();
     if path == CIDRS && !store.objects.contains_key(CIDRS) {
         return refuse(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource");
     }
-    store.requests.push((format!("{} {path}", request.method()), parameters.clone()));
+    store.requests.push(called);
     let watch = parameters.get("watch").is_some_and(|value| value == "true");
     let gone = "too old resource version: 1 (2)";
-    let forbidden = store.forbidden == Some(path.as_str());
     match (store.mood, watch) {
-        (mood, _) if forbidden || mood == Some(Mood::Forbidden) => {
-            let message = "services is forbidden: User \"system:node\" cannot list resource";
-            return refuse(StatusCode::FORBIDDEN, "Forbidden", message);
+        (Some(Mood::Forbidden(only)), _) if only.is_none_or(|only| only == path) => {
+            let message = format!("User \"agent\" cannot list {path}");
+            return refuse(StatusCode::FORBIDDEN, "Forbidden", &message);
         }
+        (Some(Mood::Unauthorized), _) => return unauthorized(),
         (Some(Mood::GoneAtStart), true) => return refuse(StatusCode::GONE, "Expired", gone),
         (Some(Mood::GoneInStream), true) => {
             return Body::from(line("ERROR", &status(StatusCode::GONE, "Expired", gone))).into_response();
         }
+        (Some(Mood::Restored), true) => {
+            let message = "Too large resource version: 100, current: 3";
+            return refuse(StatusCode::GATEWAY_TIMEOUT, "Timeout", message);
+        }
+        (Some(Mood::Brief), true) => return Body::empty().into_response(),
         _ => {}
+    }
+    let bearer = request.headers().get("authorization").map(|value| value.to_str().unwrap().to_owned());
+    if store.token.as_ref().is_some_and(|token| bearer != Some(format!("Bearer {token}"))) {
+        return unauthorized();
     }
     if !watch {
         return list(&store, &path, &parameters);
     }
     let since: u64 = parameters["resourceVersion"].parse().unwrap();
+    if since < store.forgotten {
+        return refuse(StatusCode::GONE, "Expired", gone);
+    }
+    let selection = Selection::of(&parameters);
     let (sender, receiver) = unbounded();
-    for (version, of, kind, object) in &store.history {
-        if *version > since && *of == path {
-            let _ = sender.unbounded_send(Ok(line(kind, object)));
+    for change in store.history.iter().filter(|change| change.version > since && change.path == path) {
+        if let Some(bytes) = selection.event(change) {
+            let _ = sender.unbounded_send(Ok(bytes));
         }
     }
-    store.watchers.push((path, sender));
+    store.watchers.push(Watcher { path, selection, sender });
     Body::from_stream(receiver.map(|bytes: Result<Bytes, Infallible>| bytes)).into_response()
 }
 
 /// Events are the only objects that the agent creates.
-async fn create(double: &Double, path: String, request: Request) -> Response {
+async fn create(double: &Double, path: &str, request: Request) -> Response {
     let body = to_bytes(request.into_body(), 64 * 1024).await.unwrap();
     let mut store = double.store();
-    store.requests.push((format!("POST {path}"), HashMap::new()));
     let event: Value = serde_json::from_slice(&body).unwrap();
     let namespace = event["metadata"]["namespace"].as_str().unwrap();
     assert_eq!(path, format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
@@ -213,22 +391,22 @@ async fn create(double: &Double, path: String, request: Request) -> Response {
     (StatusCode::CREATED, Json(event)).into_response()
 }
 
+fn unauthorized() -> Response {
+    refuse(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized")
+}
+
 fn list(store: &Store, path: &str, parameters: &HashMap<String, String>) -> Response {
     let none = BTreeMap::new();
     let objects = store.objects.get(path).unwrap_or(&none);
     let from = parameters.get("continue").map(String::as_str).unwrap_or_default();
-    let selector = parameters.get("fieldSelector").and_then(|selector| selector.split_once('='));
-    let selected = |object: &Value| match selector {
-        Some(("metadata.name", name)) => object["metadata"]["name"] == name,
-        Some(("spec.nodeName", name)) => object["spec"]["nodeName"] == name,
-        _ => true,
-    };
-    let mut rest = objects.iter().filter(|(own, (_, object))| own.as_str() > from && selected(object));
+    let selection = Selection::of(parameters);
+    let rest = objects.range::<str, _>((Bound::Excluded(from), Bound::Unbounded));
+    let mut rest = rest.filter(|(_, object)| selection.has(object));
     // Smaller than any page that is asked for: clients must go on.
     let items: Vec<_> = rest.by_ref().take(store.page).collect();
     let last = items.last().map(|(name, _)| name.as_str()).unwrap_or_default();
     let next = if rest.next().is_some() { last } else { "" };
-    let items: Vec<&Value> = items.iter().map(|(_, (_, object))| object).collect();
+    let items: Vec<&Value> = items.iter().map(|(_, object)| *object).collect();
     Json(json!({
         "kind": "List", "apiVersion": "v1",
         "metadata": { "resourceVersion": store.version.to_string(), "continue": next },

@@ -1,10 +1,12 @@
 use std::sync::Arc;
 
+use lb_common::abi;
+
 use super::*;
 use crate::datapath::fake::FakeMaps;
-use crate::entries::{Algorithm, FrontendKey, FrontendKind, Limits, Protocol, ServiceName};
+use crate::entries::{Algorithm, Family, FrontendKey, FrontendKind, Limits, Protocol, ServiceName};
 use crate::model::{
-    Change, Endpoint, EndpointSlice, HostPort, Pod, Service, ServicePort, SliceName, SlicePort,
+    Change, Endpoint, EndpointSlice, HostPort, Pod, Service, ServicePort, ServiceType, SliceName, SlicePort,
 };
 use crate::owner::PodName;
 use crate::source::Kind;
@@ -24,6 +26,23 @@ fn service(n: usize) -> Event {
     let port = ServicePort { name: String::new(), port: 80, protocol: Protocol::Tcp, node_port: None };
     let service = Service { cluster_ips: vec![vip(n)], ports: vec![port], ..Service::named(name(n)) };
     Event::Changed(Change::Service(Arc::new(service)))
+}
+
+/// With a load-balancer IP that not everybody may ask for.
+fn restricted(n: usize) -> Event {
+    let Event::Changed(Change::Service(service)) = service(n) else { unreachable!() };
+    let ranges = BTreeMap::from([(Family::V4, BTreeSet::from(["10.9.0.0/24".parse().unwrap()]))]);
+    let service = Service {
+        kind: ServiceType::LoadBalancer,
+        load_balancer_ips: vec!["192.0.2.1".parse().unwrap()],
+        source_ranges: ranges,
+        ..Arc::unwrap_or_clone(service)
+    };
+    Event::Changed(Change::Service(Arc::new(service)))
+}
+
+fn gone(n: usize) -> Event {
+    Event::Changed(Change::ServiceGone(name(n)))
 }
 
 fn slice(n: usize, addrs: &[&str]) -> Event {
@@ -68,7 +87,11 @@ impl World {
 
     /// `services` Services with `endpoints` endpoints each.
     fn full(services: usize, endpoints: usize) -> Self {
-        let mut world = Self::new(FakeMaps::new(LIMITS));
+        Self::full_of(services, endpoints, LIMITS)
+    }
+
+    fn full_of(services: usize, endpoints: usize, limits: Limits) -> Self {
+        let mut world = Self::new(FakeMaps::new(limits));
         for n in 0..services {
             world.take(service(n));
             let addrs: Vec<String> =
@@ -118,20 +141,58 @@ fn nothing_is_written_before_everything_is_listed_and_the_addresses_are_known() 
     }
 }
 
+/// What was done: Services compiled, Services that the reconciler looked at, map operations, maps read.
+fn work(world: &mut World, change: impl FnOnce(&mut World)) -> (u64, u64, u64, u64) {
+    let (before, visited) = (world.agent.stats(), world.agent.visited());
+    change(world);
+    world.settle();
+    world.pass(GRACE);
+    let after = world.agent.stats();
+    let visited = world.agent.visited() - visited;
+    (after.compiled - before.compiled, visited, after.ops - before.ops, after.read - before.read)
+}
+
 /// The work of a change does not depend on how many Services there are.
 #[test]
 fn a_change_costs_what_it_changes() {
-    let costs = [10, 1000].map(|services| {
-        let mut world = World::full(services, 2);
-        let before = world.agent.stats();
-        world.take(slice(7, &["10.0.7.0", "10.0.7.9"]));
+    const LARGE: Limits =
+        Limits { services: 20_000, backends: 120_000, slots: 400_000, addresses: 20_000, ..LIMITS };
+    for services in [10, 10_000] {
+        let mut world = World::full_of(services, 10, LARGE);
+        let node = |zone: &str, deleting| {
+            let node = Node { zone: Some(zone.into()), deleting, ..Node::named("node-a") };
+            Event::Changed(Change::Node(Box::new(node)))
+        };
+        let ten = |last: &str| {
+            let mut addrs: Vec<String> = (0..9).map(|e| format!("10.0.7.{e}")).collect();
+            addrs.push(last.to_owned());
+            slice(7, &addrs.iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        // New backend, window, frontend; the old backend retired and freed.
+        assert_eq!(work(&mut world, |world| world.take(ten("10.0.7.99"))), (1, 1, 5, 0));
+        assert_eq!(work(&mut world, |world| world.take(ten("10.0.7.99"))), (0, 0, 0, 0));
+        // Nothing is hinted, so not even the zone matters.
+        assert_eq!(work(&mut world, |world| world.take(node("z1", false))), (0, 0, 0, 0));
+        assert_eq!(work(&mut world, |world| world.take(node("z1", true))), (0, 0, 0, 0));
+        let addresses = |addrs: &[&str]| {
+            let addrs = addrs.iter().map(|addr| addr.parse().unwrap());
+            addrs.map(|addr| (addr, abi::address_flags::NODE)).collect()
+        };
+        let set = |addrs: &[&str]| {
+            let addrs = addresses(addrs);
+            |world: &mut World| world.agent.set_addresses(addrs)
+        };
+        assert_eq!(work(&mut world, set(&["10.9.0.1", "10.9.0.2"])), (0, 0, 2, 0));
+        assert_eq!(work(&mut world, set(&["10.9.0.2", "10.9.0.3"])), (0, 0, 2, 0));
+        // Only a Service with source ranges is looked at when the node's addresses change.
+        world.take(restricted(3));
         world.settle();
-        world.pass(GRACE);
-        let after = world.agent.stats();
-        (after.compiled - before.compiled, after.ops - before.ops, after.read - before.read)
-    });
-    // New backend, window, frontend; the old backend retired and freed.
-    assert_eq!(costs, [(1, 5, 0), (1, 5, 0)]);
+        assert_eq!(work(&mut world, set(&["10.9.0.2"])), (0, 1, 1, 0));
+        // A frontend, its address, a range, and the load-balancer IP for the node's own packets.
+        assert_eq!(work(&mut world, |world| world.take(service(3))), (1, 1, 4, 0));
+        // A frontend, its address, the name, and ten backends retired and freed.
+        assert_eq!(work(&mut world, |world| world.take(gone(3))), (0, 1, 23, 0));
+    }
 }
 
 #[test]
