@@ -15,8 +15,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-/// How long a test waits for what must happen; machines are shared and slow.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+/// How long a test waits for what must happen; machines are shared, slow, and may be emulated.
+pub(crate) const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Waits until `condition` holds.
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {

@@ -12,8 +12,8 @@ use fairlead::datapath::node::StateFile;
 use fairlead::datapath::{Features, Options, Sizes};
 use fairlead::sys::{mount, netns};
 
-/// How long a test waits for what must happen; machines are shared and slow.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a test waits for what must happen; machines are shared, slow, and may be emulated.
+pub(crate) const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Runs `test` in a thread with a network namespace of its own, in which loopback is up.
 pub(crate) fn in_new_netns(test: impl FnOnce() + Send + 'static) {

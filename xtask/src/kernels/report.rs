@@ -145,9 +145,9 @@ impl Report {
     fn loads(&self) -> &'static str {
         let programs = self.suites.iter().find(|suite| suite.name == "programs");
         match programs {
-            Some(suite) if suite.is_good() => "yes",
-            Some(_) => "no",
-            None => "-",
+            Some(suite) if suite.is_good() && suite.passed > 0 => "yes",
+            Some(suite) if !suite.is_good() => "no",
+            _ => "-",
         }
     }
 }
@@ -276,6 +276,7 @@ mod tests {
     fn whatever_is_missing_is_a_failure() {
         assert_eq!(read("").verdict(), "did not boot (0 s)");
         assert_eq!(read("").release, "5.10");
+        assert_eq!(read(&GOOD.replace("3 passed; 0 failed", "0 passed; 0 failed")).loads(), "-");
         for (text, findings) in [
             (GOOD.replace("# done 21.00\n", ""), 0),
             (GOOD.replace("# end 20.0 3:nodes 0\n# done 21.00\n", ""), 1),

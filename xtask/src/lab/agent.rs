@@ -15,7 +15,7 @@ use super::netns::Netns;
 use super::{Counters, Lab, Manifests, Node};
 
 /// How long an agent may take to be ready or to end. Machines are shared and slow.
-const PATIENCE: Duration = Duration::from_mins(1);
+const PATIENCE: Duration = Duration::from_mins(3);
 /// Where `/readyz` is, by default.
 const HEALTH_PORT: u16 = 10256;
 
