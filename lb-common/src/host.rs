@@ -13,7 +13,7 @@ use crate::abi::{
 use crate::family::Family;
 use crate::packet::{Packet, Route};
 use crate::reason::Reason;
-use crate::tables::{Event, FlowTable, Tables};
+use crate::tables::{Admission, Event, FlowTable, Tables};
 use crate::wire::Wire;
 
 /// What the routing table of the host says about a destination.
@@ -189,6 +189,7 @@ pub struct HostTables<F: Family> {
     pub flows: RefCell<FlowMap<F::Addr>>,
     pub pending: RefCell<FlowMap<F::Addr>>,
     pub fragments: RefCell<BTreeMap<FragmentKey<F::Addr>, Fragment>>,
+    pub admission: Admission,
     /// What the clock says, ns.
     pub now: Cell<u64>,
     /// What chance says.
@@ -212,6 +213,7 @@ impl<F: Family> Default for HostTables<F> {
             flows: RefCell::default(),
             pending: RefCell::default(),
             fragments: RefCell::default(),
+            admission: Admission::default(),
             now: Cell::new(10_000_000_000),
             random: Cell::new(0),
         }
@@ -337,6 +339,10 @@ impl<F: Family> Tables<F> for HostTables<F> {
 
     fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
         self.sockets.borrow_mut().insert(*key, *peer);
+    }
+
+    fn admission(&self) -> Admission {
+        self.admission
     }
 
     fn now(&self) -> u64 {

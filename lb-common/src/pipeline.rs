@@ -22,7 +22,7 @@ use crate::reason::{Action, Reason};
 use crate::respond::respond;
 use crate::rewrite::rewrite;
 use crate::service::{self, Scope};
-use crate::tables::{Event, FlowTable, Tables};
+use crate::tables::{Admission, Event, FlowTable, Tables};
 use crate::wire::{IcmpHdr, tcp_flags};
 
 /// What the hook has to do with the packet.
@@ -109,10 +109,23 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
     {
         return Ok(carry);
     }
+    if !is_admitted::<F, T>(tables, parsed) {
+        return Err(Reason::LeftToOthers);
+    }
     begin(packet, tables, parsed, info)?;
     // Looked up instead of handed over: what `begin` has on the stack is given back before the packet is carried.
     let entry = tables.flow(FlowTable::Pending, &parsed.key).ok_or(Reason::FlowTableFull)?;
     carry(packet, tables, parsed, &entry)
+}
+
+/// Whether a packet without a flow may begin one, while another Service proxy is there.
+#[inline(always)]
+fn is_admitted<F: Family, T: Tables<F>>(tables: &T, parsed: &Parsed<F>) -> bool {
+    match tables.admission() {
+        Admission::All => true,
+        Admission::Opening => parsed.is_udp() || parsed.is_opening(),
+        Admission::None => false,
+    }
 }
 
 /// What becomes of an incoming packet that was not translated for `reason`: behind an address that is only a
@@ -124,6 +137,10 @@ fn refuse<F: Family, P: Packet, T: Tables<F>>(
     parsed: &Parsed<F>,
     reason: Reason,
 ) -> Reason {
+    if tables.admission() as u8 == Admission::None as u8 {
+        // Somebody else answers for what is no flow of ours.
+        return if matches!(reason, Reason::NoSuchService) { Reason::LeftToOthers } else { reason };
+    }
     let served = match reason {
         // The hook behind may know the first fragment, if that had to wait for it.
         Reason::Fragment if !packet.has_hook_behind() => Reason::StrayFragment,

@@ -147,6 +147,8 @@ reasons! {
     StrayFragment = 25, "stray_fragment", Drop;
     /// A protocol without ports that we translate, to an address that only a Service has.
     UnservedProtocol = 26, "unserved_protocol", Reject;
+    /// A connection that another Service proxy has (`--takeover`) or shall have (`--drain`).
+    LeftToOthers = 27, "left_to_others", Pass;
 }
 
 /// Number of entries of `COUNTERS`.

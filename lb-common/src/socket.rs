@@ -8,7 +8,7 @@ use crate::family::Family;
 use crate::hash;
 use crate::reason::Reason;
 use crate::service::{self, Scope};
-use crate::tables::{Event, Tables};
+use crate::tables::{Admission, Event, Tables};
 
 /// A remote address of a socket: what it asks for, or what it is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,6 +86,9 @@ fn choose<F: Family, T: Tables<F>>(
     socket: Socket,
     peer: Peer<F>,
 ) -> Result<(Peer<F>, SocketPeer), Reason> {
+    if tables.admission() as u8 == Admission::None as u8 {
+        return Err(Reason::LeftToOthers);
+    }
     let info = service::address::<F, T>(tables, &peer.addr)?;
     let frontend = ServiceKey { addr: peer.addr, port: peer.port, proto: socket.proto, pad: 0 };
     let mut service = Service::default();

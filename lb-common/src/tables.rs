@@ -29,6 +29,20 @@ pub enum Event {
     Refused,
 }
 
+/// Which packets without a flow may begin one, while another Service proxy is there (`--takeover`, `--drain`).
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Admission {
+    /// Every packet to a frontend.
+    #[default]
+    All = 0,
+    /// Only those that open a connection, and UDP: other connections are of the proxy that was here before, whose
+    /// translations the stack knows.
+    Opening = 1,
+    /// None: new connections are for the proxy that comes after.
+    None = 2,
+}
+
 /// The maps of one family, and what else the kernel tells: time and chance.
 pub trait Tables<F: Family> {
     /// A flow in its table; changes to it are seen by all.
@@ -81,6 +95,9 @@ pub trait Tables<F: Family> {
     fn socket(&self, key: &SocketKey) -> Option<SocketPeer>;
 
     fn put_socket(&self, key: &SocketKey, peer: &SocketPeer);
+
+    /// Which packets without a flow may begin one.
+    fn admission(&self) -> Admission;
 
     /// `CLOCK_MONOTONIC`, ns; may be a few milliseconds old.
     fn now(&self) -> u64;

@@ -17,10 +17,10 @@ use lb_common::maps::{
     MAX_USAGES, NO_PREALLOC, SLOTS_PER_BACKEND,
 };
 use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
-use lb_common::tables::{Event, FlowTable};
+use lb_common::tables::{Admission, Event, FlowTable};
 use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6};
 
-use crate::globals::HAVE_COARSE_CLOCK;
+use crate::globals::{ADMISSION, HAVE_COARSE_CLOCK};
 
 const SERVICE_COUNT: usize = DEFAULT_MAX_SERVICES as usize;
 const BACKEND_COUNT: usize = DEFAULT_MAX_BACKENDS as usize;
@@ -230,6 +230,15 @@ macro_rules! tables {
             #[inline(always)]
             fn count(&self, service: u32, event: Event) {
                 use_service(service, event);
+            }
+
+            #[inline(always)]
+            fn admission(&self) -> Admission {
+                match ADMISSION.load() {
+                    0 => Admission::All,
+                    1 => Admission::Opening,
+                    _ => Admission::None,
+                }
             }
 
             #[inline(always)]

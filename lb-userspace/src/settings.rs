@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
+use lb_common::tables::Admission;
 use serde::Deserialize;
 
 use crate::agent::{Config, SourceOptions};
@@ -93,6 +94,15 @@ pub struct Settings {
     /// InterfaceNamePrefix: how the names of devices begin that pods hang on
     #[arg(long, value_name = "PREFIX")]
     pod_interface_name_prefix: Option<String>,
+
+    /// Another Service proxy is being replaced: its connections are left to the stack, which knows their translations,
+    /// until they end
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    takeover: Option<bool>,
+
+    /// Another Service proxy takes over: connections go on, new ones are left to it
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    drain: Option<bool>,
 
     /// Where /healthz, /livez and /readyz answer; empty: nowhere [default: 0.0.0.0:10256]
     #[arg(long, value_name = "ADDRESS")]
@@ -248,6 +258,8 @@ pub enum Error {
     Glob(#[from] globset::Error),
     #[error("--manifests and --master exclude each other")]
     TwoSources,
+    #[error("--takeover and --drain exclude each other")]
+    TakeoverAndDrain,
 }
 
 macro_rules! or {
@@ -287,6 +299,8 @@ impl Settings {
             detect_local_mode,
             pod_bridge_interface,
             pod_interface_name_prefix,
+            takeover,
+            drain,
             healthz_bind_address,
             metrics_bind_address,
             cgroup_root,
@@ -362,6 +376,12 @@ impl Settings {
                     Some(SocketLb::Off) => datapath::SocketLb::Off,
                 },
                 tc: TcMode::from_env(),
+                admission: match (self.takeover.unwrap_or_default(), self.drain.unwrap_or_default()) {
+                    (true, true) => return Err(Error::TakeoverAndDrain),
+                    (true, false) => Admission::Opening,
+                    (false, true) => Admission::None,
+                    (false, false) => Admission::All,
+                },
                 log_level: self.datapath_log_level.unwrap_or_default() as u8,
             },
             cgroup_root: self.cgroup_root,
@@ -462,6 +482,8 @@ mod tests {
             "--detect-local-mode=NodeCIDR",
             "--pod-bridge-interface=br0",
             "--pod-interface-name-prefix=tap",
+            "--takeover",
+            "--drain=false",
             "--healthz-bind-address=127.0.0.1:1",
             "--metrics-bind-address=127.0.0.1:2",
             "--cgroup-root=/c",
@@ -477,7 +499,7 @@ mod tests {
                     xdp: native\nsocket-lb: all\nalgorithm: random\n\
                     nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\n\
                     cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\ndetect-local-mode: NodeCIDR\n\
-                    pod-bridge-interface: br0\npod-interface-name-prefix: tap\nhealthz-bind-address: 127.0.0.1:1\n\
+                    pod-bridge-interface: br0\npod-interface-name-prefix: tap\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\
                     cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
                     log-level: debug\nlog-format: json\ndatapath-log-level: info\n";

@@ -16,11 +16,12 @@ pub struct Tool {
 }
 
 /// What the network lab and the tests call.
-pub const TOOLS: [Tool; 4] = [
+pub const TOOLS: [Tool; 5] = [
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "ethtool", package: "ethtool" },
     Tool { program: "tcpdump", package: "tcpdump" },
+    Tool { program: "nft", package: "nftables" },
 ];
 
 /// Where bpffs belongs.

@@ -6,6 +6,7 @@ use lb_common::maps::{
     Capacity, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING,
     SLOTS_PER_BACKEND,
 };
+use lb_common::tables::Admission;
 
 /// Default of `--bpffs`.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/fairlead";
@@ -18,6 +19,8 @@ pub struct Options {
     pub sizes: Sizes,
     pub socket_lb: SocketLb,
     pub tc: TcMode,
+    /// `--takeover` and `--drain`: which connections are begun while another Service proxy is there.
+    pub admission: Admission,
     /// Level of the kernel programs' log: 0 off (the verifier removes every line), 1 error to 5 trace.
     pub log_level: u8,
 }
@@ -29,6 +32,7 @@ impl Default for Options {
             sizes: Sizes::default(),
             socket_lb: SocketLb::default(),
             tc: TcMode::default(),
+            admission: Admission::default(),
             log_level: 0,
         }
     }

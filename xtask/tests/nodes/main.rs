@@ -16,5 +16,6 @@ mod replacement;
 mod sctp;
 mod services;
 mod source_ranges;
+mod takeover;
 mod udp;
 mod world;
