@@ -147,6 +147,8 @@ pub mod globals {
     pub const NODE_NETNS: &str = "NODE_NETNS";
     /// `u8`: sockets of all namespaces are served (`--socket-lb=all`); otherwise only the node's.
     pub const SERVES_PODS: &str = "SERVES_PODS";
+    /// `u8`: backends see this node in place of all clients (`--masquerade-all`).
+    pub const MASQUERADE_ALL: &str = "MASQUERADE_ALL";
     /// `u8`: the kernel has `bpf_set_retval` (5.18, commit b44123b4a3dc) for socket hooks.
     pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
     /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11, commit d05512618056).

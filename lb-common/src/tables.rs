@@ -75,12 +75,15 @@ pub trait Tables<F: Family> {
 
     fn backend(&self, id: u32) -> Option<Backend<F::Addr>>;
 
-    /// The external edge with this interface index.
+    /// The edge with this interface index.
     fn edge(&self, ifindex: u32) -> Option<Edge>;
 
     fn socket(&self, key: &SocketKey) -> Option<SocketPeer>;
 
     fn put_socket(&self, key: &SocketKey, peer: &SocketPeer);
+
+    /// `--masquerade-all`.
+    fn masquerades_all(&self) -> bool;
 
     /// `CLOCK_MONOTONIC`, ns; may be a few milliseconds old.
     fn now(&self) -> u64;

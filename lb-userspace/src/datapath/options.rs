@@ -17,6 +17,8 @@ pub struct Options {
     pub bpffs: PathBuf,
     pub sizes: Sizes,
     pub socket_lb: SocketLb,
+    /// `--masquerade-all`: backends see this node in place of all clients, unless a policy Local keeps them.
+    pub masquerade_all: bool,
     pub tc: TcMode,
     /// Level of the kernel programs' log: 0 off (the verifier removes every line), 1 error to 5 trace.
     pub log_level: u8,
@@ -28,6 +30,7 @@ impl Default for Options {
             bpffs: DEFAULT_BPFFS.into(),
             sizes: Sizes::default(),
             socket_lb: SocketLb::default(),
+            masquerade_all: false,
             tc: TcMode::default(),
             log_level: 0,
         }
