@@ -333,6 +333,8 @@ fn a_lost_half_is_restored_at_its_own_edge<F: MasqueradeFamily>() {
         let (_, (src, backend)) = node.translate(side, &udp(client, frontend, b""));
         node.translate(back, &udp(backend, src, b""));
         let both = node.0.entries(FlowTable::Established);
+        let sides: BTreeSet<u8> = both.keys().map(|key| key.side).collect();
+        assert_eq!(sides, BTreeSet::from([side as u8, back as u8]));
         for lost in both.keys() {
             node.0.flows.borrow_mut().remove(lost);
             node.0.now.set(node.0.now.get() + 2_000_000_000);
@@ -439,6 +441,11 @@ fn what_cannot_be_masqueraded_keeps_its_source<F: MasqueradeFamily>() {
         let (verdict, (src, _)) = node.translate(side, &udp(client, at(F::NODE, ports::DNS_NODE), b""));
         assert_eq!((verdict, src), (Verdict::Pass, client));
     }
+    // What is not to be masqueraded, on a way to pods that others take: an endpoint that does not name its node.
+    let mut node = Node::<F>::new(false);
+    node.0.backends.get_mut(&3).expect("a backend").flags = 0;
+    let (verdict, (src, _)) = node.translate(Side::NicIn, &udp(outside, at(F::NODE, ports::DNS_NODE), b""));
+    assert_eq!((verdict, src), (Verdict::Pass, outside));
     // A backend with the node's own address.
     let mut node = Node::<F>::new(true);
     node.0.backends.get_mut(&3).expect("a backend").addr = F::wire(at(F::NODE, 0).ip());

@@ -15,9 +15,9 @@ const NOT_SHOWN: &str = "not shown yet";
 const NOT_OURS: &str = "not ours: ";
 
 /// Rules that no test shows yet: this list becomes shorter, never longer.
-const NOT_SHOWN_YET: [usize; 27] = [
-    11, 15, 61, 62, 67, 97, 98, 99, 101, 125, 129, 130, 134, 137, 141, 144, 147, 148, 150, 151, 152, 153,
-    154, 155, 157, 158, 159,
+const NOT_SHOWN_YET: [usize; 25] = [
+    11, 15, 67, 97, 98, 99, 101, 125, 129, 130, 134, 137, 141, 144, 147, 148, 150, 151, 152, 153, 154, 155,
+    157, 158, 159,
 ];
 
 /// A row of the table.
