@@ -3,10 +3,10 @@
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use xtask::lab::{
-    AgentOptions, Call, Caller, Endpoint, Family, Node, Outcome, Pod, Port, Protocol, Service, Xdp,
+    Agent, AgentOptions, Call, Caller, Endpoint, Family, Node, Outcome, Pod, Port, Protocol, Service, Xdp,
 };
 
-use crate::world::{AT_ONCE, Findings, PORT, World, at_vip, node_port, options, service, vip};
+use crate::world::{self, AT_ONCE, Findings, PORT, World, at_vip, node_port, options, service, vip};
 
 /// Bytes of a transfer: many segments of any size.
 const BULK: u64 = 300_000;
@@ -131,6 +131,38 @@ fn external_policy_local_keeps_the_client() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// An agent without the flag takes over: connections go on as they are, new ones are kept apart.
+#[test]
+fn connections_outlive_a_restart_without_the_flag() -> Result<()> {
+    let services = |world: &World| vec![service(1, [&world.a1]), service(2, [&world.b1])];
+    let world = World::with_services(masquerading(Xdp::Native), services)?;
+    let outside = &world.lab().outside;
+    let mut open = vec![];
+    for (family, n) in Family::ALL.into_iter().flat_map(|family| [(family, 1), (family, 2)]) {
+        let cluster_ip = Call::tcp(at_vip(n, family, PORT));
+        let node_port = Call::tcp(world.node_a().at(family, node_port(n)));
+        for (caller, call) in [(&*world.a2, cluster_ip), (&**outside, node_port)] {
+            open.push((caller, caller.open(call)?));
+        }
+    }
+    for agent in world.cluster.take_agents() {
+        agent.stop()?;
+    }
+    let (lab, manifests) = (world.lab(), &world.cluster.manifests);
+    let start = |node| Agent::start(lab, node, &world::agent(), manifests, &options());
+    let _agents = lab.nodes().into_iter().map(start).collect::<Result<Vec<_>>>()?;
+    for (caller, (connection, first)) in &open {
+        let again = connection.again()?;
+        ensure!(again == *first, "{}: {again} after {first}", caller.name());
+    }
+    for (family, n) in Family::ALL.into_iter().flat_map(|family| [(family, 1), (family, 2)]) {
+        let outcome = world.a2.ask(Call::tcp(at_vip(n, family, PORT)))?;
+        let seen = outcome.seen_as().map(|saw| saw.ip());
+        ensure!(seen == Some(world.a2.addrs.of(family)), "{outcome}");
     }
     Ok(())
 }
