@@ -85,6 +85,8 @@ pub mod service_flags {
     pub const SOURCE_RANGES: u16 = 1 << 3;
     /// An address of this node is among them: its processes may ask.
     pub const NODE_ALLOWED: u16 = 1 << 4;
+    /// The client's address is kept also under `--masquerade-all`: an external frontend with policy Local, a host port.
+    pub const SOURCE_KEPT: u16 = 1 << 5;
 }
 
 /// Values of [`Service::kind`].
@@ -263,7 +265,8 @@ pub mod address_flags {
     pub const FRONTEND: u32 = 1 << 5;
 }
 
-/// Value of `EDGES`, keyed by interface index: an external edge of this node.
+/// Value of `EDGES`, keyed by interface index: an external edge of this node; under `--masquerade-all` also a device
+/// that leads to pods.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Edge {
@@ -279,6 +282,8 @@ pub struct Edge {
 pub mod edge_flags {
     /// XDP may redirect packets to this device.
     pub const XDP_TRANSMIT: u32 = 1 << 0;
+    /// Pods are behind this device, and what they answer is seen where it leaves them.
+    pub const POD: u32 = 1 << 1;
 }
 
 /// Where a packet was seen: the edge's class and the packet's direction. Part of every flow key: an
@@ -352,6 +357,9 @@ pub mod flow_flags {
     pub const PEER_FIN: u8 = 1 << 2;
     /// A RST was seen in either direction, or what ends an SCTP association: ABORT, SHUTDOWN COMPLETE.
     pub const RST: u8 = 1 << 3;
+    /// The other direction comes in at the other class of edge: a pod and somebody outside, neither of whom sees the
+    /// other's address. Only flows that are sent on have it.
+    pub const CROSS: u8 = 1 << 7;
 }
 
 /// What happens to a packet after its rewrite; [`Flow::carry`].

@@ -36,18 +36,20 @@ pub const fn is_reply<A: Copy>(flow: &Flow<A>) -> bool {
 
 /// Where the other direction of a flow is seen.
 #[inline(always)]
-const fn reverse_side(side: u8, carry: u8, reply: bool) -> u8 {
+const fn reverse_side(side: u8, carry: u8, flags: u8) -> u8 {
     const NIC_IN: u8 = Side::NicIn as u8;
     const NIC_OUT: u8 = Side::NicOut as u8;
     const POD_IN: u8 = Side::PodIn as u8;
     const POD_OUT: u8 = Side::PodOut as u8;
     if carry == Carry::Stack as u8 {
-        match (side, reply) {
+        match (side, flags & flow_flags::REPLY != 0) {
             (NIC_IN, false) => NIC_OUT,
             (NIC_OUT, true) => NIC_IN,
             (POD_IN, false) => POD_OUT,
             _ => POD_IN,
         }
+    } else if flags & flow_flags::CROSS != 0 {
+        if side == NIC_IN { POD_IN } else { NIC_IN }
     } else {
         // Forwarded and hairpinned flows come back in where they went out.
         side
@@ -63,7 +65,7 @@ pub fn reverse_key<A: Copy>(key: &FlowKey<A>, flow: &Flow<A>) -> FlowKey<A> {
         src_port: flow.dst_port,
         dst_port: flow.src_port,
         proto: key.proto,
-        side: reverse_side(key.side, flow.carry, is_reply(flow)),
+        side: reverse_side(key.side, flow.carry, flow.flags),
         pad: 0,
     }
 }
@@ -76,7 +78,9 @@ pub fn reverse_value<A: Copy>(key: &FlowKey<A>, flow: &Flow<A>) -> Flow<A> {
         dst: key.src,
         src_port: key.dst_port,
         dst_port: key.src_port,
-        flags: peer_flags(flow.flags) | ((flow.flags & flow_flags::REPLY) ^ flow_flags::REPLY),
+        flags: peer_flags(flow.flags)
+            | (flow.flags & flow_flags::CROSS)
+            | ((flow.flags & flow_flags::REPLY) ^ flow_flags::REPLY),
         pad: [0; 6],
         ..*flow
     }
@@ -118,6 +122,37 @@ fn note<A: Copy>(entry: &Cell<Flow<A>>, flags: u8, now: u64) -> bool {
 fn set_src_port<A: Copy>(entry: &Cell<Flow<A>>, port: u16) {
     // SAFETY: the pointer of a live `Cell` of ours; a copy of the whole flow costs stack that programs do not have.
     unsafe { (*entry.as_ptr()).src_port = port };
+}
+
+/// Has the packets of a flow that is not in a table yet sent on with this source address; with `crosses`, the answers are
+/// met at the other class of edge.
+///
+/// # Errors
+///
+/// [`Reason::NoRoute`] without an address.
+#[inline(always)]
+pub fn send_on_from<A: Copy + Default + PartialEq>(
+    entry: &Cell<Flow<A>>,
+    src: A,
+    crosses: bool,
+) -> Result<(), Reason> {
+    if src == A::default() {
+        return Err(Reason::NoRoute);
+    }
+    // SAFETY: as in `set_src_port`.
+    unsafe {
+        (*entry.as_ptr()).src = src;
+        (*entry.as_ptr()).carry = Carry::Forward as u8;
+        (*entry.as_ptr()).flags |= if crosses { flow_flags::CROSS } else { 0 };
+    }
+    Ok(())
+}
+
+/// Has the node's stack take the packets of a flow that is not in a table yet.
+#[inline(always)]
+pub fn leave_to_stack<A: Copy>(entry: &Cell<Flow<A>>) {
+    // SAFETY: as in `set_src_port`.
+    unsafe { (*entry.as_ptr()).carry = Carry::Stack as u8 };
 }
 
 /// Tells the other half of an established flow what this half knows: that the flow lives, or that it ends. Restores

@@ -40,6 +40,8 @@ pub struct HostPacket {
     route: HostRoute,
     /// Destinations that are the node itself, whatever the route says; IPv4-mapped if IPv4.
     local: Vec<Addr6>,
+    /// Destinations behind other devices than the route says; IPv4-mapped if IPv4.
+    behind: Vec<(Addr6, u32)>,
     out_ifindex: u32,
     mtu: u32,
     has_hook_behind: bool,
@@ -54,6 +56,7 @@ impl HostPacket {
             ifindex,
             route: HostRoute::None,
             local: Vec::new(),
+            behind: Vec::new(),
             out_ifindex: 0,
             mtu: 0,
             has_hook_behind: false,
@@ -73,6 +76,13 @@ impl HostPacket {
     #[must_use]
     pub fn with_local<F: Family>(mut self, addr: &F::Addr) -> Self {
         self.local.push(F::to_mapped(addr));
+        self
+    }
+
+    /// The same where the route leads to this address through another device.
+    #[must_use]
+    pub fn with_device<F: Family>(mut self, addr: &F::Addr, ifindex: u32) -> Self {
+        self.behind.push((F::to_mapped(addr), ifindex));
         self
     }
 
@@ -143,7 +153,8 @@ impl Packet for HostPacket {
         }
         match self.route {
             HostRoute::Out { ifindex, mtu } => {
-                self.out_ifindex = ifindex;
+                let behind = self.behind.iter().find(|(addr, _)| *addr == F::to_mapped(to));
+                self.out_ifindex = behind.map_or(ifindex, |(_, ifindex)| *ifindex);
                 self.mtu = mtu;
                 if ip_len > mtu { Err(Reason::PacketTooBig) } else { Ok(Route::Out) }
             }
@@ -190,6 +201,8 @@ pub struct HostTables<F: Family> {
     pub pending: RefCell<FlowMap<F::Addr>>,
     pub fragments: RefCell<BTreeMap<FragmentKey<F::Addr>, Fragment>>,
     pub admission: Admission,
+    /// `--masquerade-all`.
+    pub masquerades_all: bool,
     /// What the clock says, ns.
     pub now: Cell<u64>,
     /// What chance says.
@@ -214,6 +227,7 @@ impl<F: Family> Default for HostTables<F> {
             pending: RefCell::default(),
             fragments: RefCell::default(),
             admission: Admission::default(),
+            masquerades_all: false,
             now: Cell::new(10_000_000_000),
             random: Cell::new(0),
         }
@@ -343,6 +357,10 @@ impl<F: Family> Tables<F> for HostTables<F> {
 
     fn admission(&self) -> Admission {
         self.admission
+    }
+
+    fn masquerades_all(&self) -> bool {
+        self.masquerades_all
     }
 
     fn now(&self) -> u64 {

@@ -149,6 +149,8 @@ pub mod globals {
     pub const SERVES_PODS: &str = "SERVES_PODS";
     /// `u8`: which packets without a flow may begin one ([`crate::tables::Admission`]).
     pub const ADMISSION: &str = "ADMISSION";
+    /// `u8`: backends see this node in place of all clients (`--masquerade-all`).
+    pub const MASQUERADE_ALL: &str = "MASQUERADE_ALL";
     /// `u8`: the kernel has `bpf_set_retval` (5.18, commit b44123b4a3dc) for socket hooks.
     pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
     /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11, commit d05512618056).

@@ -256,7 +256,9 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
     let flow = Cell::new(Flow::default());
     let result = admit::<F, T>(tables, &service, key)
         .and_then(|id| open::<F, T>(tables, key, service.id, id, &flow))
-        .and_then(|()| find_way(packet, tables, parsed, &flow))
+        .and_then(|()| {
+            find_way(packet, tables, parsed, &flow, service::masquerades::<F, T>(tables, &service))
+        })
         .and_then(|()| flow::enter::<F, T>(tables, key, &flow));
     if let Err(reason) = result {
         if !matches!(reason.action(), Action::Pass) {
@@ -319,35 +321,36 @@ fn open<F: Family, T: Tables<F>>(
     Ok(())
 }
 
-/// Where a connection from outside goes on to another node, and with which source address.
+/// Where a connection goes on whose client the backend shall not see, and with which source address: one from outside
+/// to another node, and with `masquerades` every other but a pod's to itself.
 #[inline(never)]
 fn find_way<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
     parsed: &Parsed<F>,
     entry: &Cell<Flow<F::Addr>>,
+    masquerades: bool,
 ) -> Result<(), Reason> {
-    if entry.get().carry != Carry::Forward as u8 {
+    let Flow { src, dst, carry, .. } = entry.get();
+    if carry == Carry::Bounce as u8 || (carry == Carry::Stack as u8 && !masquerades) {
         return Ok(());
     }
-    let Flow { src, dst, .. } = entry.get();
     let edge = match packet.route::<F>(&src, &dst, parsed.ip_len)? {
         Route::Out => tables.edge(packet.out_ifindex()),
         Route::Local => None,
     };
-    let mut flow = entry.get();
+    let from_pod = parsed.key.side == Side::PodIn as u8;
     match edge {
-        Some(edge) => {
-            flow.src = F::edge_addr(&edge);
-            if flow.src == F::Addr::default() {
-                return Err(Reason::NoRoute);
-            }
+        Some(edge) if masquerades || edge.flags & edge_flags::POD == 0 => {
+            let crosses = (edge.flags & edge_flags::POD != 0) != from_pod;
+            flow::send_on_from(entry, F::edge_addr(&edge), crosses)
         }
         // A way through a device that is no external edge leads to a pod of this node after all.
-        None => flow.carry = Carry::Stack as u8,
+        _ => {
+            flow::leave_to_stack(entry);
+            Ok(())
+        }
     }
-    entry.set(flow);
-    Ok(())
 }
 
 /// Rewrites the packet as its flow says and prepares its way.

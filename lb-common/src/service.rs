@@ -166,6 +166,12 @@ pub fn is_source_allowed<F: Family, T: Tables<F>>(tables: &T, service: &Service,
         || tables.is_source(&Source { service: service.id, addr: *addr })
 }
 
+/// Whether the backends of a frontend see this node in place of its clients, wherever they are (`--masquerade-all`).
+#[inline(always)]
+pub fn masquerades<F: Family, T: Tables<F>>(tables: &T, service: &Service) -> bool {
+    tables.masquerades_all() && service.flags & service_flags::SOURCE_KEPT == 0
+}
+
 /// Flags of the networks that have this address ([`network_flags`]).
 #[inline(never)]
 pub fn networks<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> u32 {

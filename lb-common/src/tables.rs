@@ -89,7 +89,7 @@ pub trait Tables<F: Family> {
 
     fn backend(&self, id: u32) -> Option<Backend<F::Addr>>;
 
-    /// The external edge with this interface index.
+    /// The edge with this interface index.
     fn edge(&self, ifindex: u32) -> Option<Edge>;
 
     fn socket(&self, key: &SocketKey) -> Option<SocketPeer>;
@@ -98,6 +98,8 @@ pub trait Tables<F: Family> {
 
     /// Which packets without a flow may begin one.
     fn admission(&self) -> Admission;
+    /// `--masquerade-all`.
+    fn masquerades_all(&self) -> bool;
 
     /// `CLOCK_MONOTONIC`, ns; may be a few milliseconds old.
     fn now(&self) -> u64;

@@ -224,6 +224,11 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
     let source = Source { service: 8, addr: addr(F::CLIENT) };
     tables.sources.push(PrefixKey { prefix_len: Source::<F::Addr>::BITS, data: source });
     service(9, TCP, ports::STICKY, ports::STICKY_NODE, many, many, 0);
+    for local in tables.services.values_mut().filter(|service| service.id == 4) {
+        if local.kind == frontend_kind::NODE_PORT {
+            local.flags |= service_flags::SOURCE_KEPT;
+        }
+    }
     for sticky in tables.services.values_mut().filter(|service| service.id == 9) {
         (sticky.affinity, sticky.port) = (10, 1);
     }

@@ -15,6 +15,10 @@ pub static SERVES_PODS: Global<u8> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static ADMISSION: Global<u8> = Global::new(0);
 
+/// Backends see this node in place of all clients (`--masquerade-all`).
+#[unsafe(no_mangle)]
+pub static MASQUERADE_ALL: Global<u8> = Global::new(0);
+
 /// The kernel has `bpf_set_retval` for socket hooks.
 #[unsafe(no_mangle)]
 pub static HAVE_SET_RETVAL: Global<u8> = Global::new(1);

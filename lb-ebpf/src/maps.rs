@@ -20,7 +20,7 @@ use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
 use lb_common::tables::{Admission, Event, FlowTable};
 use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6};
 
-use crate::globals::{ADMISSION, HAVE_COARSE_CLOCK};
+use crate::globals::{ADMISSION, HAVE_COARSE_CLOCK, MASQUERADE_ALL};
 
 const SERVICE_COUNT: usize = DEFAULT_MAX_SERVICES as usize;
 const BACKEND_COUNT: usize = DEFAULT_MAX_BACKENDS as usize;
@@ -267,6 +267,11 @@ macro_rules! tables {
             fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
                 // If it fails, the process sees the backend's address: no connection is lost for that.
                 let _ = SOCKETS.insert(key, peer, u64::from(BPF_ANY));
+            }
+
+            #[inline(always)]
+            fn masquerades_all(&self) -> bool {
+                MASQUERADE_ALL.load() != 0
             }
 
             #[inline(always)]

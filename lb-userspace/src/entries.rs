@@ -190,6 +190,8 @@ pub struct Frontend {
     pub algorithm: Algorithm,
     /// Only the sources of its Service may ask ([`Compiled::sources`]).
     pub restricted: bool,
+    /// Its backends see their clients also under `--masquerade-all`.
+    pub source_kept: bool,
     /// The number of the Service's port: frontends of one port share what is known of a client.
     pub port: u16,
     /// How many seconds a client is remembered that opens no connection; 0: it is not.

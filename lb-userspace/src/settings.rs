@@ -104,6 +104,10 @@ pub struct Settings {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     drain: Option<bool>,
 
+    /// Backends see this node in place of all clients; only policy Local keeps them [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    masquerade_all: Option<bool>,
+
     /// Where /healthz, /livez and /readyz answer; empty: nowhere [default: 0.0.0.0:10256]
     #[arg(long, value_name = "ADDRESS")]
     healthz_bind_address: Option<Bind<HEALTHZ_PORT>>,
@@ -260,6 +264,10 @@ pub enum Error {
     TwoSources,
     #[error("--takeover and --drain exclude each other")]
     TakeoverAndDrain,
+    #[error(
+        "--masquerade-all and --socket-lb=all exclude each other: a pod's socket that is translated keeps its address"
+    )]
+    MasqueradedSockets,
 }
 
 macro_rules! or {
@@ -301,6 +309,7 @@ impl Settings {
             pod_interface_name_prefix,
             takeover,
             drain,
+            masquerade_all,
             healthz_bind_address,
             metrics_bind_address,
             cgroup_root,
@@ -330,6 +339,10 @@ impl Settings {
         };
         if self.manifests.is_some() && self.master.is_some() {
             return Err(Error::TwoSources);
+        }
+        let masquerade_all = self.masquerade_all.unwrap_or(false);
+        if masquerade_all && self.socket_lb == Some(SocketLb::All) {
+            return Err(Error::MasqueradedSockets);
         }
         let source = match self.manifests {
             Some(path) => SourceOptions::Manifests(path),
@@ -375,6 +388,7 @@ impl Settings {
                     Some(SocketLb::All) => datapath::SocketLb::All,
                     Some(SocketLb::Off) => datapath::SocketLb::Off,
                 },
+                masquerade_all,
                 tc: TcMode::from_env(),
                 admission: match (self.takeover.unwrap_or_default(), self.drain.unwrap_or_default()) {
                     (true, true) => return Err(Error::TakeoverAndDrain),
@@ -484,6 +498,7 @@ mod tests {
             "--pod-interface-name-prefix=tap",
             "--takeover",
             "--drain=false",
+            "--masquerade-all",
             "--healthz-bind-address=127.0.0.1:1",
             "--metrics-bind-address=127.0.0.1:2",
             "--cgroup-root=/c",
@@ -499,7 +514,7 @@ mod tests {
                     xdp: native\nsocket-lb: all\nalgorithm: random\n\
                     nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\n\
                     cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\ndetect-local-mode: NodeCIDR\n\
-                    pod-bridge-interface: br0\npod-interface-name-prefix: tap\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
+                    pod-bridge-interface: br0\npod-interface-name-prefix: tap\nmasquerade-all: true\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\
                     cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
                     log-level: debug\nlog-format: json\ndatapath-log-level: info\n";
@@ -560,6 +575,18 @@ mod tests {
                 assert_eq!(error, format!("{mode} and {name} need each other"));
             }
         }
+    }
+
+    #[test]
+    fn masquerading_is_for_packets() {
+        let given = |args: &[&str]| line(args).config().map(|config| config.datapath.masquerade_all);
+        assert!(!given(&[]).unwrap() && !given(&["--masquerade-all=false"]).unwrap());
+        for whose in ["host", "off"] {
+            assert!(given(&["--masquerade-all", &format!("--socket-lb={whose}")]).unwrap());
+        }
+        let error = given(&["--masquerade-all=true", "--socket-lb=all"]).unwrap_err().to_string();
+        assert!(error.starts_with("--masquerade-all and --socket-lb=all exclude each other"), "{error}");
+        assert!(!given(&["--masquerade-all=false", "--socket-lb=all"]).unwrap());
     }
 
     #[test]

@@ -17,6 +17,7 @@ use fairlead::datapath::{Datapath, Options, Place, Sizes};
 use fairlead::sys::netns;
 use lb_common::abi::{
     Affinity, AffinityKey, Counter, Flow, FlowKey, Fragment, FragmentKey, Network, Side, Source, Usage,
+    edge_flags,
 };
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::maps::MAPS;
@@ -117,9 +118,9 @@ fn mac(octets: [u8; 6]) -> String {
     octets.map(|o| format!("{o:02x}")).join(":")
 }
 
-fn open() -> Datapath {
+fn open(masquerade_all: bool) -> Datapath {
     let sizes = Sizes { flows: Some(128 * 1024), services: Some(1024), backends: Some(1024) };
-    Datapath::isolated(&Options { sizes, ..Options::default() }).expect("the programs load")
+    Datapath::isolated(&Options { sizes, masquerade_all, ..Options::default() }).expect("the programs load")
 }
 
 fn map<F: KernelFamily>(datapath: &Datapath, name: &str) -> MapData {
@@ -265,8 +266,11 @@ where
     FlowKey<F::Addr>: Pod,
     Flow<F::Addr>: Pod,
 {
-    fn new(device: u32) -> Self {
-        let (host, kernel) = (cluster::<F>(device), open());
+    /// `masquerades`: `--masquerade-all`, with these flags of the one way out.
+    fn new(device: u32, masquerades: Option<u32>) -> Self {
+        let (mut host, kernel) = (cluster::<F>(device), open(masquerades.is_some()));
+        host.masquerades_all = masquerades.is_some();
+        host.edges.entry(device).or_default().flags |= masquerades.unwrap_or(0);
         mirror(&host, &kernel);
         // Before 5.15 XDP programs cannot be run as on a device.
         let try_xdp = Input { ifindex: device, ..Input::new(&[0; 64]) };
@@ -503,8 +507,17 @@ impl Traffic {
 }
 
 /// Where the answer is met to a packet that was translated at `place`.
-fn where_answers_come(place: (Place, Side, Hook), verdict: Verdict) -> (Place, Side, Hook) {
+fn where_answers_come(
+    place: (Place, Side, Hook),
+    verdict: Verdict,
+    masquerades: Option<u32>,
+) -> (Place, Side, Hook) {
     let answer = match place.0 {
+        // What is behind the way out answers there; how it goes on from there, the other end is told by the same way.
+        Place::Xdp | Place::NicIn if verdict == Verdict::Forward && masquerades == Some(edge_flags::POD) => {
+            Place::PodIn
+        }
+        Place::PodIn if verdict == Verdict::Forward && masquerades == Some(0) => Place::NicIn,
         _ if verdict != Verdict::Pass => place.0,
         Place::Xdp | Place::NicIn => Place::NicOut,
         Place::NicOut => Place::NicIn,
@@ -515,7 +528,7 @@ fn where_answers_come(place: (Place, Side, Hook), verdict: Verdict) -> (Place, S
 }
 
 /// Random conversations at every hook, which share their flows: what goes in at one place is answered at another.
-fn conversations<F: KernelFamily>(device: u32, seed: u64, packets: usize)
+fn conversations<F: KernelFamily>(device: u32, seed: u64, packets: usize, masquerades: Option<u32>)
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
@@ -526,7 +539,7 @@ where
     FlowKey<F::Addr>: Pod,
     Flow<F::Addr>: Pod,
 {
-    let mut pair = Pair::<F>::new(device);
+    let mut pair = Pair::<F>::new(device, masquerades);
     let mut traffic = Traffic { random: fastrand::Rng::with_seed(seed) };
     let mut reasons = std::collections::BTreeSet::new();
     let (mut next, mut errors) = (None, 0);
@@ -546,7 +559,9 @@ where
             let seen = read(&out).unwrap_or_else(|e| panic!("seed {seed}, packet {n}: {e}: {out:02x?}"));
             errors += usize::from(matches!(seen, lb_common::testing::Seen::Icmp { .. }));
             if traffic.random.u8(..3) > 0 {
-                next = traffic.answer::<F>(&out).map(|frame| (frame, where_answers_come(place, verdict)));
+                next = traffic
+                    .answer::<F>(&out)
+                    .map(|frame| (frame, where_answers_come(place, verdict, masquerades)));
             }
         }
         if n % 2000 == 1999 {
@@ -582,12 +597,28 @@ where
 
 #[test]
 fn programs_do_what_the_host_does_in_ipv4() {
-    on_node(|device| conversations::<V4>(device, 4, fewer(CONVERSATION)));
+    on_node(|device| conversations::<V4>(device, 4, fewer(CONVERSATION), None));
 }
 
 #[test]
 fn programs_do_what_the_host_does_in_ipv6() {
-    on_node(|device| conversations::<V6>(device, 6, fewer(CONVERSATION)));
+    on_node(|device| conversations::<V6>(device, 6, fewer(CONVERSATION), None));
+}
+
+#[test]
+fn programs_masquerade_as_the_host_does_in_ipv4() {
+    on_node(|device| {
+        conversations::<V4>(device, 41, fewer(20_000), Some(0));
+        conversations::<V4>(device, 42, fewer(20_000), Some(edge_flags::POD));
+    });
+}
+
+#[test]
+fn programs_masquerade_as_the_host_does_in_ipv6() {
+    on_node(|device| {
+        conversations::<V6>(device, 61, fewer(20_000), Some(0));
+        conversations::<V6>(device, 62, fewer(20_000), Some(edge_flags::POD));
+    });
 }
 
 /// Damages a frame in one of the ways that hostile or broken senders do.
@@ -640,7 +671,7 @@ where
     FlowKey<F::Addr>: Pod,
     Flow<F::Addr>: Pod,
 {
-    let mut pair = Pair::<F>::new(device);
+    let mut pair = Pair::<F>::new(device, None);
     let mut traffic = Traffic { random: fastrand::Rng::with_seed(seed) };
     for place in pair.places().iter().copied() {
         let mut left_alone = 0;

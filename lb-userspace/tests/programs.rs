@@ -23,14 +23,17 @@ fn budget(name: &str) -> (u32, u32) {
 
 #[test]
 fn programs_keep_their_budgets() {
-    let datapath = Datapath::isolated(&options()).expect("the programs load");
-    for name in program_names() {
-        let program = datapath.programs().get(name).expect(name);
-        let info = fairlead::sys::bpf::prog_info(program).expect("what the kernel knows of it");
-        let (instructions, bytes) = budget(name);
-        println!("{name}: {} instructions verified, {} bytes", info.verified_insns, info.jited_len);
-        assert!(info.verified_insns <= instructions, "{name}: {info:?}");
-        assert!(info.jited_len > 0 && info.jited_len <= bytes, "{name}: {info:?}");
+    for masquerade_all in [false, true] {
+        let options = Options { masquerade_all, ..options() };
+        let datapath = Datapath::isolated(&options).expect("the programs load");
+        for name in program_names() {
+            let program = datapath.programs().get(name).expect(name);
+            let info = fairlead::sys::bpf::prog_info(program).expect("what the kernel knows of it");
+            let (instructions, bytes) = budget(name);
+            println!("{name}: {} instructions verified, {} bytes", info.verified_insns, info.jited_len);
+            assert!(info.verified_insns <= instructions, "{name}: {info:?}");
+            assert!(info.jited_len > 0 && info.jited_len <= bytes, "{name}: {info:?}");
+        }
     }
 }
 

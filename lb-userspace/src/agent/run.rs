@@ -123,6 +123,7 @@ fn attach(config: &Config, datapath: &Datapath) -> Result<Edges> {
         SocketLb::Host | SocketLb::All => hooks()?.attach_sockets(config.cgroup_root.as_deref())?,
     }
     let edges = Edges::spawn(edges::Config {
+        masquerade_all: datapath.options().masquerade_all,
         hooks: hooks()?,
         map: datapath.edges_map()?,
         rules: config.rules.clone(),

@@ -100,8 +100,11 @@ impl Output {
             let restricted =
                 kind == FrontendKind::LoadBalancer && service.source_ranges.contains_key(&family);
             let affinity = service.affinity.unwrap_or(0);
+            // A client that came for its address' sake keeps it; pods are in on that.
+            let source_kept = kind != FrontendKind::ClusterIP && service.external_policy == Policy::Local;
+            let port = port.port;
             let frontend =
-                Frontend { kind, algorithm, restricted, port: port.port, affinity, internal, external };
+                Frontend { kind, algorithm, restricted, source_kept, port, affinity, internal, external };
             match self.compiled.frontends.entry(key) {
                 Entry::Vacant(entry) => {
                     entry.insert(frontend);

@@ -48,6 +48,7 @@ fn frontend(pod: IpAddr, port: &HostPort) -> Frontend {
         // Of one there is nothing to choose.
         algorithm: Algorithm::Random,
         restricted: false,
+        source_kept: true,
         port: port.host_port,
         affinity: 0,
         internal: target.clone(),

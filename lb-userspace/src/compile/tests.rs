@@ -211,7 +211,11 @@ fn external_policy_local() {
         assert_eq!(frontend.kind, kind);
         assert_eq!(show(&frontend.internal), "1 2");
         assert_eq!(show(&frontend.external), "1");
+        // Rules 58 and 61: under `--masquerade-all`, too.
+        assert!(frontend.source_kept);
     }
+    let masqueraded = compiled.frontends.values().filter(|frontend| !frontend.source_kept);
+    assert!(masqueraded.map(|frontend| frontend.kind).eq([FrontendKind::ClusterIP]));
 }
 
 /// Rule 42.

@@ -205,6 +205,7 @@ struct Globals {
     node_netns: u64,
     serves_pods: u8,
     admission: u8,
+    masquerade_all: u8,
     set_retval: u8,
     coarse_clock: u8,
     csum_ipv6: u8,
@@ -231,6 +232,7 @@ impl Globals {
             node_netns: cookie.unwrap_or(0),
             serves_pods: serves_pods.into(),
             admission: options.admission as u8,
+            masquerade_all: options.masquerade_all.into(),
             set_retval: features.set_retval.into(),
             coarse_clock: features.coarse_clock.into(),
             csum_ipv6: features.csum_ipv6.into(),
@@ -242,6 +244,7 @@ impl Globals {
         loader.override_global(globals::NODE_NETNS, &self.node_netns, true);
         loader.override_global(globals::SERVES_PODS, &self.serves_pods, true);
         loader.override_global(globals::ADMISSION, &self.admission, true);
+        loader.override_global(globals::MASQUERADE_ALL, &self.masquerade_all, true);
         loader.override_global(globals::HAVE_SET_RETVAL, &self.set_retval, true);
         loader.override_global(globals::HAVE_COARSE_CLOCK, &self.coarse_clock, true);
         loader.override_global(globals::HAVE_CSUM_IPV6, &self.csum_ipv6, true);

@@ -18,6 +18,8 @@ pub struct Options {
     pub bpffs: PathBuf,
     pub sizes: Sizes,
     pub socket_lb: SocketLb,
+    /// `--masquerade-all`: backends see this node in place of all clients, unless a policy Local keeps them.
+    pub masquerade_all: bool,
     pub tc: TcMode,
     /// `--takeover` and `--drain`: which connections are begun while another Service proxy is there.
     pub admission: Admission,
@@ -31,6 +33,7 @@ impl Default for Options {
             bpffs: DEFAULT_BPFFS.into(),
             sizes: Sizes::default(),
             socket_lb: SocketLb::default(),
+            masquerade_all: false,
             tc: TcMode::default(),
             admission: Admission::default(),
             log_level: 0,

@@ -193,10 +193,37 @@ fn role(
     if pod {
         return Role::Pod;
     }
-    Role::External {
-        addr4: source(device, devices, addr4).unwrap_or(Ipv4Addr::UNSPECIFIED),
-        addr6: source(device, devices, addr6).unwrap_or(Ipv6Addr::UNSPECIFIED),
+    let (addr4, addr6) = sources(device, devices);
+    Role::External { addr4, addr6 }
+}
+
+/// The devices that routes to pods name, and the source addresses of what is sent on through each: the pod's own, or the
+/// bridge it is a port of. One with a pod behind it whose answers nobody sees (`unserved`) is left out.
+pub(super) fn ways_to_pods(
+    devices: &[Device],
+    roles: &BTreeMap<u32, Role>,
+    unserved: &BTreeSet<u32>,
+) -> BTreeMap<u32, (Ipv4Addr, Ipv6Addr)> {
+    let by_index: BTreeMap<u32, &Device> = devices.iter().map(|device| (device.ifindex, device)).collect();
+    let way = |device: &Device| {
+        let master = device.master.and_then(|master| by_index.get(&master));
+        master.filter(|master| master.kind == "bridge").map_or(device.ifindex, |bridge| bridge.ifindex)
+    };
+    let pods = devices.iter().filter(|device| roles.get(&device.ifindex) == Some(&Role::Pod));
+    let mut ways: BTreeSet<u32> = pods.clone().map(way).collect();
+    for pod in pods.filter(|pod| unserved.contains(&pod.ifindex)) {
+        ways.remove(&way(pod));
     }
+    ways.retain(|ifindex| !matches!(roles.get(ifindex), Some(Role::External { .. })));
+    ways.into_iter().filter_map(|i| Some((i, sources(by_index.get(&i)?, devices)))).collect()
+}
+
+/// The source addresses of what is sent on through a device; unspecified: the node has none of that family.
+fn sources(device: &Device, devices: &[Device]) -> (Ipv4Addr, Ipv6Addr) {
+    (
+        source(device, devices, addr4).unwrap_or(Ipv4Addr::UNSPECIFIED),
+        source(device, devices, addr6).unwrap_or(Ipv6Addr::UNSPECIFIED),
+    )
 }
 
 /// What speaks against a device that `--device` does not name.
@@ -421,6 +448,41 @@ mod tests {
         port.master = Some(2);
         let devices = [device(2, "br-1a2b3c", "bridge", &["172.18.0.1/16"]), port];
         assert_eq!(roles(&devices, &rules(&[], &[])), ["br-1a2b3c: pods are on its ports", "veth1: pod"]);
+    }
+
+    #[test]
+    fn ways_to_pods_are_their_devices_or_bridges() {
+        let port =
+            |ifindex, name, master| Device { master: Some(master), ..device(ifindex, name, "veth", &[]) };
+        let devices = [
+            device(1, "lo", "", &["127.0.0.1/8"]),
+            device(2, "eth0", "", &["192.0.2.7/24", "2001:db8::7/64"]),
+            device(3, "cni0", "bridge", &["10.1.0.1/24"]),
+            port(4, "veth1", 3),
+            port(5, "veth2", 3),
+            device(6, "cali1", "veth", &[]),
+            device(7, "red", "vrf", &[]),
+            port(8, "cali2", 7),
+            device(9, "br-9", "bridge", &["10.2.0.1/24"]),
+            port(10, "veth3", 9),
+        ];
+        let ways = |unserved: &[u32], names: &[&str]| {
+            let roles = classify(&devices, &rules(names, &[]));
+            ways_to_pods(&devices, &roles, &unserved.iter().copied().collect())
+                .into_iter()
+                .map(|(ifindex, (addr4, addr6))| format!("{ifindex} {addr4} {addr6}"))
+                .collect::<Vec<_>>()
+        };
+        let all = [
+            "3 10.1.0.1 2001:db8::7",
+            "6 192.0.2.7 2001:db8::7",
+            "8 192.0.2.7 2001:db8::7",
+            "9 10.2.0.1 2001:db8::7",
+        ];
+        assert_eq!(ways(&[], &[]), all);
+        assert_eq!(ways(&[5, 6], &[]), all[2..]);
+        // What is listed is an external edge, whatever hangs on it.
+        assert_eq!(ways(&[], &["br-9"]), all[..3]);
     }
 
     #[test]

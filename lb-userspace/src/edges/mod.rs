@@ -20,12 +20,14 @@ use std::time::{Duration, Instant};
 use aya::maps::{HashMap, MapData};
 use futures::StreamExt;
 use lb_common::abi::{self, Addr4, Addr6, edge_flags};
+use lb_common::maps::MAX_EDGES;
 use rtnetlink::MulticastGroup;
 use serde::Serialize;
 use tokio::sync::{oneshot, watch};
 
 pub use classify::{Address, DEFAULT_POD_DEVICES, Device, Role, Rules, Why, classify};
 
+use self::classify::ways_to_pods;
 use self::xdp_features::{Netdev, XdpFeatures};
 use crate::datapath::node::StateFile;
 use crate::datapath::{AttachError, Hooks, Place, XdpKind};
@@ -52,6 +54,8 @@ pub struct Config {
     pub map: HashMap<MapData, u32, abi::Edge>,
     pub rules: Rules,
     pub xdp: XdpMode,
+    /// `--masquerade-all`: the map has the ways to pods, too.
+    pub masquerade_all: bool,
     pub state: StateFile,
 }
 
@@ -145,6 +149,7 @@ async fn follow(
         map: config.map,
         rules: config.rules,
         xdp: config.xdp,
+        masquerade_all: config.masquerade_all,
         state: config.state,
         netlink,
         attached: BTreeMap::new(),
@@ -196,6 +201,7 @@ struct Follower {
     map: HashMap<MapData, u32, abi::Edge>,
     rules: Rules,
     xdp: XdpMode,
+    masquerade_all: bool,
     state: StateFile,
     netlink: rtnetlink::Handle,
     /// What this process put on a hook.
@@ -231,6 +237,7 @@ impl Follower {
         let roles = classify(devices, &self.rules);
         let mut wanted = BTreeSet::new();
         let mut entries = BTreeMap::new();
+        let mut unserved = BTreeSet::new();
         let mut edges = Vec::new();
         for device in devices {
             let role = roles.get(&device.ifindex).copied().unwrap_or(Role::None(Why::NotListed));
@@ -245,6 +252,7 @@ impl Follower {
                 Role::None(_) => {}
                 Role::Pod => {
                     let note = self.attach_tc(device, [Place::PodIn, Place::PodOut], &mut wanted).await;
+                    unserved.extend(note.as_ref().map(|_| device.ifindex));
                     edges.push(self.edge_view(device, "pod", None, note));
                 }
                 Role::External { addr4, addr6 } => {
@@ -252,10 +260,17 @@ impl Follower {
                     let features = self.netdev.as_ref().and_then(|it| it.features(device.ifindex).ok());
                     let (xdp, xdp_note) = self.attach_xdp(device, features, &mut wanted);
                     let transmit = xdp_transmits(xdp, device, features);
-                    entries.insert(device.ifindex, edge_entry(addr4, addr6, transmit));
+                    let flags = if transmit { edge_flags::XDP_TRANSMIT } else { 0 };
+                    entries.insert(device.ifindex, edge_entry(addr4, addr6, flags));
                     edges.push(self.edge_view(device, "external", xdp, tc_note.or(xdp_note)));
                 }
             }
+        }
+        if self.masquerade_all {
+            // Flows to the pods that have no room keep their source.
+            let room = (MAX_EDGES as usize).saturating_sub(entries.len());
+            let ways = ways_to_pods(devices, &roles, &unserved).into_iter().take(room);
+            entries.extend(ways.map(|(i, (addr4, addr6))| (i, edge_entry(addr4, addr6, edge_flags::POD))));
         }
         self.write_map(&entries);
         self.detach_all_but(&wanted).await;
@@ -497,12 +512,8 @@ fn xdp_transmits(xdp: Option<XdpKind>, device: &Device, features: Option<XdpFeat
         && features.is_some_and(|features| features.transmit)
 }
 
-fn edge_entry(addr4: Ipv4Addr, addr6: Ipv6Addr, transmit: bool) -> abi::Edge {
-    abi::Edge {
-        addr6: Addr6 { octets: addr6.octets() },
-        addr4: Addr4 { octets: addr4.octets() },
-        flags: if transmit { edge_flags::XDP_TRANSMIT } else { 0 },
-    }
+fn edge_entry(addr4: Ipv4Addr, addr6: Ipv6Addr, flags: u32) -> abi::Edge {
+    abi::Edge { addr6: Addr6 { octets: addr6.octets() }, addr4: Addr4 { octets: addr4.octets() }, flags }
 }
 
 /// Sorted, without duplicates.

@@ -343,6 +343,9 @@ impl Inspector {
     pub fn edges(&self) -> Result<Vec<EdgeView>, InspectError> {
         let mut views = Vec::new();
         self.walk("EDGES", |ifindex: u32, edge: Edge| {
+            if edge.flags & edge_flags::POD != 0 {
+                return;
+            }
             views.push(EdgeView {
                 ifindex,
                 device: device_name(ifindex),

@@ -125,6 +125,9 @@ impl Reconciler {
                 port: service.ports.get(&(frontend.port, key.protocol)).copied().unwrap_or_default(),
                 ..abi::Service::default()
             };
+            if frontend.source_kept {
+                entry.flags |= service_flags::SOURCE_KEPT;
+            }
             if frontend.restricted {
                 entry.flags |= service_flags::SOURCE_RANGES;
                 if node_allowed.contains(&Family::of(key.addr)) {

@@ -37,8 +37,18 @@ fn desired(frontends: &[(&str, &[&str])]) -> Desired {
         let kind = if key.addr.is_unspecified() { FrontendKind::NodePort } else { FrontendKind::ClusterIP };
         let target = target(backends);
         let algorithm = Algorithm::Random;
-        let (port, restricted, internal) = (key.port, false, target.clone());
-        (key, Frontend { kind, algorithm, restricted, port, affinity: 0, internal, external: target })
+        let (port, internal) = (key.port, target.clone());
+        let frontend = Frontend {
+            kind,
+            algorithm,
+            restricted: false,
+            source_kept: false,
+            port,
+            affinity: 0,
+            internal,
+            external: target,
+        };
+        (key, frontend)
     });
     Desired { created: 0, compiled: Compiled { frontends: frontends.collect(), ..Compiled::default() } }
 }
@@ -218,6 +228,17 @@ fn an_empty_target_has_no_window_and_says_what_to_do() {
     let entry = world.maps.snapshot().frontends[&key(VIP)];
     assert_eq!((entry.internal, entry.external), Default::default());
     assert_eq!(entry.flags, service_flags::EXTERNAL_DROP);
+}
+
+#[test]
+fn frontends_that_keep_their_clients_say_so() {
+    let mut world = World::new(ROOMY);
+    let mut wanted = desired(&[(VIP, &[ONE]), ("172.30.0.1:81", &[ONE])]);
+    wanted.compiled.frontends.get_mut(&key(VIP)).unwrap().source_kept = true;
+    world.set("svc", wanted);
+    let frontends = world.maps.snapshot().frontends;
+    assert_eq!(frontends[&key(VIP)].flags, service_flags::SOURCE_KEPT);
+    assert_eq!(frontends[&key("172.30.0.1:81")].flags, 0);
 }
 
 #[test]
@@ -699,14 +720,15 @@ fn any_target(v6: bool) -> impl Strategy<Value = Target> {
 
 fn any_frontend(v6: bool) -> impl Strategy<Value = Frontend> {
     let affinity = prop_oneof![Just(0u32), Just(10), Just(10_800)];
-    (any_target(v6), any_target(v6), any::<[bool; 3]>(), affinity).prop_map(
-        |(internal, external, [same, maglev, restricted], affinity)| {
+    (any_target(v6), any_target(v6), any::<[bool; 4]>(), affinity).prop_map(
+        |(internal, external, [same, maglev, restricted, source_kept], affinity)| {
             let external = if same { internal.clone() } else { external };
             let algorithm = if maglev { Algorithm::Maglev } else { Algorithm::Random };
             Frontend {
                 kind: FrontendKind::ClusterIP,
                 algorithm,
                 restricted,
+                source_kept,
                 port: 80,
                 affinity,
                 internal,

@@ -25,6 +25,7 @@ fn start(bpffs: &TempBpffs, tc: TcMode, devices: &[&str], xdp: XdpMode) -> Agent
     let datapath = Datapath::open(&Options { tc, ..bpffs.options() }).unwrap();
     let devices: Vec<String> = devices.iter().map(|name| (*name).to_owned()).collect();
     let edges = Edges::spawn(Config {
+        masquerade_all: false,
         hooks: datapath.hooks().unwrap(),
         map: datapath.edges_map().unwrap(),
         rules: Rules::new(&devices, &[]).unwrap(),

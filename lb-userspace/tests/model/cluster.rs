@@ -40,6 +40,8 @@ pub struct Settings {
     /// `--cluster-cidr` is given: [`pod_networks`].
     pub cluster_cidr: bool,
     pub nodeport_addresses: NodePortAddresses,
+    /// `--masquerade-all`.
+    pub masquerade_all: bool,
 }
 
 /// `--nodeport-addresses`.
@@ -485,8 +487,9 @@ pub fn settings() -> impl Strategy<Value = Settings> {
         1 => Just(NodePortAddresses::Primary),
         1 => some_of(networks).prop_filter("none is all", |nets| !nets.is_empty()).prop_map(NodePortAddresses::In),
     ];
-    (any::<bool>(), addresses)
-        .prop_map(|(cluster_cidr, nodeport_addresses)| Settings { cluster_cidr, nodeport_addresses })
+    (any::<[bool; 2]>(), addresses).prop_map(|([cluster_cidr, masquerade_all], nodeport_addresses)| {
+        Settings { cluster_cidr, nodeport_addresses, masquerade_all }
+    })
 }
 
 fn kind() -> impl Strategy<Value = Kind> {

@@ -18,7 +18,7 @@ use fairlead::source::{Event, Kind};
 use ipnet::IpNet;
 use lb_common::abi::{
     AddressInfo, Backend, MemberKey, Network, PrefixKey, ServiceKey, Side, Source as SourceEntry,
-    address_flags,
+    address_flags, edge_flags,
 };
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::pipeline::process;
@@ -32,6 +32,8 @@ use super::cluster::{self, Cluster, NODE, News, Places, ip, pod_networks};
 use super::reference::{Ask, Client, Source};
 
 const NIC: u32 = 2;
+/// What the node's pods hang on.
+const BRIDGE: u32 = 3;
 const LIMITS: Limits =
     Limits { services: 500, backends: 500, slots: 50_000, addresses: 500, sources: 500, members: 5000 };
 
@@ -78,8 +80,8 @@ impl HostNode {
     pub fn new(cluster: &Cluster) -> Self {
         let mut node = Self {
             agent: agent(FakeMaps::new(LIMITS)),
-            v4: tables::<V4>(&cluster::V4),
-            v6: tables::<V6>(&cluster::V6),
+            v4: tables::<V4>(&cluster::V4, cluster.settings.masquerade_all),
+            v6: tables::<V6>(&cluster::V6, cluster.settings.masquerade_all),
             now: Instant::now(),
         };
         node.introduce(cluster);
@@ -165,9 +167,12 @@ fn agent(maps: FakeMaps) -> Agent<Recorder> {
     Agent::new(facts, Recorder { maps, ops: vec![] }, Health::new(false)).expect("empty maps")
 }
 
-fn tables<F: TestFamily>(places: &Places) -> HostTables<F> {
-    let mut tables = HostTables::default();
+fn tables<F: TestFamily>(places: &Places, masquerades_all: bool) -> HostTables<F> {
+    let mut tables = HostTables { masquerades_all, ..HostTables::default() };
     tables.edges.insert(NIC, F::edge(ip(places.node[0]), 0));
+    if masquerades_all {
+        tables.edges.insert(BRIDGE, F::edge(ip(places.node[0]), edge_flags::POD));
+    }
     tables
 }
 
@@ -300,8 +305,11 @@ fn send<F: TestFamily>(
     let is_udp = ask.protocol == Protocol::Udp;
     let bytes = if is_udp { udp(from, ask.to, b"?") } else { tcp(from, ask.to, tcp_flags::SYN) };
     let mut packet = HostPacket::new(&bytes, NIC).with_route(HostRoute::Out { ifindex: NIC, mtu: 1500 });
-    for here in places.pods_here.into_iter().chain(places.node) {
-        packet = packet.with_local::<F>(&F::wire(ip(here)));
+    for own in places.node {
+        packet = packet.with_local::<F>(&F::wire(ip(own)));
+    }
+    for pod in places.pods_here {
+        packet = packet.with_device::<F>(&F::wire(ip(pod)), BRIDGE);
     }
     let (_, reason) = process(&mut packet, tables, side);
     match reason {
@@ -309,9 +317,9 @@ fn send<F: TestFamily>(
             let (source, backend) = read(&packet.bytes()).expect("a sound packet").ends();
             let source = match source.ip() {
                 addr if addr == from.ip() => Source::Client,
-                // The node's address may be what was asked for; only pods are answered by what they asked for.
-                addr if side == Side::PodIn && addr == ask.to.ip() => Source::Frontend,
-                addr if side == Side::NicIn && addr == ip(places.node[0]) => Source::Node,
+                // The node's address may be what was asked for; only a pod's own packets come from there.
+                addr if reason == Reason::Hairpinned && addr == ask.to.ip() => Source::Frontend,
+                addr if addr == ip(places.node[0]) => Source::Node,
                 addr => panic!("{ask:?}: the source became {addr}"),
             };
             Ok(Seen::Translated(backend, source))

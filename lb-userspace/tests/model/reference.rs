@@ -95,7 +95,7 @@ pub fn answer(cluster: &Cluster, ask: &Ask) -> Answer {
         // Rules 1 to 6, 54 and 55 against 46 and 53.
         return if choice.cluster.is_empty() { Answer::Rejected } else { Answer::Dropped };
     }
-    let seen_as = |backend: SocketAddr| (backend, source(cluster, ask.client, backend.ip()));
+    let seen_as = |backend: SocketAddr| (backend, source(cluster, &frontend, ask.client, backend.ip()));
     Answer::Translated(backends.into_iter().map(seen_as).collect())
 }
 
@@ -247,11 +247,19 @@ fn is_inside(cluster: &Cluster, client: Client) -> bool {
     }
 }
 
-/// Rules 7, 8, 39 and 57 to 59, with the source kept wherever the reply comes back this way without our help.
-fn source(cluster: &Cluster, client: Client, backend: IpAddr) -> Source {
+/// Rules 7, 8, 39 and 57 to 59, with the source kept wherever the reply comes back this way without our help; rules 61
+/// and 62 as kube-proxy has them.
+fn source(cluster: &Cluster, frontend: &Frontend<'_>, client: Client, backend: IpAddr) -> Source {
+    let kept = frontend.kind != FrontendKind::ClusterIP && frontend.service.external_local;
     match client {
         // Rule 8.
         Client::Pod(addr) if addr == backend => Source::Frontend,
+        // What uses the node's network is reached without the place where kube-proxy masquerades.
+        Client::Pod(_) | Client::Wire(_)
+            if cluster.settings.masquerade_all && !kept && !is_own(cluster, backend) =>
+        {
+            Source::Node
+        }
         Client::Pod(_) | Client::Process => Source::Client,
         Client::Wire(_) if is_here(cluster, backend) => Source::Client,
         Client::Wire(_) => Source::Node,
@@ -260,9 +268,14 @@ fn source(cluster: &Cluster, client: Client, backend: IpAddr) -> Source {
 
 /// What is on this node: its pods, and what uses its network.
 fn is_here(cluster: &Cluster, backend: IpAddr) -> bool {
-    let places = Places::of(Family::of(backend));
-    let pods = places.pods_here.into_iter().chain(places.node).any(|addr| ip(addr) == backend);
-    pods || cluster.addresses.contains(&backend)
+    let pods = Places::of(Family::of(backend)).pods_here;
+    pods.into_iter().any(|addr| ip(addr) == backend) || is_own(cluster, backend)
+}
+
+/// The node's own addresses.
+fn is_own(cluster: &Cluster, backend: IpAddr) -> bool {
+    let own = Places::of(Family::of(backend)).node;
+    own.into_iter().any(|addr| ip(addr) == backend) || cluster.addresses.contains(&backend)
 }
 
 fn choose(cluster: &Cluster, frontend: &Frontend<'_>, family: Family) -> Choice {

@@ -10,6 +10,7 @@ mod health;
 mod hostports;
 mod icmp;
 mod lab;
+mod masquerade;
 mod matrix;
 mod policies;
 mod replacement;
