@@ -177,6 +177,18 @@ pub enum News {
 }
 
 impl Cluster {
+    /// A change of a Service's source ranges and of more, in two: ranges and frontends are in maps of their own, and
+    /// a packet in between may find one changed and the other not yet.
+    pub fn in_steps(&self, change: Change) -> Vec<Change> {
+        if let Change::Service(name, new) = &change
+            && let Some(old) = self.services.get(name)
+        {
+            let ranges = Service { source_ranges: new.source_ranges.clone(), ..old.clone() };
+            return vec![Change::Service(name, ranges), change];
+        }
+        vec![change]
+    }
+
     /// Takes a change; answers what to tell the agent. `None`: it concerns what is not there.
     pub fn apply(&mut self, change: Change) -> Option<News> {
         match change {
