@@ -2,13 +2,16 @@
 
 use lb_common::abi::Side;
 use lb_common::pipeline::Verdict;
+use lb_common::tables::FlowTable;
 use lb_common::testing::node::{Node, client};
-use lb_common::testing::{Seen, TestFamily, at, ports, sctp, tcp, udp};
+use lb_common::testing::{Seen, TestFamily, at, icmp_error, ports, sctp, tcp, udp};
 use lb_common::wire::sctp_chunk::INIT;
 use lb_common::wire::tcp_flags::SYN;
 use lb_common::{Reason, V4, V6, both_families};
 
 both_families! {
+    what_is_cut_short_passes_at_every_side
+    what_is_not_understood_passes_at_every_side
     protocols_that_services_do_not_have_are_rejected_there
     icmp_errors_and_neighbours_are_let_pass
 }
@@ -167,5 +170,105 @@ fn extension_headers_that_can_be_walked_are_walked() {
         let syn = node.send(Side::NicIn, with_extensions(headers, 6));
         let (src, dst) = syn.seen(Verdict::Pass, Reason::Translated).ends();
         assert_eq!((src, dst), (client::<V6>(40000), at(V6::POD, ports::TARGET)));
+    }
+}
+
+const SIDES: [Side; 4] = [Side::NicIn, Side::NicOut, Side::PodIn, Side::PodOut];
+
+/// Packets of every kind that is translated or answered.
+fn every_kind<F: TestFamily>(to: &str) -> Vec<Vec<u8>> {
+    let from = client::<F>(40000);
+    let about = tcp(at(to, ports::WEB), from, SYN);
+    vec![
+        tcp(from, at(to, ports::WEB), SYN),
+        udp(from, at(to, ports::DNS), b"four"),
+        sctp(from, at(to, ports::SIGNAL), INIT, &[1; 16]),
+        icmp_error(from.ip(), at(to, 0).ip(), F::PORT_UNREACHABLE, &about[14..]),
+        other::<F>(to, GRE, 0),
+    ]
+}
+
+/// Rule 6: whatever the header says that is not there.
+fn what_is_cut_short_passes_at_every_side<F: TestFamily>() {
+    let node = Node::<F>::new();
+    for to in [F::VIP, F::NODE, F::UNALLOCATED, F::OTHER_POD] {
+        for packet in every_kind::<F>(to) {
+            for side in SIDES {
+                for len in 14..packet.len() {
+                    node.send(side, packet[..len].to_vec()).untouched(Verdict::Pass, Reason::Truncated);
+                }
+            }
+        }
+    }
+    assert_eq!(node.count(FlowTable::Pending), 0);
+}
+
+/// Rule 6, at addresses of Services too: no answer could be right about a packet that was not read.
+fn what_is_not_understood_passes_at_every_side<F: TestFamily>() {
+    type Change = (Reason, fn(&mut Vec<u8>));
+    let in_ipv4: [Change; 6] = [
+        (Reason::IpOptions, |b| b[14] = 0x46),
+        (Reason::IpOptions, |b| b[14] = 0x4f),
+        (Reason::NotIp, |b| b[14] = 0x55),
+        // Total lengths that lie: within the header, and beyond the frame.
+        (Reason::Truncated, |b| b[16..18].fill(0)),
+        (Reason::Truncated, |b| b[16..18].copy_from_slice(&[0, 19])),
+        (Reason::Truncated, |b| b[16] = 0xff),
+    ];
+    let in_ipv6: [Change; 6] = [
+        (Reason::NotIp, |b| b[14] = 0x40),
+        (Reason::Truncated, |b| b[18] = 0xff),
+        // A source route with hops left, options behind a fragment header, and options that lead far away.
+        (Reason::ExtensionHeader, |b| prepend(b, 43, &[0, 4, 1])),
+        (Reason::ExtensionHeader, |b| {
+            prepend(b, 60, &[]);
+            prepend(b, 44, &[]);
+        }),
+        (Reason::ExtensionHeader, |b| (0..5).for_each(|_| prepend(b, 60, &[]))),
+        (Reason::Truncated, |b| prepend(b, 0, &[30])),
+    ];
+    let changes = if F::HEADER_LEN == 20 { in_ipv4 } else { in_ipv6 };
+    let node = Node::<F>::new();
+    for to in [F::VIP, F::NODE, F::UNALLOCATED, F::OTHER_POD] {
+        for packet in every_kind::<F>(to) {
+            for (n, (reason, change)) in changes.iter().enumerate() {
+                let mut bytes = packet.clone();
+                change(&mut bytes);
+                for side in SIDES {
+                    let outcome = node.send(side, bytes.clone());
+                    assert_eq!(outcome.reason, *reason, "change {n} of {packet:02x?}");
+                    outcome.untouched(Verdict::Pass, *reason);
+                }
+            }
+        }
+    }
+    assert_eq!(node.count(FlowTable::Pending), 0);
+}
+
+/// Puts an IPv6 extension header of 8 bytes, `fields` behind its first, before what a packet has.
+fn prepend(bytes: &mut Vec<u8>, kind: u8, fields: &[u8]) {
+    let mut header = [0; 8];
+    header[0] = std::mem::replace(&mut bytes[20], kind);
+    header[1..=fields.len()].copy_from_slice(fields);
+    bytes.splice(54..54, header);
+    bytes[19] += 8;
+}
+
+#[test]
+fn transport_headers_in_the_padding_of_a_frame_are_none() {
+    // Found by fuzzing: the length of a first fragment's datagram says nothing about the fragment's own.
+    for len in 0..28 {
+        let datagram = udp(client::<V4>(5000), at(V4::NODE, ports::DNS_NODE), b"four");
+        passes::<V4>(Reason::Truncated, datagram, |b| {
+            b[17] = len;
+            b[20] = 0x20;
+        });
+    }
+    for len in 0..16 {
+        let datagram = udp(client::<V6>(5000), at(V6::NODE, ports::DNS_NODE), b"four");
+        passes::<V6>(Reason::Truncated, datagram, |b| {
+            prepend(b, 44, &[0, 0, 1]);
+            b[19] = len;
+        });
     }
 }
