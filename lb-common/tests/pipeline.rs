@@ -34,6 +34,8 @@ both_families! {
     ports_can_run_out_and_that_is_said
     pending_flows_are_promoted_by_the_first_reply
     a_lost_half_is_restored_by_the_half_that_is_left
+    a_tuple_that_another_flow_took_is_given_up
+    a_lost_half_of_a_pending_flow_is_restored
     a_syn_on_an_old_tuple_is_a_new_connection
     a_retransmitted_syn_keeps_its_backend
     udp_leaves_a_dead_backend_with_its_next_packet
@@ -619,4 +621,41 @@ fn usage_is_counted_for_each_service<F: TestFamily>() {
     let usage = node.tables.usage.borrow();
     let web = Usage { connections: 1, packets: 2, bytes: 2 * bytes, refused: 0 };
     assert_eq!((usage[&1], usage[&3]), (web, Usage { refused: 1, ..Usage::default() }));
+}
+
+/// Rules 1 and 2, found by fuzzing.
+fn a_tuple_that_another_flow_took_is_given_up<F: TestFamily>() {
+    for answered in [false, true] {
+        let node = Node::<F>::new();
+        let (client, backend) = (client::<F>(40000), at(F::POD, ports::TARGET));
+        let (first, second) = (at(F::NODE, ports::WEB_NODE), at(F::VIP, ports::WEB));
+        node.send(Side::NicIn, tcp(client, first, SYN)).seen(Verdict::Pass, Reason::Translated);
+        if answered {
+            node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+        }
+        let table = if answered { &node.tables.flows } else { &node.tables.pending };
+        table.borrow_mut().retain(|_, entry| !flow::is_reply(&entry.get()));
+        let taken = node.send(Side::NicIn, tcp(client, second, SYN));
+        assert_eq!(taken.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+        node.wait(2_000_000_000);
+        let moved = node.send(Side::NicIn, tcp(client, first, ACK)).seen(Verdict::Pass, Reason::Translated);
+        assert_ne!(moved.ends().0, client, "two flows of one name");
+        let reply = node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (second, client));
+        let reply = node.send(Side::NicOut, tcp(backend, moved.ends().0, RST));
+        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (first, client));
+    }
+}
+
+/// Rule 2, found by fuzzing: what nobody has answered yet may be evicted, too.
+fn a_lost_half_of_a_pending_flow_is_restored<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+    node.send(Side::NicIn, tcp(client, frontend, SYN));
+    node.tables.pending.borrow_mut().retain(|_, entry| !flow::is_reply(&entry.get()));
+    node.wait(1_000_000_000);
+    node.send(Side::NicIn, tcp(client, frontend, SYN)).seen(Verdict::Pass, Reason::Translated);
+    let reply = node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+    assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (frontend, client));
 }
