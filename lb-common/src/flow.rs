@@ -155,18 +155,42 @@ pub fn leave_to_stack<A: Copy>(entry: &Cell<Flow<A>>) {
     unsafe { (*entry.as_ptr()).carry = Carry::Stack as u8 };
 }
 
-/// Tells the other half of an established flow what this half knows: that the flow lives, or that it ends. Restores
-/// it if it was evicted (rule 2).
+/// Tells the other half of a flow what this half knows: that the flow lives, or that it ends. Restores it if it was
+/// evicted (rule 2).
+///
+/// `false`: another flow has been given the tuple of the half that was evicted. This half is forgotten: it would mix
+/// the two up (rule 1).
 #[inline(never)]
-pub fn sync<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) {
+pub fn sync<F: Family, T: Tables<F>>(
+    tables: &T,
+    table: FlowTable,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> bool {
     let flow = entry.get();
     let other_key = reverse_key(key, &flow);
-    if let Some(other) = tables.flow(FlowTable::Established, &other_key) {
-        note(&other, peer_flags(flow.flags), flow.last_seen);
-    } else {
-        // A failure is no loss: the next refresh tries again.
-        let _ = tables.add_flow(FlowTable::Established, &other_key, &Cell::new(reverse_value(key, &flow)));
+    for place in [FlowTable::Established, FlowTable::Pending] {
+        if let Some(other) = tables.flow(place, &other_key) {
+            if is_reverse(key, &other.get()) {
+                note(&other, peer_flags(flow.flags), flow.last_seen);
+                return true;
+            }
+            tables.remove_flow(table, key);
+            return false;
+        }
     }
+    // A failure is no loss: the next refresh tries again.
+    let _ = tables.add_flow(table, &other_key, &Cell::new(reverse_value(key, &flow)));
+    true
+}
+
+/// Whether a value is the other direction of a key.
+#[inline(always)]
+fn is_reverse<A: Copy + PartialEq>(key: &FlowKey<A>, other: &Flow<A>) -> bool {
+    other.dst == key.src
+        && other.dst_port == key.src_port
+        && other.src == key.dst
+        && other.src_port == key.dst_port
 }
 
 /// What the flags of one direction mean to the other.
@@ -271,11 +295,7 @@ fn is_free<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &
     for table in [FlowTable::Established, FlowTable::Pending] {
         if let Some(other) = tables.flow(table, &reply_key) {
             let flow = other.get();
-            let ours = flow.dst == key.src
-                && flow.dst_port == key.src_port
-                && flow.src == key.dst
-                && flow.src_port == key.dst_port;
-            if !ours && !is_over(table, key.proto, &flow, tables.now()) {
+            if !is_reverse(key, &flow) && !is_over(table, key.proto, &flow, tables.now()) {
                 return false;
             }
             forget::<F, T>(tables, table, &reply_key, &other);

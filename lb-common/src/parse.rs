@@ -100,6 +100,10 @@ impl<F: Family> Parsed<F> {
 pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F>) -> Result<(), Reason> {
     F::parse(packet, parsed)?;
     parsed.key.side = side as u8;
+    if u32::from(parsed.transport) > NETWORK as u32 + parsed.ip_len {
+        // The headers are in what the link layer pads the frame with.
+        return Err(Reason::Truncated);
+    }
     if parsed.is_later_fragment() {
         return Ok(());
     }
@@ -118,7 +122,8 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
         let udp = packet.view::<UdpHdr>(transport)?;
         let len = u32::from(udp.len.get());
         // In a first fragment it is the length of the whole datagram.
-        if len < UdpHdr::LEN as u32 || (len > room && !parsed.is_first_fragment()) {
+        let cut = room < UdpHdr::LEN as u32 || (len > room && !parsed.is_first_fragment());
+        if len < UdpHdr::LEN as u32 || cut {
             return Err(Reason::Truncated);
         }
         parsed.key.src_port = udp.ports.src.get();

@@ -205,7 +205,7 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             flow::promote::<F, T>(tables, &parsed.key, entry)?;
             // The pending entry may be another flow's by now: the kernel gives out at once what was removed.
             let promoted = tables.flow(FlowTable::Established, &parsed.key).ok_or(Reason::FlowTableFull)?;
-            return go_on(packet, tables, parsed, &promoted, FlowTable::Established).map(Some);
+            return go_on(packet, tables, parsed, &promoted, FlowTable::Established);
         }
     } else {
         // A new SYN (INIT) on an old tuple is a new connection; on a pending one it is the first again.
@@ -216,10 +216,10 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             return Ok(None);
         }
     }
-    go_on(packet, tables, parsed, entry, table).map(Some)
+    go_on(packet, tables, parsed, entry, table)
 }
 
-/// One more packet of a flow that stays as it is.
+/// One more packet of a flow that stays as it is. `None`: the flow has lost its tuple.
 #[inline(always)]
 fn go_on<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
@@ -227,12 +227,13 @@ fn go_on<F: Family, P: Packet, T: Tables<F>>(
     parsed: &Parsed<F>,
     entry: &Cell<Flow<F::Addr>>,
     table: FlowTable,
-) -> Result<Carry, Reason> {
-    let established = table as u32 == FlowTable::Established as u32;
-    if flow::note_packet(entry, parsed, tables.now()) && established {
-        flow::sync::<F, T>(tables, &parsed.key, entry);
+) -> Result<Option<Carry>, Reason> {
+    if flow::note_packet(entry, parsed, tables.now())
+        && !flow::sync::<F, T>(tables, table, &parsed.key, entry)
+    {
+        return Ok(None);
     }
-    carry(packet, tables, parsed, entry)
+    carry(packet, tables, parsed, entry).map(Some)
 }
 
 /// A packet without a flow, addressed to this node or to a Service: enters a new flow, if there is a frontend.

@@ -16,6 +16,8 @@ use crate::family::{Family, V4, V6};
 use crate::host::HostTables;
 use crate::wire::{IpProto, tcp_flags};
 
+pub mod node;
+
 /// Ethernet address of whoever sends a test packet.
 pub const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Ethernet address of the device that takes it.

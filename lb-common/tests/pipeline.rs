@@ -7,82 +7,14 @@ use lb_common::abi::{
     service_flags,
 };
 use lb_common::flow;
-use lb_common::host::{HostPacket, HostRoute, HostTables};
-use lb_common::packet::Packet;
-use lb_common::pipeline::{Verdict, process};
+use lb_common::host::HostRoute;
+use lb_common::pipeline::Verdict;
 use lb_common::tables::FlowTable;
-use lb_common::testing::{
-    RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, cluster, fragments, ports, read, reassemble, sctp,
-    tcp, udp,
-};
-use lb_common::wire::sctp_chunk::{ABORT, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
+use lb_common::testing::node::{DATA, MTU, NIC, Node, Outcome, client};
+use lb_common::testing::{RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, ports, sctp, tcp, udp};
+use lb_common::wire::sctp_chunk::INIT;
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
-use lb_common::{Family, Reason, V4, V6};
-
-const NIC: u32 = 7;
-const MTU: u32 = 1500;
-
-/// A node with its maps, through which packets are sent one by one.
-struct Node<F: TestFamily> {
-    tables: HostTables<F>,
-    route: HostRoute,
-}
-
-/// What became of a packet.
-struct Outcome {
-    verdict: Verdict,
-    reason: Reason,
-    before: Vec<u8>,
-    bytes: Vec<u8>,
-}
-
-impl Outcome {
-    /// The packet, which must have gone this way and be well-formed.
-    #[track_caller]
-    fn seen(&self, verdict: Verdict, reason: Reason) -> Seen {
-        assert_eq!((self.verdict, self.reason), (verdict, reason));
-        read(&self.bytes).unwrap_or_else(|e| panic!("{e}: {:02x?}", self.bytes))
-    }
-
-    /// The packet went this way and was not touched.
-    #[track_caller]
-    fn untouched(&self, verdict: Verdict, reason: Reason) {
-        assert_eq!((self.verdict, self.reason), (verdict, reason));
-        assert_eq!(self.before, self.bytes);
-    }
-}
-
-impl<F: TestFamily> Node<F> {
-    fn new() -> Self {
-        Self { tables: cluster::<F>(NIC), route: HostRoute::Out { ifindex: NIC, mtu: MTU } }
-    }
-
-    fn send(&self, side: Side, bytes: Vec<u8>) -> Outcome {
-        let mut packet = HostPacket::new(&bytes, NIC).with_route(self.route);
-        let (verdict, reason) = process::<F, _, _>(&mut packet, &self.tables, side);
-        Outcome { verdict, reason, before: bytes, bytes: packet.bytes() }
-    }
-
-    fn count(&self, table: FlowTable) -> usize {
-        self.tables.entries(table).len()
-    }
-
-    fn wait(&self, ns: u64) {
-        self.tables.now.set(self.tables.now.get() + ns);
-    }
-}
-
-fn client<F: TestFamily>(port: u16) -> SocketAddr {
-    at(F::CLIENT, port)
-}
-
-/// A test for each family.
-macro_rules! both_families {
-    ($($name:ident)*) => {
-        mod v4 { $(#[test] fn $name() { super::$name::<super::V4>(); })* }
-        mod v6 { $(#[test] fn $name() { super::$name::<super::V6>(); })* }
-    };
-}
+use lb_common::{Family, Reason, V4, both_families};
 
 both_families! {
     outside_to_a_backend_here_keeps_the_client
@@ -91,13 +23,6 @@ both_families! {
     a_pod_reaches_any_backend_with_its_own_address
     a_pod_reaches_itself_through_its_service
     udp_flows_go_the_same_ways
-    sctp_associations_go_the_same_ways
-    one_port_number_leads_elsewhere_for_each_protocol
-    an_init_on_an_old_tuple_is_a_new_association
-    an_association_ends_with_an_abort_or_a_completed_shutdown
-    sctp_stays_with_a_backend_that_is_gone
-    aborts_without_an_association_pass
-    an_sctp_checksum_that_is_still_to_come_stays_zero
     frontends_without_endpoints_reset_tcp
     frontends_without_endpoints_send_port_unreachable
     policy_local_without_local_endpoints_drops
@@ -109,12 +34,13 @@ both_families! {
     ports_can_run_out_and_that_is_said
     pending_flows_are_promoted_by_the_first_reply
     a_lost_half_is_restored_by_the_half_that_is_left
+    a_tuple_that_another_flow_took_is_given_up
+    a_lost_half_of_a_pending_flow_is_restored
     a_syn_on_an_old_tuple_is_a_new_connection
     a_retransmitted_syn_keeps_its_backend
     udp_leaves_a_dead_backend_with_its_next_packet
     tcp_stays_with_a_backend_that_is_gone
     a_backend_may_open_connections_from_its_service_port
-    forwarding_takes_one_from_the_ttl_and_answers_the_last
     forwarding_respects_the_mtu
     a_way_through_no_edge_leads_to_a_local_pod
     no_route_drops
@@ -127,16 +53,6 @@ both_families! {
     unallocated_addresses_of_a_service_cidr_are_dropped
     pods_of_other_nodes_are_inside_of_the_cluster
     usage_is_counted_for_each_service
-    fragments_follow_their_first
-    fragments_of_replies_follow_too
-    forwarded_fragments_come_back
-    a_first_fragment_that_comes_last_finds_no_followers
-    foreign_fragments_are_not_remembered
-    fragments_are_remembered_as_long_as_a_receiver_waits
-    later_fragments_open_no_flow_and_get_no_answer
-    later_fragments_for_a_service_address_are_never_let_out
-    protocols_that_services_do_not_have_are_rejected_there
-    icmp_errors_and_neighbours_are_let_pass
 }
 
 fn outside_to_a_backend_here_keeps_the_client<F: TestFamily>() {
@@ -237,133 +153,6 @@ fn udp_flows_go_the_same_ways<F: TestFamily>() {
     assert_eq!(dst, at(F::FAR_POD, ports::TARGET_UDP));
     let answer = node.send(Side::NicIn, udp(dst, src, b"answer"));
     assert_eq!(answer.seen(Verdict::Forward, Reason::Forwarded).ends(), (frontend, client));
-}
-
-/// As a packet of an association that is up.
-const DATA: u8 = 0;
-
-fn sctp_associations_go_the_same_ways<F: TestFamily>() {
-    let node = Node::<F>::new();
-    let init = |from, to| sctp(from, to, INIT, &[1; 16]);
-    let (client, pod) = (client::<F>(40000), at(F::OTHER_POD, 40000));
-    // NodePort and ClusterIP to a pod of this node: from outside, from a pod.
-    let backend = at(F::POD, ports::TARGET_SCTP);
-    for (asker, frontend, into, back) in [
-        (client, at(F::NODE, ports::SIGNAL_NODE), Side::NicIn, Side::NicOut),
-        (pod, at(F::VIP, ports::SIGNAL), Side::PodIn, Side::PodOut),
-    ] {
-        let sent = node.send(into, init(asker, frontend));
-        assert_eq!(sent.seen(Verdict::Pass, Reason::Translated).ends(), (asker, backend));
-        let reply = node.send(back, sctp(backend, asker, INIT_ACK, &[2; 316]));
-        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (frontend, asker));
-        let data = node.send(into, sctp(asker, frontend, DATA, &[3; 1301]));
-        assert_eq!(data.seen(Verdict::Pass, Reason::Translated).ends(), (asker, backend));
-    }
-    // To a pod of another node: with this node's address and a port of ours, and back.
-    let frontend = at(F::NODE, ports::FAR_SIGNAL_NODE);
-    let (src, dst) =
-        node.send(Side::NicIn, init(client, frontend)).seen(Verdict::Forward, Reason::Forwarded).ends();
-    assert_eq!((src.ip(), dst), (at(F::NODE, 0).ip(), at(F::FAR_POD, ports::TARGET_SCTP)));
-    assert_ne!(src.port(), client.port());
-    let reply = node.send(Side::NicIn, sctp(dst, src, INIT_ACK, &[2; 316]));
-    assert_eq!(reply.seen(Verdict::Forward, Reason::Forwarded).ends(), (frontend, client));
-    // From a pod to itself.
-    let (itself, frontend) = (at(F::POD, 40000), at(F::VIP, ports::SIGNAL));
-    let (src, dst) =
-        node.send(Side::PodIn, init(itself, frontend)).seen(Verdict::SendBack, Reason::Hairpinned).ends();
-    assert_eq!((src.ip(), dst), (frontend.ip(), backend));
-}
-
-fn one_port_number_leads_elsewhere_for_each_protocol<F: TestFamily>() {
-    // Contract, rules 11 and 113.
-    let node = Node::<F>::new();
-    let client = client::<F>(40000);
-    for frontend in [at(F::VIP, ports::DNS), at(F::NODE, ports::DNS_NODE)] {
-        let target = |bytes| node.send(Side::NicIn, bytes).seen(Verdict::Pass, Reason::Translated).ends().1;
-        assert_eq!(target(udp(client, frontend, b"")), at(F::POD, ports::TARGET_UDP));
-        assert_eq!(target(sctp(client, frontend, INIT, &[1; 16])), at(F::POD, ports::TARGET_SCTP));
-    }
-}
-
-/// An association of a client outside with the pod of this node.
-fn associate<F: TestFamily>(node: &Node<F>) -> (SocketAddr, SocketAddr, SocketAddr) {
-    let (client, frontend, backend) =
-        (client::<F>(40000), at(F::NODE, ports::SIGNAL_NODE), at(F::POD, ports::TARGET_SCTP));
-    node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
-    node.send(Side::NicOut, sctp(backend, client, INIT_ACK, &[2; 16]));
-    assert_eq!((node.count(FlowTable::Established), node.count(FlowTable::Pending)), (2, 0));
-    (client, frontend, backend)
-}
-
-fn an_init_on_an_old_tuple_is_a_new_association<F: TestFamily>() {
-    let mut node = Node::<F>::new();
-    let (client, frontend, _) = associate(&node);
-    node.tables.slots.insert(5, 6);
-    let data = node.send(Side::NicIn, sctp(client, frontend, DATA, &[3; 16]));
-    data.seen(Verdict::Pass, Reason::Translated);
-    let init = node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
-    let (_, dst) = init.seen(Verdict::Forward, Reason::Forwarded).ends();
-    assert_eq!(dst, at(F::FAR_POD, ports::TARGET_SCTP));
-}
-
-fn an_association_ends_with_an_abort_or_a_completed_shutdown<F: TestFamily>() {
-    // Another frontend's client of the same port may have the tuple once it is over, and keeps its port.
-    for (last, over) in [(ABORT, true), (SHUTDOWN_COMPLETE, true), (DATA, false)] {
-        let node = Node::<F>::new();
-        let (client, frontend, _) = associate(&node);
-        let packet = node.send(Side::NicIn, sctp(client, frontend, last, &[]));
-        packet.seen(Verdict::Pass, Reason::Translated);
-        let init = node.send(Side::NicIn, sctp(client, at(F::VIP, ports::SIGNAL), INIT, &[1; 16]));
-        let (src, _) = init.seen(Verdict::Pass, Reason::Translated).ends();
-        assert_eq!(src.port() == client.port(), over, "chunk {last}");
-    }
-    // Or once its ends are silent.
-    for (wait, over) in [(flow::SCTP_TIMEOUT, false), (flow::SCTP_TIMEOUT + 1, true)] {
-        let node = Node::<F>::new();
-        let (client, ..) = associate(&node);
-        node.wait(wait);
-        let init = node.send(Side::NicIn, sctp(client, at(F::VIP, ports::SIGNAL), INIT, &[1; 16]));
-        let (src, _) = init.seen(Verdict::Pass, Reason::Translated).ends();
-        assert_eq!(src.port() == client.port(), over, "after {wait} ns");
-    }
-}
-
-fn sctp_stays_with_a_backend_that_is_gone<F: TestFamily>() {
-    for state in [backend_state::TERMINATING, backend_state::UNUSED] {
-        let mut node = Node::<F>::new();
-        let (client, frontend, backend) = associate(&node);
-        node.tables.slots.insert(5, 6);
-        node.tables.backends.get_mut(&5).expect("backend 5").state = state;
-        let data = node.send(Side::NicIn, sctp(client, frontend, DATA, &[3; 16]));
-        assert_eq!(data.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
-        let init = node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
-        init.seen(Verdict::Forward, Reason::Forwarded);
-    }
-}
-
-fn aborts_without_an_association_pass<F: TestFamily>() {
-    let node = Node::<F>::new();
-    for kind in [ABORT, SHUTDOWN_COMPLETE] {
-        let packet = sctp(client::<F>(40000), at(F::NODE, ports::SIGNAL_NODE), kind, &[]);
-        node.send(Side::NicIn, packet).untouched(Verdict::Pass, Reason::StrayReset);
-    }
-    assert_eq!(node.count(FlowTable::Pending), 0);
-}
-
-fn an_sctp_checksum_that_is_still_to_come_stays_zero<F: TestFamily>() {
-    let node = Node::<F>::new();
-    let (pod, frontend, backend) =
-        (at(F::OTHER_POD, 40000), at(F::VIP, ports::SIGNAL), at(F::POD, ports::TARGET_SCTP));
-    let check = 14 + F::HEADER_LEN + 8..14 + F::HEADER_LEN + 12;
-    let mut sent = sctp(pod, frontend, INIT, &[1; 16]);
-    sent[check.clone()].fill(0);
-    let outcome = node.send(Side::PodIn, sent);
-    assert_eq!(outcome.verdict, Verdict::Pass);
-    assert_eq!(outcome.bytes[check.clone()], [0; 4]);
-    // With the field that the device will fill in, the packet is the one that the backend expects.
-    let mut want = sctp(pod, backend, INIT, &[1; 16]);
-    want[check].fill(0);
-    assert_eq!(outcome.bytes[14 + F::HEADER_LEN..], want[14 + F::HEADER_LEN..]);
 }
 
 fn frontends_without_endpoints_reset_tcp<F: TestFamily>() {
@@ -643,25 +432,6 @@ fn a_backend_may_open_connections_from_its_service_port<F: TestFamily>() {
     node.send(Side::NicOut, tcp(backend, client, SYN)).untouched(Verdict::Pass, Reason::NotOurs);
 }
 
-fn forwarding_takes_one_from_the_ttl_and_answers_the_last<F: TestFamily>() {
-    // Rule 9.
-    let node = Node::<F>::new();
-    let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::FAR_NODE));
-    for (ttl, left) in [(2, Some(1)), (1, None), (0, None)] {
-        let mut syn = Segment::new(client, frontend, SYN);
-        syn.ttl = ttl;
-        let outcome = node.send(Side::NicIn, syn.build());
-        if left.is_some() {
-            assert_eq!(outcome.seen(Verdict::Forward, Reason::Forwarded).ttl(), left);
-        } else {
-            let seen = outcome.seen(Verdict::SendBack, Reason::TtlExceeded);
-            let Seen::Icmp { src, dst, kind, code, about } = seen else { panic!("{seen:?}") };
-            assert_eq!((src, dst, (kind, code)), (frontend.ip(), client.ip(), F::TIME_EXCEEDED));
-            assert_eq!(about, (client, frontend));
-        }
-    }
-}
-
 fn forwarding_respects_the_mtu<F: TestFamily>() {
     let mut node = Node::<F>::new();
     let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::FAR_NODE));
@@ -853,338 +623,39 @@ fn usage_is_counted_for_each_service<F: TestFamily>() {
     assert_eq!((usage[&1], usage[&3]), (web, Usage { refused: 1, ..Usage::default() }));
 }
 
-/// A datagram of 3,000 bytes.
-fn long_datagram(src: SocketAddr, dst: SocketAddr) -> Vec<u8> {
-    let payload: Vec<u8> = (0..3000u16).map(|n| n.to_be_bytes()[1]).collect();
-    udp(src, dst, &payload)
-}
-
-/// Sends a datagram in fragments; what becomes of it when all go the same way.
-#[track_caller]
-fn send_in_pieces<F: TestFamily>(node: &Node<F>, side: Side, packet: &[u8], want: Reason) -> Seen {
-    let sent = fragments(packet, 0xabcd, 1448);
-    assert_eq!(sent.len(), 3);
-    let carried = sent.into_iter().map(|piece| {
-        let outcome = node.send(side, piece);
-        assert_eq!(outcome.reason, want);
-        outcome.bytes
-    });
-    let packet = reassemble(&carried.collect::<Vec<_>>()).expect("a datagram");
-    read(&packet).expect("a good packet")
-}
-
-fn fragments_follow_their_first<F: TestFamily>() {
-    let node = Node::<F>::new();
-    let backend = at(F::POD, ports::TARGET_UDP);
-    for (side, from, frontend) in [
-        (Side::NicIn, client::<F>(5000), at(F::NODE, ports::DNS_NODE)),
-        (Side::PodIn, at(F::OTHER_POD, 5000), at(F::VIP, ports::DNS)),
-    ] {
-        let seen = send_in_pieces(&node, side, &long_datagram(from, frontend), Reason::Translated);
-        assert_eq!(seen.ends(), (from, backend));
-        let Seen::Udp { payload, .. } = seen else { panic!("{seen:?}") };
-        assert_eq!(payload.len(), 3000);
+/// Rules 1 and 2, found by fuzzing.
+fn a_tuple_that_another_flow_took_is_given_up<F: TestFamily>() {
+    for answered in [false, true] {
+        let node = Node::<F>::new();
+        let (client, backend) = (client::<F>(40000), at(F::POD, ports::TARGET));
+        let (first, second) = (at(F::NODE, ports::WEB_NODE), at(F::VIP, ports::WEB));
+        node.send(Side::NicIn, tcp(client, first, SYN)).seen(Verdict::Pass, Reason::Translated);
+        if answered {
+            node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+        }
+        let table = if answered { &node.tables.flows } else { &node.tables.pending };
+        table.borrow_mut().retain(|_, entry| !flow::is_reply(&entry.get()));
+        let taken = node.send(Side::NicIn, tcp(client, second, SYN));
+        assert_eq!(taken.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+        node.wait(2_000_000_000);
+        let moved = node.send(Side::NicIn, tcp(client, first, ACK)).seen(Verdict::Pass, Reason::Translated);
+        assert_ne!(moved.ends().0, client, "two flows of one name");
+        let reply = node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (second, client));
+        let reply = node.send(Side::NicOut, tcp(backend, moved.ends().0, RST));
+        assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (first, client));
     }
-    // A datagram is known by both addresses and its number, in the place it was seen at.
-    assert_eq!(node.tables.fragments.borrow().len(), 2);
-    assert_eq!(node.count(FlowTable::Pending), 4);
 }
 
-fn fragments_of_replies_follow_too<F: TestFamily>() {
+/// Rule 2, found by fuzzing: what nobody has answered yet may be evicted, too.
+fn a_lost_half_of_a_pending_flow_is_restored<F: TestFamily>() {
     let node = Node::<F>::new();
     let (client, frontend, backend) =
-        (client::<F>(5000), at(F::NODE, ports::DNS_NODE), at(F::POD, ports::TARGET_UDP));
-    node.send(Side::NicIn, udp(client, frontend, b"much?"));
-    let seen = send_in_pieces(&node, Side::NicOut, &long_datagram(backend, client), Reason::Translated);
-    assert_eq!(seen.ends(), (frontend, client));
-    assert_eq!((node.count(FlowTable::Established), node.count(FlowTable::Pending)), (2, 0));
-}
-
-fn forwarded_fragments_come_back<F: TestFamily>() {
-    let node = Node::<F>::new();
-    let (client, frontend) = (client::<F>(5000), at(F::NODE, ports::FAR_DNS_NODE));
-    let seen = send_in_pieces(&node, Side::NicIn, &long_datagram(client, frontend), Reason::Forwarded);
-    let (source, backend) = seen.ends();
-    assert_eq!((source.ip(), backend), (at(F::NODE, 0).ip(), at(F::FAR_POD, ports::TARGET_UDP)));
-    // Each fragment is a packet that a router has forwarded.
-    assert_eq!(seen.ttl(), Some(TTL - 1));
-    let seen = send_in_pieces(&node, Side::NicIn, &long_datagram(backend, source), Reason::Forwarded);
-    assert_eq!(seen.ends(), (frontend, client));
-}
-
-fn a_first_fragment_that_comes_last_finds_no_followers<F: TestFamily>() {
-    let node = Node::<F>::new();
-    let packet = long_datagram(client::<F>(5000), at(F::NODE, ports::DNS_NODE));
-    let [first, second, third] = &fragments(&packet, 7, 1448)[..] else { panic!("three fragments") };
-    node.send(Side::NicIn, third.clone()).untouched(Verdict::Pass, Reason::Fragment);
-    assert_eq!(node.send(Side::NicIn, first.clone()).reason, Reason::Translated);
-    assert_eq!(node.send(Side::NicIn, second.clone()).reason, Reason::Translated);
-    // What comes in any order behind the first is translated, and so is what comes twice.
-    assert_eq!(node.send(Side::NicIn, third.clone()).reason, Reason::Translated);
-    assert_eq!(node.send(Side::NicIn, second.clone()).reason, Reason::Translated);
-    // Another datagram is another's.
-    let other = fragments(&packet, 8, 1448);
-    node.send(Side::NicIn, other[1].clone()).untouched(Verdict::Pass, Reason::Fragment);
-    node.send(Side::PodIn, third.clone()).untouched(Verdict::Pass, Reason::Fragment);
-}
-
-fn foreign_fragments_are_not_remembered<F: TestFamily>() {
-    let node = Node::<F>::new();
-    for (side, src, dst, reason) in [
-        (Side::NicIn, F::CLIENT, F::OTHER_POD, Reason::NotOurs),
-        (Side::NicOut, F::OTHER_POD, F::CLIENT, Reason::NotOurs),
-        // A port that is no frontend's, and one that is not served.
-        (Side::NicIn, F::CLIENT, F::NODE, Reason::NotOurs),
-        (Side::NicIn, F::CLIENT, F::VIP, Reason::UnknownPort),
-    ] {
-        for piece in &fragments(&long_datagram(at(src, 5000), at(dst, 9)), 7, 1448)[..1] {
-            assert_eq!(node.send(side, piece.clone()).reason, reason);
-        }
-    }
-    assert!(node.tables.fragments.borrow().is_empty());
-}
-
-fn fragments_are_remembered_as_long_as_a_receiver_waits<F: TestFamily>() {
-    let node = Node::<F>::new();
-    let packet = long_datagram(client::<F>(5000), at(F::NODE, ports::DNS_NODE));
-    let pieces = fragments(&packet, 7, 1448);
-    assert_eq!(node.send(Side::NicIn, pieces[0].clone()).reason, Reason::Translated);
-    node.wait(F::FRAGMENT_TIMEOUT);
-    assert_eq!(node.send(Side::NicIn, pieces[1].clone()).reason, Reason::Translated);
-    node.wait(1);
-    node.send(Side::NicIn, pieces[2].clone()).untouched(Verdict::Pass, Reason::Fragment);
-}
-
-fn later_fragments_open_no_flow_and_get_no_answer<F: TestFamily>() {
-    let mut node = Node::<F>::new();
-    let packet = long_datagram(client::<F>(5000), at(F::NODE, ports::FAR_DNS_NODE));
-    let pieces = fragments(&packet, 7, 1448);
-    assert_eq!(node.send(Side::NicIn, pieces[0].clone()).reason, Reason::Forwarded);
-    let mut dying = pieces[1].clone();
-    // TTL or hop limit; the checksum is not looked at.
-    dying[if F::HEADER_LEN == 40 { 21 } else { 22 }] = 1;
-    node.send(Side::NicIn, dying).untouched(Verdict::Drop, Reason::TtlExceeded);
-    node.route = HostRoute::Out { ifindex: NIC, mtu: 1280 };
-    node.send(Side::NicIn, pieces[1].clone()).untouched(Verdict::Drop, Reason::PacketTooBig);
-    node.tables.pending.borrow_mut().clear();
-    node.send(Side::NicIn, pieces[1].clone()).untouched(Verdict::Pass, Reason::Fragment);
-    assert_eq!(node.count(FlowTable::Pending), 0);
-}
-
-fn later_fragments_for_a_service_address_are_never_let_out<F: TestFamily>() {
-    let node = Node::<F>::new();
-    for (addr, verdict, reason) in [
-        (F::VIP, Verdict::Drop, Reason::StrayFragment),
-        (F::UNALLOCATED, Verdict::Drop, Reason::NoSuchService),
-        (F::NODE, Verdict::Pass, Reason::Fragment),
-        (F::OTHER_POD, Verdict::Pass, Reason::Fragment),
-    ] {
-        let pieces = fragments(&long_datagram(client::<F>(5000), at(addr, ports::EMPTY)), 7, 1448);
-        for side in [Side::NicIn, Side::PodIn] {
-            node.send(side, pieces[1].clone()).untouched(verdict, reason);
-        }
-        node.send(Side::NicOut, pieces[1].clone()).untouched(Verdict::Pass, Reason::Fragment);
-        // XDP passes on what it cannot finish, and so may know less than tc.
-        let mut packet = HostPacket::new(&pieces[1], NIC).with_hook_behind();
-        let early = process::<F, _, _>(&mut packet, &node.tables, Side::NicIn);
-        assert_eq!(early, (Verdict::Pass, Reason::Fragment));
-    }
-}
-
-/// A packet of any protocol: `first` is its first byte behind the IP header.
-fn other<F: TestFamily>(dst: &str, proto: u8, first: u8) -> Vec<u8> {
-    let mut bytes = udp(client::<F>(0), at(dst, 0), &[0; 24]);
-    let (field, payload) = if F::HEADER_LEN == 40 { (20, 54) } else { (23, 34) };
-    bytes[field] = proto;
-    bytes[payload] = first;
-    bytes
-}
-
-const GRE: u8 = 47;
-const ESP: u8 = 50;
-
-fn protocols_that_services_do_not_have_are_rejected_there<F: TestFamily>() {
-    let node = Node::<F>::new();
-    let echo = if F::HEADER_LEN == 40 { 128 } else { 8 };
-    for (proto, first) in [(F::ICMP, echo), (GRE, 0), (ESP, 0)] {
-        for side in [Side::NicIn, Side::PodIn] {
-            let refused = node.send(side, other::<F>(F::VIP, proto, first));
-            let seen = refused.seen(Verdict::SendBack, Reason::UnservedProtocol);
-            let Seen::Icmp { src, dst, kind, code, .. } = seen else { panic!("{seen:?}") };
-            assert_eq!((src, dst), (at(F::VIP, 0).ip(), client::<F>(0).ip()));
-            assert_eq!((kind, code), F::PORT_UNREACHABLE);
-            let dropped = node.send(side, other::<F>(F::UNALLOCATED, proto, first));
-            dropped.untouched(Verdict::Drop, Reason::NoSuchService);
-            // The node and pods answer for themselves.
-            for addr in [F::NODE, F::OTHER_POD] {
-                let passed = node.send(side, other::<F>(addr, proto, first));
-                passed.untouched(Verdict::Pass, Reason::UnknownProtocol);
-            }
-        }
-        let passed = node.send(Side::NicOut, other::<F>(F::VIP, proto, first));
-        passed.untouched(Verdict::Pass, Reason::UnknownProtocol);
-    }
-    let usage = node.tables.usage.borrow();
-    assert!(usage.is_empty(), "{usage:?}");
-}
-
-fn icmp_errors_and_neighbours_are_let_pass<F: TestFamily>() {
-    let node = Node::<F>::new();
-    let kinds: &[u8] =
-        if F::HEADER_LEN == 40 { &[1, 2, 3, 4, 127, 133, 135, 136, 137] } else { &[3, 4, 5, 11, 12] };
-    for kind in kinds {
-        for addr in [F::VIP, F::UNALLOCATED] {
-            let passed = node.send(Side::NicIn, other::<F>(addr, F::ICMP, *kind));
-            // Errors are read, and found to be about nothing of ours.
-            let reason = if F::is_icmp_error(*kind) { passed.reason } else { Reason::UnknownProtocol };
-            passed.untouched(Verdict::Pass, reason);
-        }
-    }
-}
-
-#[test]
-fn a_fragment_that_is_all_of_its_packet_is_none() {
-    // RFC 6946: whoever was told of an MTU below 1280 bytes sends such packets.
-    let node = Node::<V6>::new();
-    let (client, frontend) = (client::<V6>(5000), at(V6::NODE, ports::DNS_NODE));
-    let [atomic] = &fragments(&udp(client, frontend, b"short"), 7, 1448)[..] else { panic!("one fragment") };
-    let outcome = node.send(Side::NicIn, atomic.clone());
-    assert_eq!((outcome.verdict, outcome.reason), (Verdict::Pass, Reason::Translated));
-    let packet = reassemble(&[outcome.bytes]).expect("a packet");
-    assert_eq!(read(&packet).expect("a good packet").ends(), (client, at(V6::POD, ports::TARGET_UDP)));
-    assert!(node.tables.fragments.borrow().is_empty());
-}
-
-/// Changes a frame and expects it to pass untouched.
-#[track_caller]
-fn passes<F: TestFamily>(reason: Reason, mut bytes: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) {
-    change(&mut bytes);
-    Node::<F>::new().send(Side::NicIn, bytes).untouched(Verdict::Pass, reason);
-}
-
-fn frame<F: TestFamily>() -> Vec<u8> {
-    tcp(client::<F>(40000), at(F::NODE, ports::WEB_NODE), SYN)
-}
-
-#[test]
-fn headers_that_are_not_understood_pass_in_ipv4() {
-    passes::<V4>(Reason::IpOptions, frame::<V4>(), |b| b[14] = 0x46);
-    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[14] = 0x44);
-    passes::<V4>(Reason::NotIp, frame::<V4>(), |b| b[14] = 0x65);
-    passes::<V4>(Reason::Fragment, frame::<V4>(), |b| b[21] = 1);
-    passes::<V4>(Reason::UnknownProtocol, frame::<V4>(), |b| b[23] = 47);
-    // Lengths that lie: longer than the frame, shorter than its headers.
-    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[17] = 41);
-    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[17] = 39);
-    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[17] = 0);
-    // A TCP header shorter than a TCP header, and longer than its packet.
-    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[46] = 0x40);
-    passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b[46] = 0x60);
-    for len in 14..frame::<V4>().len() {
-        passes::<V4>(Reason::Truncated, frame::<V4>(), |b| b.truncate(len));
-    }
-    let datagram = udp(client::<V4>(5000), at(V4::NODE, ports::DNS_NODE), b"four");
-    passes::<V4>(Reason::Truncated, datagram.clone(), |b| b[39] = 13);
-    passes::<V4>(Reason::Truncated, datagram, |b| b[39] = 7);
-}
-
-#[test]
-fn sctp_packets_without_a_whole_header_pass() {
-    let packet = || sctp(client::<V4>(5000), at(V4::NODE, ports::SIGNAL_NODE), INIT, &[1; 16]);
-    // The length of the IP packet ends within the common header, or the frame does.
-    passes::<V4>(Reason::Truncated, packet(), |b| b[17] = 31);
-    for len in 20..32 {
-        passes::<V4>(Reason::Truncated, packet(), |b| {
-            b.truncate(14 + usize::from(len));
-            b[17] = len;
-        });
-    }
-    // A common header without a chunk belongs to its association, but opens none.
-    let mut bytes = packet();
-    bytes.truncate(46);
-    bytes[17] = 32;
-    assert_eq!(Node::<V4>::new().send(Side::NicIn, bytes).verdict, Verdict::Pass);
-}
-
-#[test]
-fn headers_that_are_not_understood_pass_in_ipv6() {
-    passes::<V6>(Reason::NotIp, frame::<V6>(), |b| b[14] = 0x40);
-    passes::<V6>(Reason::UnknownProtocol, frame::<V6>(), |b| b[20] = 47);
-    passes::<V6>(Reason::Truncated, frame::<V6>(), |b| b[19] = 21);
-    passes::<V6>(Reason::Truncated, frame::<V6>(), |b| b[19] = 19);
-    for len in 14..frame::<V6>().len() {
-        passes::<V6>(Reason::Truncated, frame::<V6>(), |b| b.truncate(len));
-    }
-    for (next, reason) in [
-        (50, Reason::UnknownProtocol),
-        (51, Reason::UnknownProtocol),
-        (59, Reason::UnknownProtocol),
-        (58, Reason::UnknownProtocol),
-    ] {
-        passes::<V6>(reason, with_extensions(&[(60, 0)], next), |_| ());
-    }
-    // A source route with hops left, and more headers than we walk.
-    passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(43, 0)], 6), |b| b[57] = 1);
-    passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(60, 0); 5], 6), |_| ());
-    // Options behind a fragment header.
-    passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(44, 0), (60, 0)], 6), |_| ());
-    // Headers that lead out of the packet.
-    passes::<V6>(Reason::Truncated, with_extensions(&[(0, 0)], 6), |b| b[55] = 20);
-    passes::<V6>(Reason::ExtensionHeader, with_extensions(&[(0, 0)], 6), |b| b[55] = 255);
-}
-
-/// A SYN behind extension headers of (kind, length field).
-fn with_extensions(headers: &[(u8, u8)], last: u8) -> Vec<u8> {
-    let mut bytes = frame::<V6>();
-    let mut chain = Vec::new();
-    for (i, (_, len)) in headers.iter().enumerate() {
-        let next = headers.get(i + 1).map_or(last, |(kind, _)| *kind);
-        let mut header = vec![0; 8 + 8 * usize::from(*len)];
-        header[0] = next;
-        header[1] = *len;
-        chain.extend(header);
-    }
-    bytes[20] = headers[0].0;
-    let payload = u16::from_be_bytes([bytes[18], bytes[19]]) + u16::try_from(chain.len()).expect("short");
-    bytes[18..20].copy_from_slice(&payload.to_be_bytes());
-    bytes.splice(54..54, chain);
-    bytes
-}
-
-#[test]
-fn extension_headers_that_can_be_walked_are_walked() {
-    let node = Node::<V6>::new();
-    for headers in [&[(0, 0)][..], &[(0, 1), (60, 2)], &[(43, 0)], &[(0, 0), (60, 0), (43, 1), (60, 3)]] {
-        let syn = node.send(Side::NicIn, with_extensions(headers, 6));
-        let (src, dst) = syn.seen(Verdict::Pass, Reason::Translated).ends();
-        assert_eq!((src, dst), (client::<V6>(40000), at(V6::POD, ports::TARGET)));
-    }
-}
-
-#[test]
-fn a_udp_checksum_of_zero_stays_zero() {
-    let node = Node::<V4>::new();
-    let mut datagram = udp(client::<V4>(5000), at(V4::NODE, ports::DNS_NODE), b"x");
-    datagram[40..42].copy_from_slice(&[0, 0]);
-    let outcome = node.send(Side::NicIn, datagram);
-    outcome.seen(Verdict::Pass, Reason::Translated);
-    assert_eq!(&outcome.bytes[40..42], &[0, 0]);
-}
-
-#[test]
-fn frames_longer_than_their_packet_are_translated() {
-    // Ethernet pads to 60 bytes.
-    let node = Node::<V4>::new();
-    let mut bytes = frame::<V4>();
-    let len = bytes.len();
-    bytes.resize(60, 0);
-    let outcome = node.send(Side::NicIn, bytes);
-    assert_eq!(outcome.verdict, Verdict::Pass);
-    let (_, dst) = read(&outcome.bytes[..len]).expect("a good packet").ends();
-    assert_eq!(dst, at(V4::POD, ports::TARGET));
-}
-
-#[test]
-fn a_packet_knows_its_length() {
-    assert_eq!(HostPacket::new(&[0; 33], NIC).size(), 33);
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+    node.send(Side::NicIn, tcp(client, frontend, SYN));
+    node.tables.pending.borrow_mut().retain(|_, entry| !flow::is_reply(&entry.get()));
+    node.wait(1_000_000_000);
+    node.send(Side::NicIn, tcp(client, frontend, SYN)).seen(Verdict::Pass, Reason::Translated);
+    let reply = node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+    assert_eq!(reply.seen(Verdict::Pass, Reason::Translated).ends(), (frontend, client));
 }

@@ -1,7 +1,7 @@
 //! Tier 2: the loaded programs against the pipeline on the host, packet by packet.
 //!
 //! Both get the same maps and the same packets; bytes, verdicts, flow entries and counters must be the same. What
-//! the pipeline does with a packet is tested on the host (`lb-common/tests/pipeline.rs`); here, that the kernel does
+//! the pipeline does with a packet is tested on the host (`lb-common/tests`); here, that the kernel does
 //! just that. Needs root; each test has a network namespace and maps of its own.
 
 use std::collections::BTreeMap;
