@@ -34,6 +34,19 @@ pub const fn is_reply<A: Copy>(flow: &Flow<A>) -> bool {
     flow.flags & flow_flags::REPLY != 0
 }
 
+/// Whether the flow's client asks for the backend itself. It is known so that no flow through a frontend takes its
+/// tuple, and bears another source port if one has it already.
+#[inline(always)]
+pub const fn is_direct<A: Copy>(flow: &Flow<A>) -> bool {
+    flow.backend == 0
+}
+
+/// Whether packets of a direct flow go on as they are.
+#[inline(always)]
+pub const fn changes_nothing<A: Copy>(key: &FlowKey<A>, flow: &Flow<A>) -> bool {
+    is_direct(flow) && key.src_port == flow.src_port && key.dst_port == flow.dst_port
+}
+
 /// Where the other direction of a flow is seen.
 #[inline(always)]
 const fn reverse_side(side: u8, carry: u8, reply: bool) -> u8 {

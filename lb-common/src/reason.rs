@@ -147,6 +147,8 @@ reasons! {
     StrayFragment = 25, "stray_fragment", Drop;
     /// A protocol without ports that we translate, to an address that only a Service has.
     UnservedProtocol = 26, "unserved_protocol", Reject;
+    /// Of a flow between a client and a backend that it asks for itself: known, not changed.
+    Direct = 27, "direct", Pass;
 }
 
 /// Number of entries of `COUNTERS`.

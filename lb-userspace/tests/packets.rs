@@ -17,6 +17,7 @@ use fairlead::datapath::{Datapath, Options, Place, Sizes};
 use fairlead::sys::netns;
 use lb_common::abi::{
     Affinity, AffinityKey, Counter, Flow, FlowKey, Fragment, FragmentKey, Network, Side, Source, Usage,
+    edge_flags,
 };
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::maps::MAPS;
@@ -254,7 +255,10 @@ where
     Flow<F::Addr>: Pod,
 {
     fn new(device: u32) -> Self {
-        let (host, kernel) = (cluster::<F>(device), open());
+        let (mut host, kernel) = (cluster::<F>(device), open());
+        for edge in host.edges.values_mut().filter(|_| fastrand::bool()) {
+            edge.flags |= edge_flags::XDP_FIRST;
+        }
         mirror(&host, &kernel);
         Self { host, kernel, device, counts: BTreeMap::new() }
     }
@@ -541,6 +545,7 @@ where
         Reason::Fragment,
         Reason::StrayFragment,
         Reason::UnservedProtocol,
+        Reason::Direct,
     ] {
         assert!(reasons.contains(&reason), "{reason:?} was never the case: this test tests nothing of it");
     }

@@ -16,5 +16,6 @@ mod replacement;
 mod sctp;
 mod services;
 mod source_ranges;
+mod tuples;
 mod udp;
 mod world;

@@ -130,8 +130,8 @@ fn a_change_costs_what_it_changes() {
         let after = world.agent.stats();
         (after.compiled - before.compiled, after.ops - before.ops, after.read - before.read)
     });
-    // New backend, window, frontend; the old backend retired and freed.
-    assert_eq!(costs, [(1, 5, 0), (1, 5, 0)]);
+    // New backend, window, frontend, address; the old backend retired and freed, its address removed.
+    assert_eq!(costs, [(1, 7, 0), (1, 7, 0)]);
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn a_new_agent_writes_only_what_changed_meanwhile() {
     assert_eq!(world.agent.stats().ops, 5);
     assert_eq!(world.keys().len(), 49);
     world.pass(GRACE);
-    assert_eq!(world.agent.stats().ops, 7);
+    assert_eq!(world.agent.stats().ops, 9);
 }
 
 #[test]
