@@ -273,12 +273,13 @@ fn add_reply<F: Family, T: Tables<F>>(
     tables.add_flow(FlowTable::Pending, &reverse_key(key, &entry.get()), &reply)
 }
 
-/// A port of the reserved range; attempts are far apart, so that neighbours do not meet again.
+/// A port of the reserved range. Each flow has a stride of its own, odd, so that two that meet once do not meet again at
+/// each attempt (double hashing).
 #[inline(always)]
 const fn reserved_port(spread: u32, attempt: u16) -> u16 {
-    const STRIDE: u32 = 5953;
     const MASK: u32 = RESERVED_PORTS_COUNT as u32 - 1;
-    let offset = spread.wrapping_add(attempt as u32 * STRIDE) & MASK;
+    let stride = spread >> 16 | 1;
+    let offset = spread.wrapping_add(stride.wrapping_mul(attempt as u32)) & MASK;
     RESERVED_PORTS_FIRST + offset as u16
 }
 

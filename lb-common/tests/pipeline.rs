@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 
 use lb_common::abi::{
-    MemberKey, Network, PrefixKey, ServiceKey, Side, Source, Usage, address_flags, backend_state, edge_flags,
-    network_flags, service_flags,
+    MemberKey, Network, PrefixKey, RESERVED_PORTS_COUNT, ServiceKey, Side, Source, Usage, address_flags,
+    backend_state, edge_flags, network_flags, service_flags,
 };
 use lb_common::flow;
 use lb_common::host::{HostPacket, HostRoute, HostTables};
@@ -696,15 +696,23 @@ fn a_port_is_used_again_when_its_flow_is_over<F: TestFamily>() {
 
 fn ports_can_run_out_and_that_is_said<F: TestFamily>() {
     let node = Node::<F>::new();
-    let mut refused = 0;
+    let (mut sources, mut first) = (std::collections::BTreeSet::new(), None);
     for port in 1024..40_000 {
         let outcome = open_forwarded(&node, port);
-        if outcome.verdict == Verdict::Drop {
-            outcome.untouched(Verdict::Drop, Reason::PortsExhausted);
-            refused += 1;
+        if outcome.reason == Reason::PortsExhausted {
+            // Silence would have the client try the same ports again.
+            let answer = outcome.seen(Verdict::SendBack, Reason::PortsExhausted);
+            assert!(matches!(answer, Seen::Tcp { flags, .. } if flags == RST | ACK), "{answer:?}");
+            first = first.or(Some(sources.len()));
+        } else {
+            let (src, _) = outcome.seen(Verdict::Forward, Reason::Forwarded).ends();
+            assert!(sources.insert(src), "{src} twice");
         }
     }
-    assert!(refused > 20_000, "{refused} refused, but there are only 16384 ports");
+    let range = usize::from(RESERVED_PORTS_COUNT);
+    println!("{} of {range} ports in use at the end, {first:?} at the first refusal", sources.len());
+    assert!(first.is_some_and(|first| first > range / 3), "the first refusal at {first:?}");
+    assert!(sources.len() > range * 9 / 10 && sources.len() <= range, "{} in use", sources.len());
     // Pending flows that nobody answered give their ports back.
     node.wait(flow::PENDING_TIMEOUT + 1);
     open_forwarded(&node, 1023).seen(Verdict::Forward, Reason::Forwarded);
