@@ -263,6 +263,15 @@ pub mod address_flags {
     pub const HOST_PORT: u32 = 1 << 4;
     /// A load-balancer IP or external IP: its other ports are not ours.
     pub const FRONTEND: u32 = 1 << 5;
+    /// A TCP backend has this address, here or elsewhere: connections to it without a frontend are flows, too, so that
+    /// none through a frontend takes their tuple.
+    pub const BACKEND_TCP: u32 = 1 << 6;
+    /// The same of a UDP backend.
+    pub const BACKEND_UDP: u32 = 1 << 7;
+    /// The same of an SCTP backend.
+    pub const BACKEND_SCTP: u32 = 1 << 8;
+    /// Backends of any protocol.
+    pub const BACKEND: u32 = BACKEND_TCP | BACKEND_UDP | BACKEND_SCTP;
 }
 
 /// Value of `EDGES`, keyed by interface index: an external edge of this node; under `--masquerade-all` also a device
@@ -284,6 +293,9 @@ pub mod edge_flags {
     pub const XDP_TRANSMIT: u32 = 1 << 0;
     /// Pods are behind this device, and what they answer is seen where it leaves them.
     pub const POD: u32 = 1 << 1;
+    /// XDP sees what comes in through this device before tc does. What it has translated must not look to tc like a
+    /// connection that somebody opens to a backend itself.
+    pub const XDP_FIRST: u32 = 1 << 2;
 }
 
 /// Where a packet was seen: the edge's class and the packet's direction. Part of every flow key: an
@@ -326,11 +338,11 @@ pub struct FlowKey<A> {
 pub struct Flow<A> {
     /// `CLOCK_MONOTONIC`, ns; refreshed at most once a second.
     pub last_seen: u64,
-    /// Id of the backend.
+    /// Id of the backend; 0: the client asks for the backend itself, and all that may change is its port.
     pub backend: u32,
     /// [`Backend::generation`] when the flow was made.
     pub generation: u32,
-    /// [`Service::id`].
+    /// [`Service::id`]; 0 without a frontend.
     pub service: u32,
     /// New source.
     pub src: A,

@@ -34,6 +34,19 @@ pub const fn is_reply<A: Copy>(flow: &Flow<A>) -> bool {
     flow.flags & flow_flags::REPLY != 0
 }
 
+/// Whether the flow's client asks for the backend itself. It is known so that no flow through a frontend takes its
+/// tuple, and bears another source port if one has it already.
+#[inline(always)]
+pub const fn is_direct<A: Copy>(flow: &Flow<A>) -> bool {
+    flow.backend == 0
+}
+
+/// Whether packets of a direct flow go on as they are.
+#[inline(always)]
+pub const fn changes_nothing<A: Copy>(key: &FlowKey<A>, flow: &Flow<A>) -> bool {
+    is_direct(flow) && key.src_port == flow.src_port && key.dst_port == flow.dst_port
+}
+
 /// Where the other direction of a flow is seen.
 #[inline(always)]
 const fn reverse_side(side: u8, carry: u8, flags: u8) -> u8 {
@@ -315,12 +328,13 @@ fn add_reply<F: Family, T: Tables<F>>(
     tables.add_flow(FlowTable::Pending, &reverse_key(key, &entry.get()), &reply)
 }
 
-/// A port of the reserved range; attempts are far apart, so that neighbours do not meet again.
+/// A port of the reserved range. Each flow has a stride of its own, odd, so that two that meet once do not meet again at
+/// each attempt (double hashing).
 #[inline(always)]
 const fn reserved_port(spread: u32, attempt: u16) -> u16 {
-    const STRIDE: u32 = 5953;
     const MASK: u32 = RESERVED_PORTS_COUNT as u32 - 1;
-    let offset = spread.wrapping_add(attempt as u32 * STRIDE) & MASK;
+    let stride = spread >> 16 | 1;
+    let offset = spread.wrapping_add(stride.wrapping_mul(attempt as u32)) & MASK;
     RESERVED_PORTS_FIRST + offset as u16
 }
 

@@ -14,7 +14,7 @@ use crate::checksum::Diff;
 use crate::family::Family;
 use crate::packet::{ChecksumField, Packet};
 use crate::parse::Parsed;
-use crate::pipeline::find_next_hop;
+use crate::pipeline::{find_next_hop, is_left_alone};
 use crate::reason::Reason;
 use crate::rewrite::{address_change, port_change};
 use crate::tables::{FlowTable, Tables};
@@ -63,6 +63,9 @@ pub fn follow<F: Family, P: Packet, T: Tables<F>>(
         Some(entry) => entry,
         None => tables.flow(FlowTable::Pending, &key).ok_or(Reason::NotOurs)?,
     };
+    if is_left_alone::<F, P, T>(packet, tables, &key, &entry.get()) {
+        return Err(Reason::Direct);
+    }
     let carry = entry.get().carry;
     if carry != Carry::Stack as u8 && parsed.ttl <= 1 {
         return Err(Reason::TtlExceeded);

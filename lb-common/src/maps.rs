@@ -37,6 +37,8 @@ pub enum Capacity {
     Services,
     /// `--max-backends`.
     Backends,
+    /// [`MAX_ADDRESSES`], and one for each of `--max-backends`.
+    Addresses,
     /// [`SLOTS_PER_BACKEND`] for each of `--max-backends`.
     Slots,
 }
@@ -74,7 +76,7 @@ pub const FLOWS_PER_PENDING: u32 = 8;
 pub const MAX_FRAGMENTS: u32 = 8 * 1024;
 /// Sockets that know a translated peer.
 pub const MAX_SOCKETS: u32 = 128 * 1024;
-/// Addresses of the node and of Services, per family.
+/// Addresses of the node and of Services, per family; those of backends come on top.
 pub const MAX_ADDRESSES: u32 = 128 * 1024;
 /// Networks that may ask for Services with source ranges, per family.
 pub const MAX_SOURCES: u32 = 64 * 1024;
@@ -108,8 +110,8 @@ pub const MAPS: [MapSpec; 25] = [
     spec::<u32, Backend<Addr4>>("BACKENDS4", MapKind::Array, Capacity::Backends, 0),
     spec::<u32, Backend<Addr6>>("BACKENDS6", MapKind::Array, Capacity::Backends, 0),
     spec::<u32, u32>("SLOTS", MapKind::Array, Capacity::Slots, 0),
-    spec::<Addr4, AddressInfo>("ADDRESSES4", MapKind::Hash, Capacity::Fixed(MAX_ADDRESSES), NO_PREALLOC),
-    spec::<Addr6, AddressInfo>("ADDRESSES6", MapKind::Hash, Capacity::Fixed(MAX_ADDRESSES), NO_PREALLOC),
+    spec::<Addr4, AddressInfo>("ADDRESSES4", MapKind::Hash, Capacity::Addresses, NO_PREALLOC),
+    spec::<Addr6, AddressInfo>("ADDRESSES6", MapKind::Hash, Capacity::Addresses, NO_PREALLOC),
     spec::<u32, Edge>("EDGES", MapKind::Hash, Capacity::Fixed(MAX_EDGES), NO_PREALLOC),
     spec::<FlowKey<Addr4>, Flow<Addr4>>("FLOWS4", MapKind::LruHash, Capacity::Flows, 0),
     spec::<FlowKey<Addr6>, Flow<Addr6>>("FLOWS6", MapKind::LruHash, Capacity::Flows, 0),

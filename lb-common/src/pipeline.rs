@@ -102,8 +102,11 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
     {
         return Ok(carry);
     }
-    // Every entry of an incoming side has an address of this node or of a Service as destination.
+    // Every entry of an incoming side has an address of this node, of a Service or of a backend as destination.
     let info = service::address::<F, T>(tables, &parsed.key.dst)?;
+    if info.flags & !address_flags::BACKEND == 0 && !may_be_direct(parsed, info) {
+        return Err(Reason::NotOurs);
+    }
     if let Some(entry) = tables.flow(FlowTable::Pending, &parsed.key)
         && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Pending)?
     {
@@ -208,9 +211,14 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             return go_on(packet, tables, parsed, &promoted, FlowTable::Established);
         }
     } else {
+        if !flow::changes_nothing(&parsed.key, &flow)
+            && is_left_alone::<F, P, T>(packet, tables, &parsed.key, &flow)
+        {
+            return Err(Reason::Direct);
+        }
         // A new SYN (INIT) on an old tuple is a new connection; on a pending one it is the first again.
         let reopens = parsed.is_opening() && !pending;
-        let may_move = parsed.is_udp() || parsed.is_opening();
+        let may_move = (parsed.is_udp() || parsed.is_opening()) && !flow::is_direct(&flow);
         if reopens || (may_move && !service::is_alive::<F, T>(tables, flow.backend, flow.generation)) {
             flow::forget::<F, T>(tables, table, &parsed.key, entry);
             return Ok(None);
@@ -236,7 +244,42 @@ fn go_on<F: Family, P: Packet, T: Tables<F>>(
     carry(packet, tables, parsed, entry).map(Some)
 }
 
-/// A packet without a flow, addressed to this node or to a Service: enters a new flow, if there is a frontend.
+/// Whether a packet that no frontend takes begins a flow of a client with the backend that it asks for.
+#[inline(always)]
+fn may_be_direct<F: Family>(parsed: &Parsed<F>, info: AddressInfo) -> bool {
+    let (backend, begins) = if parsed.is_udp() {
+        (address_flags::BACKEND_UDP, true)
+    } else if parsed.is_tcp() {
+        (address_flags::BACKEND_TCP, parsed.is_opening())
+    } else {
+        (address_flags::BACKEND_SCTP, parsed.is_opening())
+    };
+    info.flags & backend != 0 && begins
+}
+
+/// Whether XDP has had the packet: what it leaves for the stack is of a flow by now, or none of ours.
+#[inline(never)]
+fn is_behind_xdp<F: Family, P: Packet, T: Tables<F>>(packet: &P, tables: &T, side: u8) -> bool {
+    side == Side::NicIn as u8
+        && !packet.has_hook_behind()
+        && tables.edge(packet.ifindex()).is_some_and(|edge| edge.flags & edge_flags::XDP_FIRST != 0)
+}
+
+/// Whether a packet with the tuple of a direct flow goes on as it is. Behind XDP it may be of a flow through a frontend:
+/// XDP has translated it, and those of the direct flow have another port by now.
+#[inline(always)]
+pub(crate) fn is_left_alone<F: Family, P: Packet, T: Tables<F>>(
+    packet: &P,
+    tables: &T,
+    key: &FlowKey<F::Addr>,
+    flow: &Flow<F::Addr>,
+) -> bool {
+    flow::is_direct(flow)
+        && (flow::changes_nothing(key, flow) || is_behind_xdp::<F, P, T>(packet, tables, key.side))
+}
+
+/// A packet without a flow, addressed to this node, to a Service or to a backend: enters a new flow, if there is a
+/// frontend, or if it is the first to a backend itself.
 #[inline(never)]
 fn begin<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
@@ -250,25 +293,36 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
     }
     let mut service = Service::default();
     let frontend = ServiceKey { addr: key.dst, port: key.dst_port, proto: key.proto, pad: 0 };
-    service::find::<F, T>(tables, &frontend, info, &mut service)?;
+    let direct = match service::find::<F, T>(tables, &frontend, info, &mut service) {
+        Err(Reason::NotOurs)
+            if may_be_direct(parsed, info) && !is_behind_xdp::<F, P, T>(packet, tables, key.side) =>
+        {
+            true
+        }
+        result => result.map(|()| false)?,
+    };
     if parsed.tcp_flags & tcp_flags::RST != 0 {
         return Err(Reason::StrayReset);
     }
     let flow = Cell::new(Flow::default());
-    let result = admit::<F, T>(tables, &service, key)
-        .and_then(|id| open::<F, T>(tables, key, service.id, id, &flow))
-        .and_then(|()| {
-            find_way(packet, tables, parsed, &flow, service::masquerades::<F, T>(tables, &service))
-        })
-        .and_then(|()| flow::enter::<F, T>(tables, key, &flow));
-    if let Err(reason) = result {
-        if !matches!(reason.action(), Action::Pass) {
-            tables.count(service.id, Event::Refused);
-        }
-        return Err(reason);
+    let opened = if direct {
+        open_direct::<F, T>(tables, key, &flow);
+        Ok(())
+    } else {
+        admit::<F, T>(tables, &service, key)
+            .and_then(|id| open::<F, T>(tables, key, service.id, id, &flow))
+            .and_then(|()| {
+                find_way(packet, tables, parsed, &flow, service::masquerades::<F, T>(tables, &service))
+            })
+    };
+    let entered = opened.and_then(|()| flow::enter::<F, T>(tables, key, &flow));
+    match entered {
+        _ if direct => {}
+        Ok(()) => tables.count(service.id, Event::Connection),
+        Err(reason) if matches!(reason.action(), Action::Pass) => {}
+        Err(_) => tables.count(service.id, Event::Refused),
     }
-    tables.count(service.id, Event::Connection);
-    Ok(())
+    entered
 }
 
 /// Chooses a backend for a client, if it may ask for the frontend.
@@ -322,6 +376,20 @@ fn open<F: Family, T: Tables<F>>(
     Ok(())
 }
 
+/// Writes down a connection to a backend that its client has named itself.
+#[inline(always)]
+fn open_direct<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) {
+    entry.set(Flow {
+        last_seen: tables.now(),
+        src: key.src,
+        src_port: key.src_port,
+        dst: key.dst,
+        dst_port: key.dst_port,
+        carry: Carry::Stack as u8,
+        ..Flow::default()
+    });
+}
+
 /// Where a connection goes on whose client the backend shall not see, and with which source address: one from outside
 /// to another node, and with `masquerades` every other but a pod's to itself.
 #[inline(never)]
@@ -363,7 +431,12 @@ fn carry<F: Family, P: Packet, T: Tables<F>>(
     entry: &Cell<Flow<F::Addr>>,
 ) -> Result<Carry, Reason> {
     let flow = entry.get();
-    tables.count(flow.service, Event::Packet(parsed.ip_len));
+    if flow::changes_nothing(&parsed.key, &flow) {
+        return Err(Reason::Direct);
+    }
+    if !flow::is_direct(&flow) {
+        tables.count(flow.service, Event::Packet(parsed.ip_len));
+    }
     if flow.carry == Carry::Stack as u8 {
         rewrite(packet, parsed, &flow, false)?;
         return Ok(Carry::Stack);

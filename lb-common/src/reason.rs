@@ -122,7 +122,7 @@ reasons! {
     /// The window names a slot or backend that does not exist: a fault of ours.
     BrokenWindow = 13, "broken_window", Drop;
     /// No source port left for this backend.
-    PortsExhausted = 14, "ports_exhausted", Drop;
+    PortsExhausted = 14, "ports_exhausted", Reject;
     /// The flow table refused an entry.
     FlowTableFull = 15, "flow_table_full", Drop;
     /// A TCP RST for a connection we do not know, an SCTP ABORT or SHUTDOWN COMPLETE for such an association.
@@ -149,6 +149,8 @@ reasons! {
     UnservedProtocol = 26, "unserved_protocol", Reject;
     /// A connection that another Service proxy has (`--takeover`) or shall have (`--drain`).
     LeftToOthers = 27, "left_to_others", Pass;
+    /// Of a flow between a client and a backend that it asks for itself: known, not changed.
+    Direct = 28, "direct", Pass;
 }
 
 /// Number of entries of `COUNTERS`.

@@ -173,6 +173,9 @@ pub fn cluster<F: TestFamily>(nic: u32) -> HostTables<F> {
         address(address_flags::NODE | address_flags::NODE_PORT | address_flags::HOST_PORT),
     );
     tables.addresses.insert(addr(F::VIP), address(address_flags::SERVICE));
+    for pod in [F::POD, F::FAR_POD] {
+        tables.addresses.insert(addr(pod), address(address_flags::BACKEND));
+    }
     tables.edges.insert(nic, F::edge(at(F::NODE, 0).ip(), 0));
 
     let mut backend = |id: u32, text: &str, port, flags| {

@@ -3,16 +3,19 @@
 use std::net::SocketAddr;
 
 use lb_common::abi::{
-    MemberKey, Network, PrefixKey, ServiceKey, Side, Source, Usage, backend_state, network_flags,
-    service_flags,
+    MemberKey, Network, PrefixKey, RESERVED_PORTS_COUNT, ServiceKey, Side, Source, Usage, address_flags,
+    backend_state, edge_flags, network_flags, service_flags,
 };
 use lb_common::flow;
-use lb_common::host::HostRoute;
-use lb_common::pipeline::Verdict;
+use lb_common::host::{HostPacket, HostRoute};
+use lb_common::packet::NETWORK;
+use lb_common::pipeline::{Verdict, process};
 use lb_common::tables::FlowTable;
 use lb_common::testing::node::{DATA, MTU, NIC, Node, Outcome, client};
-use lb_common::testing::{RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, ports, sctp, tcp, udp};
-use lb_common::wire::sctp_chunk::INIT;
+use lb_common::testing::{
+    RECEIVER, SENDER, Seen, Segment, TTL, TestFamily, at, icmp_error, ports, read, sctp, tcp, udp,
+};
+use lb_common::wire::sctp_chunk::{INIT, INIT_ACK};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Reason, V4, both_families};
 
@@ -29,6 +32,12 @@ both_families! {
     ports_of_a_service_address_that_nobody_owns_are_rejected
     what_is_not_ours_is_left_alone
     one_client_port_through_two_frontends_gives_two_flows
+    a_direct_connection_beside_one_through_a_frontend_keeps_its_own_bytes
+    direct_connections_leave_no_trace_in_their_packets
+    only_the_first_packet_to_a_backend_begins_a_direct_flow
+    a_direct_flow_outlives_its_backend
+    tc_leaves_direct_connections_to_xdp
+    errors_about_direct_connections_find_their_port
     forwarded_flows_of_many_clients_never_share_a_port
     a_port_is_used_again_when_its_flow_is_over
     ports_can_run_out_and_that_is_said
@@ -220,8 +229,9 @@ fn ports_of_a_service_address_that_nobody_owns_are_rejected<F: TestFamily>() {
 fn what_is_not_ours_is_left_alone<F: TestFamily>() {
     let node = Node::<F>::new();
     let (pod, outside) = (at(F::POD, 8080), client::<F>(40000));
-    // To a pod directly, from a pod directly, and to the node's own services.
-    node.send(Side::NicIn, tcp(outside, pod, SYN)).untouched(Verdict::Pass, Reason::NotOurs);
+    // To a pod that is no backend, from a pod directly, and to the node's own services.
+    node.send(Side::NicIn, tcp(outside, at(F::OTHER_POD, 8080), SYN))
+        .untouched(Verdict::Pass, Reason::NotOurs);
     node.send(Side::PodIn, tcp(pod, outside, SYN | ACK)).untouched(Verdict::Pass, Reason::NotOurs);
     node.send(Side::NicOut, tcp(pod, outside, SYN | ACK)).untouched(Verdict::Pass, Reason::NotOurs);
     node.send(Side::NicIn, tcp(outside, at(F::NODE, 22), SYN)).untouched(Verdict::Pass, Reason::NotOurs);
@@ -249,6 +259,191 @@ fn one_client_port_through_two_frontends_gives_two_flows<F: TestFamily>() {
         let ack = node.send(Side::NicIn, tcp(client, *frontend, ACK));
         assert_eq!(ack.seen(Verdict::Pass, Reason::Translated).ends(), (*source, backend));
     }
+}
+
+/// What opens a conversation of a protocol, answers it and goes on with it.
+struct Talk {
+    frontend: u16,
+    target: u16,
+    open: fn(SocketAddr, SocketAddr) -> Vec<u8>,
+    answer: fn(SocketAddr, SocketAddr) -> Vec<u8>,
+    go_on: fn(SocketAddr, SocketAddr) -> Vec<u8>,
+}
+
+const TALKS: [Talk; 3] = [
+    Talk {
+        frontend: ports::WEB,
+        target: ports::TARGET,
+        open: |from, to| tcp(from, to, SYN),
+        answer: |from, to| tcp(from, to, SYN | ACK),
+        go_on: |from, to| tcp(from, to, ACK),
+    },
+    Talk {
+        frontend: ports::DNS,
+        target: ports::TARGET_UDP,
+        open: |from, to| udp(from, to, b"query"),
+        answer: |from, to| udp(from, to, b"answer"),
+        go_on: |from, to| udp(from, to, b"another"),
+    },
+    Talk {
+        frontend: ports::SIGNAL,
+        target: ports::TARGET_SCTP,
+        open: |from, to| sctp(from, to, INIT, &[1; 16]),
+        answer: |from, to| sctp(from, to, INIT_ACK, &[2; 16]),
+        go_on: |from, to| sctp(from, to, DATA, &[3; 16]),
+    },
+];
+
+/// Where clients are: whose they are, and where their packets and the answers are seen.
+fn places<F: TestFamily>() -> [(SocketAddr, Side, Side); 2] {
+    [(client::<F>(40000), Side::NicIn, Side::NicOut), (at(F::OTHER_POD, 40000), Side::PodIn, Side::PodOut)]
+}
+
+fn a_direct_connection_beside_one_through_a_frontend_keeps_its_own_bytes<F: TestFamily>() {
+    // Rule 1: the same client port, through a frontend and to its backend itself, whichever is first.
+    for (client, into, back) in places::<F>() {
+        for talk in &TALKS {
+            let (frontend, backend) = (at(F::VIP, talk.frontend), at(F::POD, talk.target));
+            for asked in [[frontend, backend], [backend, frontend]] {
+                let node = Node::<F>::new();
+                let sources = asked.map(|peer| {
+                    let opened = node.send(into, (talk.open)(client, peer));
+                    assert_eq!(opened.verdict, Verdict::Pass);
+                    let (src, dst) = opened.read().ends();
+                    assert_eq!((src.ip(), dst), (client.ip(), backend));
+                    src
+                });
+                assert_eq!(sources[0], client, "the first keeps its port");
+                assert_ne!(sources[0], sources[1]);
+                for _ in 0..2 {
+                    for (peer, source) in asked.iter().zip(sources) {
+                        let answer = node.send(back, (talk.answer)(backend, source));
+                        assert_eq!(answer.read().ends(), (*peer, client));
+                        let more = node.send(into, (talk.go_on)(client, *peer));
+                        assert_eq!(more.read().ends(), (source, backend));
+                    }
+                }
+                assert_eq!((node.count(FlowTable::Established), node.count(FlowTable::Pending)), (4, 0));
+            }
+        }
+    }
+}
+
+fn direct_connections_leave_no_trace_in_their_packets<F: TestFamily>() {
+    for (client, into, back) in places::<F>() {
+        for talk in &TALKS {
+            for pod in [F::POD, F::FAR_POD] {
+                let node = Node::<F>::new();
+                let backend = at(pod, talk.target);
+                for (side, packet) in [
+                    (into, (talk.open)(client, backend)),
+                    (into, (talk.open)(client, backend)),
+                    (back, (talk.answer)(backend, client)),
+                    (into, (talk.go_on)(client, backend)),
+                ] {
+                    node.send(side, packet).untouched(Verdict::Pass, Reason::Direct);
+                }
+                assert_eq!((node.count(FlowTable::Established), node.count(FlowTable::Pending)), (2, 0));
+                assert!(node.tables.usage.borrow().is_empty(), "it is of no Service");
+            }
+        }
+    }
+}
+
+fn only_the_first_packet_to_a_backend_begins_a_direct_flow<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let (client, backend) = (client::<F>(40000), at(F::POD, ports::TARGET));
+    for flags in [ACK, SYN | ACK, FIN | ACK, RST, 0] {
+        node.send(Side::NicIn, tcp(client, backend, flags)).untouched(Verdict::Pass, Reason::NotOurs);
+    }
+    // What passes on its way out is no client's.
+    node.send(Side::NicOut, tcp(client, backend, SYN)).untouched(Verdict::Pass, Reason::NotOurs);
+    // A protocol that no backend of the address has.
+    let info = node.tables.addresses.get_mut(&F::wire(backend.ip())).expect("its address");
+    info.flags = address_flags::BACKEND_TCP;
+    node.send(Side::PodIn, udp(client, backend, b"")).untouched(Verdict::Pass, Reason::NotOurs);
+    assert_eq!(node.count(FlowTable::Pending), 0);
+    // A process of the node that is a backend; frontends at the address come first.
+    let host = at(F::NODE, 6443);
+    node.tables.addresses.get_mut(&F::wire(host.ip())).expect("its address").flags |=
+        address_flags::BACKEND_TCP;
+    node.send(Side::NicIn, tcp(client, host, SYN)).untouched(Verdict::Pass, Reason::Direct);
+    let node_port = at(F::NODE, ports::WEB_NODE);
+    node.send(Side::NicIn, tcp(client, node_port, SYN)).seen(Verdict::Pass, Reason::Translated);
+}
+
+fn a_direct_flow_outlives_its_backend<F: TestFamily>() {
+    // Whoever names a backend itself is not moved to another.
+    for talk in &TALKS {
+        let mut node = Node::<F>::new();
+        let (client, backend) = (client::<F>(40000), at(F::POD, talk.target));
+        node.send(Side::NicIn, (talk.open)(client, backend));
+        node.send(Side::NicOut, (talk.answer)(backend, client));
+        for id in [1, 3, 5] {
+            node.tables.backends.get_mut(&id).expect("its backend").state = backend_state::UNUSED;
+        }
+        node.tables.addresses.remove(&F::wire(backend.ip()));
+        node.send(Side::NicIn, (talk.go_on)(client, backend)).untouched(Verdict::Pass, Reason::Direct);
+    }
+}
+
+fn tc_leaves_direct_connections_to_xdp<F: TestFamily>() {
+    // What XDP has translated comes to tc as if the client had named the backend.
+    let mut node = Node::<F>::new();
+    node.tables.edges.get_mut(&NIC).expect("its edge").flags |= edge_flags::XDP_FIRST;
+    let xdp = |bytes: Vec<u8>| {
+        let mut packet = HostPacket::new(&bytes, NIC).with_hook_behind();
+        let (verdict, reason) = process::<F, _, _>(&mut packet, &node.tables, Side::NicIn);
+        (verdict, reason, packet.bytes())
+    };
+    let (client, backend) = (client::<F>(40000), at(F::POD, ports::TARGET));
+    let (_, reason, through) = xdp(tcp(client, at(F::VIP, ports::WEB), SYN));
+    assert_eq!(reason, Reason::Translated);
+    node.send(Side::NicIn, through).untouched(Verdict::Pass, Reason::NotOurs);
+    let (_, reason, direct) = xdp(tcp(client, backend, SYN));
+    assert_eq!(reason, Reason::Translated, "with another port");
+    node.send(Side::NicIn, direct.clone()).untouched(Verdict::Pass, Reason::NotOurs);
+    assert_eq!(node.count(FlowTable::Pending), 4);
+    // Answers are met by tc alone.
+    let Ok((direct, _)) = read(&direct).map(|seen| seen.ends()) else { panic!("{direct:02x?}") };
+    let answer = node.send(Side::NicOut, tcp(backend, direct, SYN | ACK));
+    assert_eq!(answer.seen(Verdict::Pass, Reason::Translated).ends(), (backend, client));
+    // Later, what is of the one flow has the tuple of the other. Neither is begun anew, nor changed twice.
+    for flags in [ACK, SYN, FIN | ACK] {
+        let (_, reason, through) = xdp(tcp(client, at(F::VIP, ports::WEB), flags));
+        assert_eq!(reason, Reason::Translated);
+        node.send(Side::NicIn, through).untouched(Verdict::Pass, Reason::Direct);
+    }
+    let (_, _, through) = xdp(udp(client, at(F::VIP, ports::DNS), b"query"));
+    let udp_backend = at(F::POD, ports::TARGET_UDP);
+    xdp(udp(client, udp_backend, b"query"));
+    node.send(Side::NicIn, through.clone()).untouched(Verdict::Pass, Reason::Direct);
+    // Nor is an error about an answer of the one taken for one of the other.
+    let answer = udp(udp_backend, client, b"answer");
+    let error = icmp_error(
+        client.ip(),
+        udp_backend.ip(),
+        F::PORT_UNREACHABLE,
+        answer.get(NETWORK..).expect("a packet"),
+    );
+    node.send(Side::NicIn, error).untouched(Verdict::Pass, Reason::Direct);
+}
+
+fn errors_about_direct_connections_find_their_port<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, backend) = (client::<F>(40000), at(F::POD, ports::TARGET_UDP));
+    node.send(Side::NicIn, udp(client, at(F::VIP, ports::DNS), b"query"));
+    let query = node.send(Side::NicIn, udp(client, backend, b"query"));
+    let error = |about: &[u8]| {
+        icmp_error(backend.ip(), client.ip(), F::PORT_UNREACHABLE, about.get(NETWORK..).expect("a packet"))
+    };
+    let back = node.send(Side::NicOut, error(&query.bytes)).seen(Verdict::Pass, Reason::Translated);
+    let Seen::Icmp { about, .. } = back else { panic!("{back:?}") };
+    assert_eq!(about, (client, backend));
+    // One whose port did not change.
+    let other = SocketAddr::new(client.ip(), 40001);
+    let query = node.send(Side::NicIn, udp(other, backend, b"query"));
+    node.send(Side::NicOut, error(&query.bytes)).untouched(Verdict::Pass, Reason::Direct);
 }
 
 fn forwarded_flows_of_many_clients_never_share_a_port<F: TestFamily>() {
@@ -287,15 +482,23 @@ fn a_port_is_used_again_when_its_flow_is_over<F: TestFamily>() {
 
 fn ports_can_run_out_and_that_is_said<F: TestFamily>() {
     let node = Node::<F>::new();
-    let mut refused = 0;
+    let (mut sources, mut first) = (std::collections::BTreeSet::new(), None);
     for port in 1024..40_000 {
         let outcome = open_forwarded(&node, port);
-        if outcome.verdict == Verdict::Drop {
-            outcome.untouched(Verdict::Drop, Reason::PortsExhausted);
-            refused += 1;
+        if outcome.reason == Reason::PortsExhausted {
+            // Silence would have the client try the same ports again.
+            let answer = outcome.seen(Verdict::SendBack, Reason::PortsExhausted);
+            assert!(matches!(answer, Seen::Tcp { flags, .. } if flags == RST | ACK), "{answer:?}");
+            first = first.or(Some(sources.len()));
+        } else {
+            let (src, _) = outcome.seen(Verdict::Forward, Reason::Forwarded).ends();
+            assert!(sources.insert(src), "{src} twice");
         }
     }
-    assert!(refused > 20_000, "{refused} refused, but there are only 16384 ports");
+    let range = usize::from(RESERVED_PORTS_COUNT);
+    println!("{} of {range} ports in use at the end, {first:?} at the first refusal", sources.len());
+    assert!(first.is_some_and(|first| first > range / 3), "the first refusal at {first:?}");
+    assert!(sources.len() > range * 9 / 10 && sources.len() <= range, "{} in use", sources.len());
     // Pending flows that nobody answered give their ports back.
     node.wait(flow::PENDING_TIMEOUT + 1);
     open_forwarded(&node, 1023).seen(Verdict::Forward, Reason::Forwarded);
@@ -593,7 +796,7 @@ fn unallocated_addresses_of_a_service_cidr_are_dropped<F: TestFamily>() {
     node.tables.networks.push(Network { addr: vip, mask, flags: network_flags::SERVICE });
     syn(&node, neighbour).untouched(Verdict::Drop, Reason::NoSuchService);
     syn(&node, F::VIP).seen(Verdict::SendBack, Reason::Hairpinned);
-    syn(&node, F::FAR_POD).untouched(Verdict::Pass, Reason::NotOurs);
+    syn(&node, F::FAR_POD).untouched(Verdict::Pass, Reason::Direct);
 }
 
 /// A pod of another node asks here for a NodePort: traffic policy Local does not restrict it.

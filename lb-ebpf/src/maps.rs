@@ -25,7 +25,7 @@ use crate::globals::{ADMISSION, HAVE_COARSE_CLOCK, MASQUERADE_ALL};
 const SERVICE_COUNT: usize = DEFAULT_MAX_SERVICES as usize;
 const BACKEND_COUNT: usize = DEFAULT_MAX_BACKENDS as usize;
 const SLOT_COUNT: usize = (DEFAULT_MAX_BACKENDS * SLOTS_PER_BACKEND) as usize;
-const ADDRESS_COUNT: usize = MAX_ADDRESSES as usize;
+const ADDRESS_COUNT: usize = (MAX_ADDRESSES + DEFAULT_MAX_BACKENDS) as usize;
 const FLOW_COUNT: usize = DEFAULT_MAX_FLOWS as usize;
 const PENDING_COUNT: usize = (DEFAULT_MAX_FLOWS / FLOWS_PER_PENDING) as usize;
 const WRITTEN_BY_AGENT: usize = NO_PREALLOC as usize;

@@ -271,6 +271,9 @@ where
         let (mut host, kernel) = (cluster::<F>(device), open(masquerades.is_some()));
         host.masquerades_all = masquerades.is_some();
         host.edges.entry(device).or_default().flags |= masquerades.unwrap_or(0);
+        for edge in host.edges.values_mut().filter(|_| fastrand::bool()) {
+            edge.flags |= edge_flags::XDP_FIRST;
+        }
         mirror(&host, &kernel);
         // Before 5.15 XDP programs cannot be run as on a device.
         let try_xdp = Input { ifindex: device, ..Input::new(&[0; 64]) };
@@ -590,6 +593,7 @@ where
         Reason::Fragment,
         Reason::StrayFragment,
         Reason::UnservedProtocol,
+        Reason::Direct,
     ] {
         assert!(reasons.contains(&reason), "{reason:?} was never the case: this test tests nothing of it");
     }

@@ -38,6 +38,12 @@ impl Outcome {
         read(&self.bytes).unwrap_or_else(|e| panic!("{e}: {:02x?}", self.bytes))
     }
 
+    /// The packet, which must be well-formed, whatever became of it.
+    #[track_caller]
+    pub fn read(&self) -> Seen {
+        read(&self.bytes).unwrap_or_else(|e| panic!("{e}: {:02x?}", self.bytes))
+    }
+
     /// The packet went this way and was not touched.
     #[track_caller]
     pub fn untouched(&self, verdict: Verdict, reason: Reason) {

@@ -64,7 +64,7 @@ pub struct ApplyError {
 fn advice(map: &str) -> &'static str {
     match MAPS.iter().find(|spec| spec.name == map).map(|spec| spec.capacity) {
         Some(Capacity::Services) => "; raise --max-services",
-        Some(Capacity::Backends | Capacity::Slots) => "; raise --max-backends",
+        Some(Capacity::Backends | Capacity::Slots | Capacity::Addresses) => "; raise --max-backends",
         Some(Capacity::Flows | Capacity::PendingFlows) => "; raise --max-flows",
         Some(Capacity::Fixed(_)) | None => "",
     }

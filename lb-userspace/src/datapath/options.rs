@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use lb_common::maps::{
     Capacity, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING,
-    SLOTS_PER_BACKEND,
+    MAX_ADDRESSES, SLOTS_PER_BACKEND,
 };
 use lb_common::tables::Admission;
 
@@ -71,6 +71,9 @@ impl Sizes {
             Capacity::PendingFlows => (flows / FLOWS_PER_PENDING, "--max-flows", self.flows.is_some()),
             Capacity::Services => (services, "--max-services", self.services.is_some()),
             Capacity::Backends => (backends, "--max-backends", self.backends.is_some()),
+            Capacity::Addresses => {
+                (backends.saturating_add(MAX_ADDRESSES), "--max-backends", self.backends.is_some())
+            }
             Capacity::Slots => {
                 (backends.saturating_mul(SLOTS_PER_BACKEND), "--max-backends", self.backends.is_some())
             }

@@ -256,11 +256,16 @@ impl Follower {
                     edges.push(self.edge_view(device, "pod", None, note));
                 }
                 Role::External { addr4, addr6 } => {
-                    let tc_note = self.attach_tc(device, [Place::NicIn, Place::NicOut], &mut wanted).await;
                     let features = self.netdev.as_ref().and_then(|it| it.features(device.ifindex).ok());
+                    if self.is_xdp_next(device, features) {
+                        self.announce_xdp(device.ifindex, edge_entry(addr4, addr6, 0));
+                    }
+                    let tc_note = self.attach_tc(device, [Place::NicIn, Place::NicOut], &mut wanted).await;
                     let (xdp, xdp_note) = self.attach_xdp(device, features, &mut wanted);
-                    let transmit = xdp_transmits(xdp, device, features);
-                    let flags = if transmit { edge_flags::XDP_TRANSMIT } else { 0 };
+                    let mut flags = if xdp.is_some() { edge_flags::XDP_FIRST } else { 0 };
+                    if xdp_transmits(xdp, device, features) {
+                        flags |= edge_flags::XDP_TRANSMIT;
+                    }
                     entries.insert(device.ifindex, edge_entry(addr4, addr6, flags));
                     edges.push(self.edge_view(device, "external", xdp, tc_note.or(xdp_note)));
                 }
@@ -272,8 +277,15 @@ impl Follower {
             let ways = ways_to_pods(devices, &roles, &unserved).into_iter().take(room);
             entries.extend(ways.map(|(i, (addr4, addr6))| (i, edge_entry(addr4, addr6, edge_flags::POD))));
         }
-        self.write_map(&entries);
+        // tc believes in XDP for as long as it is there.
+        let mut until_detached = entries.clone();
+        for (ifindex, entry) in &mut until_detached {
+            let before = self.written().get(ifindex).map_or(0, |entry| entry.flags);
+            entry.flags |= before & edge_flags::XDP_FIRST;
+        }
+        self.write_map(&until_detached);
         self.detach_all_but(&wanted).await;
+        self.write_map(&entries);
         self.failures.retain(|(ifindex, _), _| roles.contains_key(ifindex));
         self.told.retain(|ifindex, _| roles.contains_key(ifindex));
         View { addresses: local_addresses(devices), edges }
@@ -430,29 +442,46 @@ impl Follower {
         }
     }
 
+    /// Whether XDP is about to run on a device, or does.
+    fn is_xdp_next(&self, device: &Device, features: Option<XdpFeatures>) -> bool {
+        xdp_kind(self.xdp, device, features).is_ok()
+            && self.failed_lately((device.ifindex, Place::Xdp), device).is_none()
+    }
+
+    /// Before XDP translates the first packet, tc must know that it comes second.
+    fn announce_xdp(&mut self, ifindex: u32, entry: abi::Edge) {
+        let mut entry = self.written().get(&ifindex).copied().unwrap_or(entry);
+        entry.flags |= edge_flags::XDP_FIRST;
+        self.write_edge(ifindex, entry);
+    }
+
+    /// What stands in the map.
+    fn written(&mut self) -> &mut BTreeMap<u32, abi::Edge> {
+        self.written.get_or_insert_with(|| self.map.iter().filter_map(Result::ok).collect())
+    }
+
     fn write_map(&mut self, entries: &BTreeMap<u32, abi::Edge>) {
-        let mut written = match self.written.take() {
-            Some(written) => written,
-            None => self.map.iter().filter_map(Result::ok).collect(),
-        };
         for (ifindex, entry) in entries {
-            if written.get(ifindex) == Some(entry) {
-                continue;
-            }
-            match self.map.insert(ifindex, entry, 0) {
-                Ok(()) => drop(written.insert(*ifindex, *entry)),
-                Err(error) => tracing::warn!(ifindex, %error, "map EDGES"),
-            }
+            self.write_edge(*ifindex, *entry);
         }
         let stale: Vec<u32> =
-            written.keys().filter(|ifindex| !entries.contains_key(ifindex)).copied().collect();
+            self.written().keys().filter(|ifindex| !entries.contains_key(ifindex)).copied().collect();
         for ifindex in stale {
             match self.map.remove(&ifindex) {
-                Ok(()) | Err(aya::maps::MapError::KeyNotFound) => drop(written.remove(&ifindex)),
+                Ok(()) | Err(aya::maps::MapError::KeyNotFound) => drop(self.written().remove(&ifindex)),
                 Err(error) => tracing::warn!(ifindex, %error, "map EDGES"),
             }
         }
-        self.written = Some(written);
+    }
+
+    fn write_edge(&mut self, ifindex: u32, entry: abi::Edge) {
+        if self.written().get(&ifindex) == Some(&entry) {
+            return;
+        }
+        match self.map.insert(ifindex, entry, 0) {
+            Ok(()) => drop(self.written().insert(ifindex, entry)),
+            Err(error) => tracing::warn!(ifindex, %error, "map EDGES"),
+        }
     }
 
     fn edge_view(

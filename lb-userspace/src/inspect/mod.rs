@@ -156,7 +156,8 @@ pub struct FlowView {
     pub reply: bool,
     /// `pending` until the first reply, `established`, `closing` after a FIN, `closed` after a RST.
     pub state: &'static str,
-    /// How a rewritten packet goes on: `stack`, `forward` or `bounce`.
+    /// How a rewritten packet goes on: `stack`, `forward` or `bounce`; `direct`: the client asks for the backend itself,
+    /// and the stack has the packet, as a rule as it came.
     pub carry: &'static str,
     pub service: u32,
     pub backend: u32,
@@ -579,6 +580,7 @@ fn flow_view<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, pending: bool, now: u
             "established"
         },
         carry: match flow.carry {
+            _ if lb_common::flow::is_direct(flow) => "direct",
             carry if carry == Carry::Stack as u8 => "stack",
             carry if carry == Carry::Forward as u8 => "forward",
             carry if carry == Carry::Bounce as u8 => "bounce",

@@ -1,4 +1,4 @@
-//! What `ADDRESSES4/6` should hold: the node's addresses and those of Services, merged.
+//! What `ADDRESSES4/6` should hold: the addresses of the node, of Services and of backends, merged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use lb_common::abi::{address_flags, frontend_kind};
 
-use crate::entries::{Family, Op};
+use crate::entries::{Backend, Family, Op, Protocol};
 
 #[derive(Clone, Copy, Default, Debug)]
 struct Wanted {
@@ -16,10 +16,25 @@ struct Wanted {
     cluster_ips: u32,
     /// Frontends of other kinds.
     others: u32,
+    /// Backends of each protocol at this address.
+    backends: [u32; BACKEND_FLAGS.len()],
 }
+
+/// What backends of a protocol make of their address.
+const BACKEND_FLAGS: [(Protocol, u32); 3] = [
+    (Protocol::Tcp, address_flags::BACKEND_TCP),
+    (Protocol::Udp, address_flags::BACKEND_UDP),
+    (Protocol::Sctp, address_flags::BACKEND_SCTP),
+];
 
 impl Wanted {
     fn flags(self) -> u32 {
+        let present = BACKEND_FLAGS.iter().zip(self.backends).filter(|(_, count)| *count > 0);
+        present.fold(self.own_flags(), |flags, ((_, flag), _)| flags | flag)
+    }
+
+    /// Without those of backends.
+    fn own_flags(self) -> u32 {
         // On an address of the node itself other ports are not ours to reject, whatever a Service claims.
         if self.node & (address_flags::NODE | address_flags::LOOPBACK) != 0 {
             self.node
@@ -30,6 +45,11 @@ impl Wanted {
         } else {
             self.node
         }
+    }
+
+    fn backends(&mut self, protocol: Protocol) -> &mut u32 {
+        let index = BACKEND_FLAGS.iter().position(|(known, _)| *known == protocol);
+        &mut self.backends[index.unwrap_or_default()]
     }
 
     fn frontends(&mut self, kind: u8) -> &mut u32 {
@@ -46,6 +66,8 @@ pub(super) struct Addresses {
     node: BTreeSet<IpAddr>,
     held: BTreeMap<IpAddr, u32>,
     held_v6: u32,
+    /// All Services have been looked at: a backend that none has is none.
+    complete: bool,
 }
 
 /// No room for another address.
@@ -57,7 +79,7 @@ impl Addresses {
     pub(super) fn new(limit: u32, held: BTreeMap<IpAddr, u32>) -> Self {
         let held_v6 = held.keys().filter(|addr| addr.is_ipv6()).count();
         let held_v6 = u32::try_from(held_v6).unwrap_or(u32::MAX);
-        Self { limit, wanted: BTreeMap::new(), node: BTreeSet::new(), held, held_v6 }
+        Self { limit, wanted: BTreeMap::new(), node: BTreeSet::new(), held, held_v6, complete: false }
     }
 
     /// One more frontend of this kind ([`frontend_kind`]) at `addr`. The unspecified address stands for those of the
@@ -72,6 +94,18 @@ impl Addresses {
     pub(super) fn remove_frontend(&mut self, addr: IpAddr, kind: u8) {
         if let Some(wanted) = self.wanted.get_mut(&addr) {
             *wanted.frontends(kind) -= 1;
+        }
+    }
+
+    /// One more backend.
+    pub(super) fn add_backend(&mut self, backend: &Backend) {
+        *self.wanted.entry(backend.addr.ip()).or_default().backends(backend.protocol) += 1;
+    }
+
+    /// One backend less.
+    pub(super) fn remove_backend(&mut self, backend: &Backend) {
+        if let Some(wanted) = self.wanted.get_mut(&backend.addr.ip()) {
+            *wanted.backends(backend.protocol) -= 1;
         }
     }
 
@@ -99,7 +133,10 @@ impl Addresses {
 
     /// The write that makes the map right about `addr`, if one is needed.
     pub(super) fn settle(&mut self, addr: IpAddr) -> Result<Option<Op>, Full> {
-        let flags = self.wanted.get(&addr).map_or(0, |wanted| wanted.flags());
+        let mut flags = self.wanted_flags(addr);
+        if !self.complete {
+            flags |= self.held.get(&addr).map_or(0, |held| held & address_flags::BACKEND);
+        }
         if flags == 0 {
             self.wanted.remove(&addr);
             let removed = self.held.remove(&addr).is_some();
@@ -126,9 +163,15 @@ impl Addresses {
         self.node.iter().filter(is_node).any(|addr| nets.iter().any(|net| net.contains(addr)))
     }
 
-    /// Addresses that the maps hold and nobody wants.
-    pub(super) fn stale(&self) -> Vec<IpAddr> {
-        self.held.keys().filter(|addr| !self.wanted.contains_key(addr)).copied().collect()
+    /// All Services have been looked at. Answers the addresses of which the maps hold what nobody wants.
+    pub(super) fn finish(&mut self) -> Vec<IpAddr> {
+        self.complete = true;
+        let stale = self.held.iter().filter(|(addr, held)| self.wanted_flags(**addr) != **held);
+        stale.map(|(addr, _)| *addr).collect()
+    }
+
+    fn wanted_flags(&self, addr: IpAddr) -> u32 {
+        self.wanted.get(&addr).map_or(0, |wanted| wanted.flags())
     }
 
     pub(super) fn limit(&self) -> u32 {

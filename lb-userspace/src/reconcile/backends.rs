@@ -20,6 +20,8 @@ pub(super) struct Backends {
     free: BTreeSet<u32>,
     /// Found in the maps, in no window: whose they are shows when somebody asks for the address.
     orphans: BTreeMap<(SocketAddr, bool), Vec<u32>>,
+    /// Backends that got an id (`true`) or lost it since somebody asked.
+    changes: Vec<(Backend, bool)>,
 }
 
 #[derive(Debug)]
@@ -74,6 +76,7 @@ impl Backends {
             by_backend: BTreeMap::new(),
             free: BTreeSet::new(),
             orphans: BTreeMap::new(),
+            changes: Vec::new(),
         }
     }
 
@@ -100,7 +103,7 @@ impl Backends {
             retired: None,
         });
         if let Some(backend) = backend {
-            self.by_backend.insert(backend, id);
+            self.come(backend, id);
         } else if entry.state == backend_state::UNUSED {
             self.free.insert(id);
         } else {
@@ -152,7 +155,7 @@ impl Backends {
             keep_connections: 0,
             retired: None,
         });
-        self.by_backend.insert(backend, id);
+        self.come(backend, id);
         Some(id)
     }
 
@@ -163,7 +166,7 @@ impl Backends {
         }
         let id = self.orphans.get_mut(&(backend.addr, backend.local))?.pop()?;
         self.record(id)?.backend = Some(*backend);
-        self.by_backend.insert(*backend, id);
+        self.come(*backend, id);
         Some(id)
     }
 
@@ -240,6 +243,7 @@ impl Backends {
         let op = Op::SetBackend { family, id, entry: record.entry() };
         if let Some(backend) = backend {
             self.by_backend.remove(&backend);
+            self.changes.push((backend, false));
         }
         self.free.insert(id);
         Some(op)
@@ -252,8 +256,18 @@ impl Backends {
         (0u32..).zip(&self.ids).filter(|(_, r)| r.as_ref().is_some_and(in_use)).map(|(id, _)| id).collect()
     }
 
+    /// Backends that got an id (`true`) or lost it since this was asked last, in that order.
+    pub(super) fn take_changes(&mut self) -> Vec<(Backend, bool)> {
+        std::mem::take(&mut self.changes)
+    }
+
     pub(super) fn limit(&self) -> u32 {
         self.limit
+    }
+
+    fn come(&mut self, backend: Backend, id: u32) {
+        self.by_backend.insert(backend, id);
+        self.changes.push((backend, true));
     }
 
     fn record(&mut self, id: u32) -> Option<&mut Record> {

@@ -76,7 +76,8 @@ impl Reconciler {
             steps.names.extend(self.names.set(service.id, name));
         }
         self.services.insert(name.clone(), service);
-        let touched = std::mem::take(&mut steps.touched);
+        let mut touched = std::mem::take(&mut steps.touched);
+        touched.append(&mut self.note_backends());
         let findings = self.settle_addresses(touched, &mut steps.addresses);
         steps.findings.extend(findings);
         batch.findings.insert(name.clone(), std::mem::take(&mut steps.findings));

@@ -237,6 +237,7 @@ impl Reconciler {
             visited: 0,
         };
         this.adopt_windows(&snapshot);
+        this.note_backends();
         for (key, mut entry) in snapshot.frontends {
             for window in [&mut entry.internal, &mut entry.external] {
                 if !this.is_sound(*window) {
@@ -335,7 +336,7 @@ impl Reconciler {
         for key in stale {
             left.extend(self.uninstall(key, &mut steps));
         }
-        let touched = std::mem::take(&mut steps.touched).into_iter().chain(self.addresses.stale());
+        let touched = std::mem::take(&mut steps.touched).into_iter().chain(self.addresses.finish());
         let touched: BTreeSet<IpAddr> = touched.collect();
         // Nothing is added here that could lack room.
         self.settle_addresses(touched, &mut steps.addresses);
@@ -389,6 +390,9 @@ impl Reconciler {
                 Retired::Room => {}
             }
         }
+        let touched = self.note_backends();
+        // Nothing is added here that could lack room.
+        self.settle_addresses(touched, &mut batch.ops);
         if freed {
             for name in std::mem::take(&mut self.unfit) {
                 self.install(&name, Removals::Now, now, &mut batch);
@@ -503,6 +507,22 @@ impl Reconciler {
                 self.retire(Retired::Backend { family, id, retired: now }, now);
             }
         }
+    }
+
+    /// Has the addresses of backends that came or went say so; answers them.
+    fn note_backends(&mut self) -> BTreeSet<IpAddr> {
+        let mut touched = BTreeSet::new();
+        for family in [Family::V4, Family::V6] {
+            for (backend, came) in self.backends_mut(family).take_changes() {
+                if came {
+                    self.addresses.add_backend(&backend);
+                } else {
+                    self.addresses.remove_backend(&backend);
+                }
+                touched.insert(backend.addr.ip());
+            }
+        }
+        touched
     }
 
     fn settle_addresses(

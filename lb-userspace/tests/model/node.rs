@@ -389,13 +389,25 @@ impl Meaning {
                 }),
                 sources: maps.sources.get(&entry.id).cloned().unwrap_or_default(),
             };
+            let flag = match key.protocol {
+                Protocol::Tcp => address_flags::BACKEND_TCP,
+                Protocol::Udp => address_flags::BACKEND_UDP,
+                Protocol::Sctp => address_flags::BACKEND_SCTP,
+            };
+            for (addr, _) in meant.windows.iter().flat_map(|(backends, _)| backends) {
+                let flags = maps.addresses.get(&addr.ip()).copied().unwrap_or_default();
+                assert!(flags & flag != 0, "{addr} is a backend of {key}, and not known as one");
+            }
             frontends.insert(*key, meant);
             services.entry(entry.id).or_default().insert(*key);
             ports.entry(entry.port).or_default().insert(*key);
         }
+        // Those of backends that drain are known still; how long depends on the past.
+        let addresses = maps.addresses.iter().map(|(addr, flags)| (*addr, flags & !address_flags::BACKEND));
+        let addresses = addresses.filter(|(_, flags)| *flags != 0).collect();
         Self {
             frontends,
-            addresses: maps.addresses.clone(),
+            addresses,
             networks: maps.networks.iter().flatten().copied().collect(),
             together: services.into_values().chain(ports.into_values()).collect(),
         }

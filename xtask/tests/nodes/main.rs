@@ -18,5 +18,6 @@ mod sctp;
 mod services;
 mod source_ranges;
 mod takeover;
+mod tuples;
 mod udp;
 mod world;
