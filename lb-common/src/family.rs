@@ -373,7 +373,7 @@ impl Family for V6 {
         if parsed.is_later_fragment() {
             return Ok(());
         }
-        if is_walkable(next) {
+        if is_walkable(next) || next == IpProto::Ipv6Frag as u8 {
             return Err(Reason::ExtensionHeader);
         }
         Ok(())

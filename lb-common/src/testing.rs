@@ -16,6 +16,8 @@ use crate::family::{Family, V4, V6};
 use crate::host::HostTables;
 use crate::wire::{IpProto, tcp_flags};
 
+pub mod conversation;
+pub mod invariants;
 pub mod node;
 
 /// Ethernet address of whoever sends a test packet.

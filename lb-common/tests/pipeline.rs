@@ -850,7 +850,7 @@ fn a_tuple_that_another_flow_took_is_given_up<F: TestFamily>() {
     }
 }
 
-/// Rule 2, found by fuzzing: what nobody has answered yet may be evicted, too.
+/// Rule 2: what nobody has answered yet may be evicted, too.
 fn a_lost_half_of_a_pending_flow_is_restored<F: TestFamily>() {
     let node = Node::<F>::new();
     let (client, frontend, backend) =

@@ -206,16 +206,17 @@ fn what_is_cut_short_passes_at_every_side<F: TestFamily>() {
 /// Rule 6, at addresses of Services too: no answer could be right about a packet that was not read.
 fn what_is_not_understood_passes_at_every_side<F: TestFamily>() {
     type Change = (Reason, fn(&mut Vec<u8>));
-    let in_ipv4: [Change; 6] = [
+    let in_ipv4: [Change; 7] = [
         (Reason::IpOptions, |b| b[14] = 0x46),
         (Reason::IpOptions, |b| b[14] = 0x4f),
+        (Reason::Truncated, |b| b[14] = 0x44),
         (Reason::NotIp, |b| b[14] = 0x55),
         // Total lengths that lie: within the header, and beyond the frame.
         (Reason::Truncated, |b| b[16..18].fill(0)),
         (Reason::Truncated, |b| b[16..18].copy_from_slice(&[0, 19])),
         (Reason::Truncated, |b| b[16] = 0xff),
     ];
-    let in_ipv6: [Change; 6] = [
+    let in_ipv6: [Change; 7] = [
         (Reason::NotIp, |b| b[14] = 0x40),
         (Reason::Truncated, |b| b[18] = 0xff),
         // A source route with hops left, options behind a fragment header, and options that lead far away.
@@ -224,6 +225,7 @@ fn what_is_not_understood_passes_at_every_side<F: TestFamily>() {
             prepend(b, 60, &[]);
             prepend(b, 44, &[]);
         }),
+        (Reason::ExtensionHeader, |b| (0..2).for_each(|_| prepend(b, 44, &[]))),
         (Reason::ExtensionHeader, |b| (0..5).for_each(|_| prepend(b, 60, &[]))),
         (Reason::Truncated, |b| prepend(b, 0, &[30])),
     ];

@@ -3,6 +3,7 @@
 
 mod affinity;
 mod agent;
+mod captures;
 mod cells;
 mod edges;
 mod fragments;
