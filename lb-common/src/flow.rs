@@ -289,32 +289,63 @@ pub fn enter<F: Family, T: Tables<F>>(
     let spread = hash::tuple::<F>(key);
     // A forwarded packet bears this node's address: it needs a port of ours from the start.
     let keeps_port = entry.get().carry != Carry::Forward as u8;
+    let mut found = false;
     for attempt in 0..PORT_ATTEMPTS {
         if attempt != 0 || !keeps_port {
             set_src_port(entry, reserved_port(spread, attempt));
         }
-        if is_free::<F, T>(tables, key, entry) && add_reply::<F, T>(tables, key, entry) {
-            return tables.put_flow(FlowTable::Pending, key, entry);
+        if is_free::<F, T>(tables, key, entry) {
+            found = true;
+            break;
         }
+    }
+    // Behind the loop: the verifier walks what is in it once for each attempt.
+    if found && clear::<F, T>(tables, key, entry) && add_reply::<F, T>(tables, key, entry) {
+        return tables.put_flow(FlowTable::Pending, key, entry);
     }
     Err(Reason::PortsExhausted)
 }
 
-/// Whether the tuple that replies of a new flow would have belongs to no other live flow. What is left of flows that
-/// are over, and of this one, is cleared away.
+/// Whether the tuple that replies of a new flow would have belongs to no other live flow.
 #[inline(never)]
 fn is_free<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) -> bool {
     let reply_key = reverse_key(key, &entry.get());
     for table in [FlowTable::Established, FlowTable::Pending] {
+        if let Some(other) = tables.flow(table, &reply_key)
+            && !may_go::<F, T>(tables, table, key, &other)
+        {
+            return false;
+        }
+    }
+    true
+}
+
+/// Clears away what is left, at the tuple of a new flow's replies, of flows that are over and of this one. `false`:
+/// another CPU has given it to a flow just now.
+#[inline(never)]
+fn clear<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) -> bool {
+    let reply_key = reverse_key(key, &entry.get());
+    for table in [FlowTable::Established, FlowTable::Pending] {
         if let Some(other) = tables.flow(table, &reply_key) {
-            let flow = other.get();
-            if !is_reverse(key, &flow) && !is_over(table, key.proto, &flow, tables.now()) {
+            if !may_go::<F, T>(tables, table, key, &other) {
                 return false;
             }
             forget::<F, T>(tables, table, &reply_key, &other);
         }
     }
     true
+}
+
+/// Whether an entry is over, or of the flow with this key itself.
+#[inline(always)]
+fn may_go<F: Family, T: Tables<F>>(
+    tables: &T,
+    table: FlowTable,
+    key: &FlowKey<F::Addr>,
+    other: &Cell<Flow<F::Addr>>,
+) -> bool {
+    let flow = other.get();
+    is_reverse(key, &flow) || is_over(table, key.proto, &flow, tables.now())
 }
 
 /// Enters the reply half of a new flow; `false` if another was quicker.

@@ -11,12 +11,13 @@ fn options() -> Options {
     Options { sizes, ..Options::default() }
 }
 
-/// What a program may cost: (verified instructions, bytes of machine code). The verifier stops at a million.
+/// What a program may cost: (verified instructions, bytes of machine code). The verifier stops at a million; that of 6.1
+/// walks twice as many as that of 6.18.
 fn budget(name: &str) -> (u32, u32) {
     match name {
-        programs::XDP_NIC => (600_000, 56_000),
-        programs::TC_NIC_IN | programs::TC_POD_IN => (500_000, 56_000),
-        programs::TC_NIC_OUT | programs::TC_POD_OUT => (100_000, 40_000),
+        programs::XDP_NIC => (750_000, 56_000),
+        programs::TC_NIC_IN | programs::TC_POD_IN => (600_000, 56_000),
+        programs::TC_NIC_OUT | programs::TC_POD_OUT => (120_000, 40_000),
         _ => (16_000, 12_000),
     }
 }
