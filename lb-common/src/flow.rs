@@ -130,6 +130,15 @@ fn note<A: Copy>(entry: &Cell<Flow<A>>, flags: u8, now: u64) -> bool {
     true
 }
 
+/// A flow by its key, established or pending.
+#[inline(always)]
+pub fn find<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>) -> Option<T::Entry> {
+    match tables.flow(FlowTable::Established, key) {
+        Some(entry) => Some(entry),
+        None => tables.flow(FlowTable::Pending, key),
+    }
+}
+
 /// Changes the source port of a flow that is not in a table yet.
 #[inline(always)]
 fn set_src_port<A: Copy>(entry: &Cell<Flow<A>>, port: u16) {

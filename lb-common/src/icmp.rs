@@ -12,13 +12,14 @@
 use crate::abi::{Carry, Flow, FlowKey};
 use crate::checksum::Diff;
 use crate::family::Family;
+use crate::flow;
 use crate::packet::{ChecksumField, Packet};
 use crate::parse::Parsed;
 use crate::pipeline::{find_next_hop, is_left_alone};
 use crate::reason::Reason;
 use crate::rewrite::{address_change, port_change};
-use crate::tables::{FlowTable, Tables};
-use crate::wire::{Be16, IcmpHdr, IpProto, Ports, TcpHdr, UdpHdr};
+use crate::tables::Tables;
+use crate::wire::{Be16, IcmpHdr, IpProto, Ports, TcpHdr};
 
 /// Bytes behind the IP header that every error quotes (RFC 792; RFC 1812 and RFC 4443 ask for more).
 const QUOTED: usize = 8;
@@ -50,7 +51,7 @@ pub fn follow<F: Family, P: Packet, T: Tables<F>>(
     let mut key = FlowKey { side: parsed.key.side, ..FlowKey::default() };
     F::parse_quote(packet, quote, &mut key)?;
     let header = quote + F::HEADER_LEN;
-    if room_behind(parsed, header) < QUOTED as u32 {
+    if parsed.len_from(header) < QUOTED as u32 {
         return Err(Reason::Truncated);
     }
     let ports = packet.view::<Ports>(header)?;
@@ -59,10 +60,7 @@ pub fn follow<F: Family, P: Packet, T: Tables<F>>(
         // Not the quoted packet's sender.
         return Err(Reason::NotOurs);
     }
-    let entry = match tables.flow(FlowTable::Established, &key) {
-        Some(entry) => entry,
-        None => tables.flow(FlowTable::Pending, &key).ok_or(Reason::NotOurs)?,
-    };
+    let entry = flow::find::<F, T>(tables, &key).ok_or(Reason::NotOurs)?;
     if is_left_alone::<F, P, T>(packet, tables, &key, &entry.get()) {
         return Err(Reason::Direct);
     }
@@ -82,12 +80,6 @@ pub fn follow<F: Family, P: Packet, T: Tables<F>>(
         carry if carry == Carry::Forward as u8 => Ok(Carry::Forward),
         _ => packet.turn_around().map(|()| Carry::Bounce),
     }
-}
-
-/// Bytes of the IP packet from an offset on.
-#[inline(always)]
-fn room_behind<F: Family>(parsed: &Parsed<F>, at: usize) -> u32 {
-    (parsed.ip_len + crate::packet::NETWORK as u32).saturating_sub(at as u32)
 }
 
 /// Makes the quote a packet that the error's new destination has sent. Returns what that changes in a sum.
@@ -110,31 +102,24 @@ fn requote<F: Family, P: Packet>(
 
     let covered = addresses.and(ports);
     let check = match key.proto {
-        proto if proto == IpProto::Udp as u8 => requote_udp(packet, header, covered)?,
+        proto if proto == IpProto::Udp as u8 => {
+            requote_check(packet, ChecksumField::Udp { header }, covered)?
+        }
         // With the 8 bytes of RFC 792, a segment's checksum is not quoted.
-        proto if proto == IpProto::Tcp as u8 && room_behind(parsed, header) >= TcpHdr::LEN as u32 => {
-            requote_tcp(packet, header, covered)?
+        proto if proto == IpProto::Tcp as u8 && parsed.len_from(header) >= TcpHdr::LEN as u32 => {
+            requote_check(packet, ChecksumField::Tcp { header }, covered)?
         }
         _ => Diff::NONE,
     };
     Ok(changed.and(ports).and(check))
 }
 
+/// Updates a quoted transport checksum. Returns what that changes in a sum.
 #[inline(always)]
-fn requote_udp<P: Packet>(packet: &mut P, header: usize, covered: Diff) -> Result<Diff, Reason> {
-    let udp = packet.view_mut::<UdpHdr>(header)?;
-    let old = udp.check.raw();
-    let new = covered.apply_udp(old);
-    udp.check = Be16::from_raw(new);
-    Ok(Diff::between(u32::from(old), u32::from(new)))
-}
-
-#[inline(always)]
-fn requote_tcp<P: Packet>(packet: &mut P, header: usize, covered: Diff) -> Result<Diff, Reason> {
-    let tcp = packet.view_mut::<TcpHdr>(header)?;
-    let old = tcp.check.raw();
-    let new = covered.apply(old);
-    tcp.check = Be16::from_raw(new);
+fn requote_check<P: Packet>(packet: &mut P, field: ChecksumField, covered: Diff) -> Result<Diff, Reason> {
+    let check = packet.view_mut::<Be16>(field.at())?;
+    let (old, new) = (check.raw(), field.apply(covered, check.raw()));
+    *check = Be16::from_raw(new);
     Ok(Diff::between(u32::from(old), u32::from(new)))
 }
 

@@ -73,11 +73,7 @@ pub trait Packet {
         body: Diff,
     ) -> Result<(), Reason> {
         let check = self.view_mut::<Be16>(field.at())?;
-        let diff = pseudo.and(body);
-        *check = Be16::from_raw(match field {
-            ChecksumField::Tcp { .. } | ChecksumField::Icmp { .. } => diff.apply(check.raw()),
-            ChecksumField::Udp { .. } => diff.apply_udp(check.raw()),
-        });
+        *check = Be16::from_raw(field.apply(pseudo.and(body), check.raw()));
         Ok(())
     }
 
@@ -116,6 +112,15 @@ pub enum ChecksumField {
 }
 
 impl ChecksumField {
+    /// The checksum after the changes.
+    #[inline(always)]
+    pub const fn apply(self, changes: Diff, check: u16) -> u16 {
+        match self {
+            Self::Tcp { .. } | Self::Icmp { .. } => changes.apply(check),
+            Self::Udp { .. } => changes.apply_udp(check),
+        }
+    }
+
     /// Offset of the field.
     #[inline(always)]
     pub const fn at(self) -> usize {

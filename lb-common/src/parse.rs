@@ -50,7 +50,13 @@ impl<F: Family> Parsed<F> {
     /// Bytes of the IP packet from the transport header on.
     #[inline(always)]
     pub const fn transport_len(&self) -> u32 {
-        (self.ip_len + NETWORK as u32).saturating_sub(self.transport as u32)
+        self.len_from(self.transport as usize)
+    }
+
+    /// Bytes of the IP packet from an offset in the frame on.
+    #[inline(always)]
+    pub const fn len_from(&self, at: usize) -> u32 {
+        (self.ip_len + NETWORK as u32).saturating_sub(at as u32)
     }
 
     /// Whether the packet is TCP.

@@ -182,9 +182,7 @@ fn trail<F: Family, P: Packet, T: Tables<F>>(
     parsed: &mut Parsed<F>,
 ) -> Result<Carry, Reason> {
     fragment::recall::<F, T>(tables, parsed)?;
-    let established = tables.flow(FlowTable::Established, &parsed.key);
-    let entry =
-        established.or_else(|| tables.flow(FlowTable::Pending, &parsed.key)).ok_or(Reason::Fragment)?;
+    let entry = flow::find::<F, T>(tables, &parsed.key).ok_or(Reason::Fragment)?;
     carry(packet, tables, parsed, &entry)
 }
 

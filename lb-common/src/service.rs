@@ -73,9 +73,9 @@ pub fn find<F: Family, T: Tables<F>>(
 /// [`Reason::NoSuchService`] if it could be one's, else `reason`.
 #[inline(never)]
 pub fn refuse<F: Family, T: Tables<F>>(tables: &T, dst: &F::Addr, reason: Reason, served: Reason) -> Reason {
-    match tables.address(dst) {
-        Some(info) if is_service_alone(info) => served,
-        None if networks::<F, T>(tables, dst) & network_flags::SERVICE != 0 => Reason::NoSuchService,
+    match address::<F, T>(tables, dst) {
+        Ok(info) if is_service_alone(info) => served,
+        Err(Reason::NoSuchService) => Reason::NoSuchService,
         _ => reason,
     }
 }
