@@ -3,20 +3,17 @@
 use std::net::SocketAddr;
 
 use lb_common::abi::Side;
-use lb_common::host::{HostPacket, HostRoute, HostTables};
-use lb_common::pipeline::{Verdict, process};
+use lb_common::pipeline::Verdict;
 use lb_common::socket::{self, Peer, Socket};
 use lb_common::tables::Admission;
-use lb_common::testing::{TestFamily, at, cluster, ports, read, tcp, udp};
+use lb_common::testing::node::{Node, Outcome};
+use lb_common::testing::{TestFamily, at, ports, tcp, udp};
 use lb_common::wire::tcp_flags::{ACK, SYN};
-use lb_common::{Reason, V4, V6};
+use lb_common::{Reason, both_families};
 
-const NIC: u32 = 7;
-
-fn send<F: TestFamily>(tables: &HostTables<F>, side: Side, bytes: &[u8]) -> (Verdict, Reason, Vec<u8>) {
-    let mut packet = HostPacket::new(bytes, NIC).with_route(HostRoute::Out { ifindex: NIC, mtu: 1500 });
-    let (verdict, reason) = process::<F, _, _>(&mut packet, tables, side);
-    (verdict, reason, packet.bytes())
+both_families! {
+    a_proxy_that_was_here_before_keeps_its_connections
+    a_proxy_that_comes_after_gets_every_new_connection
 }
 
 /// Every kind of client and frontend, with backends here and there.
@@ -28,62 +25,44 @@ fn asks<F: TestFamily>(port: u16) -> [(Side, SocketAddr, SocketAddr); 3] {
     ]
 }
 
-fn takeover<F: TestFamily>() {
-    let tables = HostTables { admission: Admission::Opening, ..cluster::<F>(NIC) };
+fn a_proxy_that_was_here_before_keeps_its_connections<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    node.tables.admission = Admission::Opening;
     for (side, client, frontend) in asks::<F>(40000) {
-        let data = tcp(client, frontend, ACK);
-        let left = (Verdict::Pass, Reason::LeftToOthers, data.clone());
-        assert_eq!(send(&tables, side, &data), left, "a connection of the proxy before");
-        let (verdict, reason, _) = send(&tables, side, &tcp(client, frontend, SYN));
+        let send = |flags| node.send(side, tcp(client, frontend, flags));
+        send(ACK).untouched(Verdict::Pass, Reason::LeftToOthers);
+        let Outcome { verdict, reason, .. } = send(SYN);
         assert!(matches!(reason, Reason::Translated | Reason::Forwarded), "{verdict:?} {reason:?}");
-        let (_, reason, after) = send(&tables, side, &data);
+        let Outcome { reason, before, bytes, .. } = send(ACK);
         assert!(matches!(reason, Reason::Translated | Reason::Forwarded), "a connection of ours: {reason:?}");
-        assert_ne!(after, data);
+        assert_ne!(bytes, before);
     }
     let datagram = udp(at(F::CLIENT, 40000), at(F::NODE, ports::DNS_NODE), b"nobody opens UDP");
-    assert_eq!(send(&tables, Side::NicIn, &datagram).1, Reason::Translated);
+    assert_eq!(node.send(Side::NicIn, datagram).reason, Reason::Translated);
 }
 
-#[test]
-fn a_proxy_that_was_here_before_keeps_its_connections() {
-    takeover::<V4>();
-    takeover::<V6>();
-}
-
-fn drain<F: TestFamily>() {
-    let mut tables = cluster::<F>(NIC);
+fn a_proxy_that_comes_after_gets_every_new_connection<F: TestFamily>() {
+    let mut node = Node::<F>::new();
     let answers: Vec<_> = asks::<F>(40000)
         .into_iter()
-        .map(|(side, client, frontend)| {
-            let (_, _, first) = send(&tables, side, &tcp(client, frontend, SYN));
-            read(&first).unwrap_or_else(|e| panic!("{e}")).ends()
-        })
+        .map(|(side, client, frontend)| node.send(side, tcp(client, frontend, SYN)).read().ends())
         .collect();
-    tables.admission = Admission::None;
+    node.tables.admission = Admission::None;
     for ((side, client, frontend), (seen_as, backend)) in asks::<F>(40000).into_iter().zip(answers) {
-        let (_, reason, after) = send(&tables, side, &tcp(client, frontend, ACK));
+        let outcome = node.send(side, tcp(client, frontend, ACK));
+        let reason = outcome.reason;
         assert!(matches!(reason, Reason::Translated | Reason::Forwarded), "a connection of ours: {reason:?}");
-        assert_eq!(read(&after).unwrap_or_else(|e| panic!("{e}")).ends(), (seen_as, backend));
+        assert_eq!(outcome.read().ends(), (seen_as, backend));
     }
-    let left = |side, bytes: &[u8]| {
-        let (verdict, reason, after) = send(&tables, side, bytes);
-        assert_eq!((verdict, reason), (Verdict::Pass, Reason::LeftToOthers));
-        assert_eq!(after, bytes);
-    };
+    let left = |side, bytes| node.send(side, bytes).untouched(Verdict::Pass, Reason::LeftToOthers);
     for (side, client, frontend) in asks::<F>(40001) {
-        left(side, &tcp(client, frontend, SYN));
+        left(side, tcp(client, frontend, SYN));
     }
-    left(Side::NicIn, &udp(at(F::CLIENT, 40001), at(F::NODE, ports::DNS_NODE), b""));
-    left(Side::PodIn, &tcp(at(F::OTHER_POD, 40001), at(F::VIP, 9), SYN));
-    left(Side::PodIn, &tcp(at(F::OTHER_POD, 40001), at(F::VIP, ports::EMPTY), SYN));
-    left(Side::PodIn, &tcp(at(F::OTHER_POD, 40001), at(F::UNALLOCATED, 80), SYN));
+    left(Side::NicIn, udp(at(F::CLIENT, 40001), at(F::NODE, ports::DNS_NODE), b""));
+    left(Side::PodIn, tcp(at(F::OTHER_POD, 40001), at(F::VIP, 9), SYN));
+    left(Side::PodIn, tcp(at(F::OTHER_POD, 40001), at(F::VIP, ports::EMPTY), SYN));
+    left(Side::PodIn, tcp(at(F::OTHER_POD, 40001), at(F::UNALLOCATED, 80), SYN));
     let peer = Peer::<F> { addr: F::wire(at(F::VIP, 0).ip()), port: ports::WEB };
-    let asked = socket::connect(&tables, Socket { cookie: 1, proto: 6, owner: 0 }, peer);
+    let asked = socket::connect(&node.tables, Socket { cookie: 1, proto: 6, owner: 0 }, peer);
     assert_eq!(asked, Err(Reason::LeftToOthers));
-}
-
-#[test]
-fn a_proxy_that_comes_after_gets_every_new_connection() {
-    drain::<V4>();
-    drain::<V6>();
 }

@@ -3,37 +3,26 @@
 use std::net::{IpAddr, SocketAddr};
 
 use lb_common::abi::Side;
-use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::packet::NETWORK;
-use lb_common::pipeline::{Verdict, process};
-use lb_common::testing::{Seen, TestFamily, at, cluster, icmp_error, ports, read, tcp, udp};
+use lb_common::pipeline::Verdict;
+use lb_common::testing::node::{Node, Outcome};
+use lb_common::testing::{Seen, TestFamily, at, icmp_error, ports, read, tcp, udp};
 use lb_common::wire::tcp_flags::{ACK, SYN};
-use lb_common::{Reason, V4, V6};
+use lb_common::{Reason, both_families};
 
-const NIC: u32 = 7;
+both_families! {
+    errors_about_flows_are_translated_outside_and_inside
+    errors_about_nothing_of_ours_pass_untouched
+    an_error_that_has_come_too_far_is_dropped
+}
 
-/// A node with its maps, through which packets are sent one by one.
-struct Node<F: TestFamily>(HostTables<F>);
-
-impl<F: TestFamily> Node<F> {
-    fn new() -> Self {
-        Self(cluster::<F>(NIC))
-    }
-
-    fn send(&self, side: Side, bytes: &[u8]) -> (Verdict, Reason, Vec<u8>) {
-        let mut packet = HostPacket::new(bytes, NIC).with_route(HostRoute::Out { ifindex: NIC, mtu: 1500 });
-        let (verdict, reason) = process::<F, _, _>(&mut packet, &self.0, side);
-        (verdict, reason, packet.bytes())
-    }
-
-    /// Sends a packet that must be translated; returns it as it goes on.
-    #[track_caller]
-    fn translate(&self, side: Side, bytes: &[u8]) -> Vec<u8> {
-        let (verdict, reason, after) = self.send(side, bytes);
-        assert_ne!(verdict, Verdict::Drop, "{reason:?}");
-        read(&after).unwrap_or_else(|e| panic!("{e}: {after:02x?}"));
-        after
-    }
+/// Sends a packet that must be translated; returns it as it goes on.
+#[track_caller]
+fn translate<F: TestFamily>(node: &Node<F>, side: Side, bytes: &[u8]) -> Vec<u8> {
+    let outcome = node.send(side, bytes.to_vec());
+    assert_ne!(outcome.verdict, Verdict::Drop, "{:?}", outcome.reason);
+    outcome.read();
+    outcome.bytes
 }
 
 /// Source and destination of a packet.
@@ -77,7 +66,7 @@ struct Way {
 #[track_caller]
 fn check<F: TestFamily>(node: &Node<F>, way: &Way, sent: &[u8]) {
     let name = way.name;
-    let on_its_way = node.translate(way.side, sent);
+    let on_its_way = translate(node, way.side, sent);
     let (src, dst) = ends(&on_its_way);
     let packet = &on_its_way[NETWORK..];
     // The least there is, the header of a segment, and all of it.
@@ -85,7 +74,7 @@ fn check<F: TestFamily>(node: &Node<F>, way: &Way, sent: &[u8]) {
         let quote = &packet[..quoted.min(packet.len())];
         for (kind, from) in [(F::TOO_BIG, router::<F>()), (F::PORT_UNREACHABLE, dst.ip())] {
             let error = icmp_error(from, src.ip(), kind, quote);
-            let (verdict, reason, after) = node.send(way.back, &error);
+            let Outcome { verdict, reason, bytes: after, .. } = node.send(way.back, error);
             assert_eq!((verdict, reason), (way.verdict, way.reason), "{name}, {kind:?}");
             let seen = read(&after).unwrap_or_else(|e| panic!("{name}: {e}: {after:02x?}"));
             let Seen::Icmp { src: speaker, dst: told, kind: told_kind, code, about } = seen else {
@@ -131,7 +120,7 @@ impl Kind {
             };
             let request = way(self.names[0], self.request, (client, frontend));
             check(&node, &request, &packet(client, frontend, SYN));
-            let first = node.translate(request.side, &packet(client, frontend, SYN));
+            let first = translate(&node, request.side, &packet(client, frontend, SYN));
             let (seen_as, backend) = ends(&first);
             let answer = way(self.names[1], self.answer, (backend, seen_as));
             check(&node, &answer, &packet(backend, seen_as, SYN | ACK));
@@ -192,26 +181,24 @@ fn kinds<F: TestFamily>() -> [Kind; 4] {
     ]
 }
 
-#[test]
-fn errors_about_flows_are_translated_outside_and_inside() {
-    kinds::<V4>().iter().for_each(Kind::check::<V4>);
-    kinds::<V6>().iter().for_each(Kind::check::<V6>);
+fn errors_about_flows_are_translated_outside_and_inside<F: TestFamily>() {
+    kinds::<F>().iter().for_each(Kind::check::<F>);
 }
 
 /// Errors that are not about a flow, and those that cannot be read.
-fn others_pass_untouched<F: TestFamily>() {
+fn errors_about_nothing_of_ours_pass_untouched<F: TestFamily>() {
     let node = Node::<F>::new();
     let (client, frontend) = (at(F::CLIENT, 40000), at(F::NODE, ports::WEB_NODE));
-    let request = node.translate(Side::NicIn, &tcp(client, frontend, SYN));
+    let request = translate(&node, Side::NicIn, &tcp(client, frontend, SYN));
     let pass = |why, error: &[u8], reason| {
-        let (verdict, told, after) = node.send(Side::NicOut, error);
-        assert_eq!((verdict, told), (Verdict::Pass, reason), "{why}");
-        assert_eq!(after, error, "{why}");
+        let outcome = node.send(Side::NicOut, error.to_vec());
+        assert_eq!((outcome.verdict, outcome.reason), (Verdict::Pass, reason), "{why}");
+        assert_eq!(outcome.bytes, error, "{why}");
     };
     let error = |kind, quote: &[u8]| icmp_error(router::<F>(), client.ip(), kind, quote);
     let quote = &request[NETWORK..];
-    let (_, _, after) = node.send(Side::NicOut, &error(F::TOO_BIG, quote));
-    assert_ne!(after, error(F::TOO_BIG, quote), "this one is of the flow");
+    let ours = node.send(Side::NicOut, error(F::TOO_BIG, quote));
+    assert_ne!(ours.bytes, ours.before, "this one is of the flow");
 
     pass("another flow", &error(F::TOO_BIG, &tcp(client, frontend, SYN)[NETWORK..]), Reason::NotOurs);
     let to_another = icmp_error(router::<F>(), at(F::OTHER_POD, 0).ip(), F::TOO_BIG, quote);
@@ -229,27 +216,15 @@ fn others_pass_untouched<F: TestFamily>() {
     }
 }
 
-#[test]
-fn errors_about_nothing_of_ours_pass_untouched() {
-    others_pass_untouched::<V4>();
-    others_pass_untouched::<V6>();
-}
-
 /// RFC 1122, section 3.2.2: no error about an error.
-fn errors_are_never_answered<F: TestFamily>() {
+fn an_error_that_has_come_too_far_is_dropped<F: TestFamily>() {
     let node = Node::<F>::new();
     let (client, frontend) = (at(F::CLIENT, 40000), at(F::NODE, ports::FAR_NODE));
-    let request = node.translate(Side::NicIn, &tcp(client, frontend, SYN));
+    let request = translate(&node, Side::NicIn, &tcp(client, frontend, SYN));
     let (src, _) = ends(&request);
     let mut error = icmp_error(router::<F>(), src.ip(), F::TOO_BIG, &request[NETWORK..]);
     let ttl = NETWORK + if F::HEADER_LEN == 20 { 8 } else { 7 };
     error[ttl] = 1;
-    let (verdict, reason, _) = node.send(Side::NicIn, &error);
-    assert_eq!((verdict, reason), (Verdict::Drop, Reason::TtlExceeded));
-}
-
-#[test]
-fn an_error_that_has_come_too_far_is_dropped() {
-    errors_are_never_answered::<V4>();
-    errors_are_never_answered::<V6>();
+    let outcome = node.send(Side::NicIn, error);
+    assert_eq!((outcome.verdict, outcome.reason), (Verdict::Drop, Reason::TtlExceeded));
 }

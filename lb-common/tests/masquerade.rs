@@ -18,7 +18,7 @@ use lb_common::testing::{
 };
 use lb_common::wire::IpProto;
 use lb_common::wire::tcp_flags::{ACK, SYN};
-use lb_common::{Reason, V4, V6};
+use lb_common::{Reason, V4, V6, both_families};
 
 const NIC: u32 = 7;
 /// The bridge that the node's pods hang on.
@@ -47,13 +47,6 @@ impl MasqueradeFamily for V6 {
     const GATEWAY: &'static str = "fd00:10:244:1::1";
     const BALANCER: &'static str = "2001:db8:b::9";
     const POD_MASK: &'static str = "ffff:ffff:ffff:ffff::";
-}
-
-macro_rules! both_families {
-    ($($name:ident)*) => {
-        mod v4 { $(#[test] fn $name() { super::$name::<super::V4>(); })* }
-        mod v6 { $(#[test] fn $name() { super::$name::<super::V6>(); })* }
-    };
 }
 
 both_families! {

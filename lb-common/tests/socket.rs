@@ -9,20 +9,13 @@ use lb_common::abi::{
 use lb_common::host::HostTables;
 use lb_common::socket::{self, Peer, Socket};
 use lb_common::testing::{TestFamily, at, cluster, ports};
-use lb_common::{Reason, V4, V6};
+use lb_common::{Reason, both_families};
 
 const TCP: Socket = Socket { cookie: 17, proto: 6, owner: 0 };
 const UDP: Socket = Socket { cookie: 18, proto: 17, owner: 0 };
 
 fn peer<F: TestFamily>(addr: SocketAddr) -> Peer<F> {
     Peer { addr: F::wire(addr.ip()), port: addr.port() }
-}
-
-macro_rules! both_families {
-    ($($name:ident)*) => {
-        mod v4 { $(#[test] fn $name() { super::$name::<super::V4>(); })* }
-        mod v6 { $(#[test] fn $name() { super::$name::<super::V6>(); })* }
-    };
 }
 
 both_families! {

@@ -1,9 +1,9 @@
 //! ICMP errors about translated packets reach whoever sent them, in their own words.
 
 use anyhow::{Context as _, Result, ensure};
-use xtask::lab::{AgentOptions, Call, Caller, Endpoint, Family, Outcome, Pod, Port, Protocol, Service, Xdp};
+use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Service, Xdp};
 
-use crate::world::{AT_ONCE, PORT, World, at_vip, node_port, options, service, vip};
+use crate::world::{AT_ONCE, PORT, World, at_vip, deaf, node_port, options, service};
 
 /// Bytes of a transfer: many segments of any size.
 const BULK: u64 = 300_000;
@@ -59,14 +59,6 @@ fn path_mtu_discovery_works_towards_backends() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A Service over UDP on whose target port nobody listens.
-fn deaf(n: u8, pod: &Pod) -> Service {
-    let port = Port::new(Protocol::Udp, PORT, 9).node_port(node_port(n));
-    let mut service = Service::new(&format!("service-{n}"), &vip(n)).port(port);
-    service.endpoints = vec![Endpoint::from(pod)];
-    service
 }
 
 /// A backend where nobody listens says so, and every client hears it.

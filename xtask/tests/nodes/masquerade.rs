@@ -2,11 +2,9 @@
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use xtask::lab::{
-    Agent, AgentOptions, Call, Caller, Endpoint, Family, Node, Outcome, Pod, Port, Protocol, Service, Xdp,
-};
+use xtask::lab::{Agent, AgentOptions, Call, Caller, Family, Node, Outcome, Protocol, Xdp};
 
-use crate::world::{self, AT_ONCE, Findings, PORT, World, at_vip, node_port, options, service, vip};
+use crate::world::{self, AT_ONCE, Findings, PORT, World, at_vip, deaf, node_port, options, service};
 
 /// Bytes of a transfer: many segments of any size.
 const BULK: u64 = 300_000;
@@ -79,14 +77,6 @@ fn backends_see_the_node_in_place_of_their_clients() -> Result<()> {
 #[test]
 fn backends_see_the_node_in_place_of_their_clients_by_tc() -> Result<()> {
     backends_see_the_node(Xdp::Off)
-}
-
-/// A Service over UDP on whose target port nobody listens.
-fn deaf(n: u8, pod: &Pod) -> Service {
-    let port = Port::new(Protocol::Udp, PORT, 9).node_port(node_port(n));
-    let mut service = Service::new(&format!("service-{n}"), &vip(n)).port(port);
-    service.endpoints = vec![Endpoint::from(pod)];
-    service
 }
 
 /// The backend tells the node; the client hears it.

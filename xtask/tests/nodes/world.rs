@@ -100,6 +100,14 @@ pub(crate) fn service<'a>(n: u8, endpoints: impl IntoIterator<Item = &'a Pod>) -
     service
 }
 
+/// A Service over UDP on whose target port nobody listens.
+pub(crate) fn deaf(n: u8, pod: &Pod) -> Service {
+    let port = Port::new(Protocol::Udp, PORT, 9).node_port(node_port(n));
+    let mut service = Service::new(&format!("service-{n}"), &vip(n)).port(port);
+    service.endpoints = vec![Endpoint::from(pod)];
+    service
+}
+
 /// Everything a test needs. Pods come before the cluster: they are dropped first.
 pub(crate) struct World {
     /// On node-a, which routes to its pods.
