@@ -15,7 +15,7 @@ fn two_services(world: &World) -> Vec<Service> {
 }
 
 fn modes() -> [AgentOptions; 2] {
-    [options(), AgentOptions { xdp: Xdp::Native, ..options() }]
+    [Xdp::Native, Xdp::Off].map(|xdp| AgentOptions { xdp, ..options() })
 }
 
 /// Answers of full size meet a narrow link on their way to the client. Its router tells the sender, which is the frontend
