@@ -1,6 +1,7 @@
 //! `sessionAffinity: ClientIP`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -46,8 +47,11 @@ fn a_client_keeps_its_endpoint_until_it_has_been_idle() -> Result<()> {
     world.route_services_through(world.node_a())?;
     let node_a = world.node_a();
     let moved = each_at_once(&world.clients(), |client| {
+        // A UDP socket on a port that one before it had would go on with that one's flow.
+        let next_port = AtomicU16::new(10_000);
         let ask = |n, family, protocol, target| -> Result<String> {
-            let outcome = client.caller.ask(Call::new(protocol, target))?;
+            let from = next_port.fetch_add(1, Ordering::Relaxed);
+            let outcome = client.caller.ask(Call::new(protocol, target).from_port(from))?;
             let server = outcome.server().map(str::to_owned);
             ensure!(server.is_some(), "{} -> Service {n}, {family:?}: {outcome}", client.caller.name());
             Ok(server.unwrap_or_default())
