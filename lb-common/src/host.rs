@@ -11,6 +11,7 @@ use crate::abi::{
     MemberKey, Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::family::Family;
+use crate::flow::State;
 use crate::packet::{Packet, Route};
 use crate::reason::Reason;
 use crate::tables::{Event, FlowTable, Tables};
@@ -189,6 +190,9 @@ pub struct HostTables<F: Family> {
     pub flows: RefCell<FlowMap<F::Addr>>,
     pub pending: RefCell<FlowMap<F::Addr>>,
     pub fragments: RefCell<BTreeMap<FragmentKey<F::Addr>, Fragment>>,
+    pub resets_removed: bool,
+    /// Times that are not the default, ns.
+    pub timeouts: BTreeMap<State, u64>,
     /// What the clock says, ns.
     pub now: Cell<u64>,
     /// What chance says.
@@ -212,6 +216,8 @@ impl<F: Family> Default for HostTables<F> {
             flows: RefCell::default(),
             pending: RefCell::default(),
             fragments: RefCell::default(),
+            resets_removed: false,
+            timeouts: BTreeMap::new(),
             now: Cell::new(10_000_000_000),
             random: Cell::new(0),
         }
@@ -337,6 +343,15 @@ impl<F: Family> Tables<F> for HostTables<F> {
 
     fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
         self.sockets.borrow_mut().insert(*key, *peer);
+    }
+
+    fn resets_removed(&self) -> bool {
+        self.resets_removed
+    }
+
+    fn timeout(&self, state: u8) -> u64 {
+        let state = State::ALL[usize::from(state)];
+        self.timeouts.get(&state).copied().unwrap_or(state.default_timeout())
     }
 
     fn now(&self) -> u64 {

@@ -147,6 +147,10 @@ pub mod globals {
     pub const NODE_NETNS: &str = "NODE_NETNS";
     /// `u8`: sockets of all namespaces are served (`--socket-lb=all`); otherwise only the node's.
     pub const SERVES_PODS: &str = "SERVES_PODS";
+    /// `u8`: TCP to a backend that is no endpoint any more is answered with a RST (`--tcp-to-removed-backend`).
+    pub const RESETS_REMOVED: &str = "RESETS_REMOVED";
+    /// `[u64; 8]`: after how long (ns) a flow is over, by [`State`](crate::flow::State).
+    pub const TIMEOUTS: &str = "TIMEOUTS";
     /// `u8`: the kernel has `bpf_set_retval` (5.18, commit b44123b4a3dc) for socket hooks.
     pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
     /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11, commit d05512618056).

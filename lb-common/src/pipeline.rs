@@ -23,7 +23,7 @@ use crate::respond::respond;
 use crate::rewrite::rewrite;
 use crate::service::{self, Scope};
 use crate::tables::{Event, FlowTable, Tables};
-use crate::wire::{IcmpHdr, tcp_flags};
+use crate::wire::IcmpHdr;
 
 /// What the hook has to do with the packet.
 #[repr(u32)]
@@ -184,12 +184,6 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             // The backend opens a connection of its own from the port it serves on.
             return Err(Reason::NotOurs);
         }
-        if pending {
-            flow::promote::<F, T>(tables, &parsed.key, entry)?;
-            // The pending entry may be another flow's by now: the kernel gives out at once what was removed.
-            let promoted = tables.flow(FlowTable::Established, &parsed.key).ok_or(Reason::FlowTableFull)?;
-            return go_on(packet, tables, parsed, &promoted, FlowTable::Established).map(Some);
-        }
     } else {
         // A new SYN (INIT) on an old tuple is a new connection; on a pending one it is the first again.
         let reopens = parsed.is_opening() && !pending;
@@ -198,24 +192,20 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             flow::forget::<F, T>(tables, table, &parsed.key, entry);
             return Ok(None);
         }
+        if parsed.is_tcp()
+            && tables.resets_removed()
+            && service::is_removed::<F, T>(tables, flow.backend, flow.generation)
+        {
+            flow::abort::<F, T>(tables, table, &parsed.key, entry);
+            return Err(Reason::BackendRemoved);
+        }
     }
-    go_on(packet, tables, parsed, entry, table).map(Some)
-}
-
-/// One more packet of a flow that stays as it is.
-#[inline(always)]
-fn go_on<F: Family, P: Packet, T: Tables<F>>(
-    packet: &mut P,
-    tables: &T,
-    parsed: &Parsed<F>,
-    entry: &Cell<Flow<F::Addr>>,
-    table: FlowTable,
-) -> Result<Carry, Reason> {
-    let established = table as u32 == FlowTable::Established as u32;
-    if flow::note_packet(entry, parsed, tables.now()) && established {
-        flow::sync::<F, T>(tables, &parsed.key, entry);
+    if flow::advance::<F, T>(tables, table, entry, parsed)? {
+        // The pending entry may be another flow's by now: the kernel gives out at once what was removed.
+        let promoted = tables.flow(FlowTable::Established, &parsed.key).ok_or(Reason::FlowTableFull)?;
+        return carry(packet, tables, parsed, &promoted).map(Some);
     }
-    carry(packet, tables, parsed, entry)
+    carry(packet, tables, parsed, entry).map(Some)
 }
 
 /// A packet without a flow, addressed to this node or to a Service: enters a new flow, if there is a frontend.
@@ -233,7 +223,7 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
     let mut service = Service::default();
     let frontend = ServiceKey { addr: key.dst, port: key.dst_port, proto: key.proto, pad: 0 };
     service::find::<F, T>(tables, &frontend, info, &mut service)?;
-    if parsed.tcp_flags & tcp_flags::RST != 0 {
+    if parsed.is_reset() {
         return Err(Reason::StrayReset);
     }
     let flow = Cell::new(Flow::default());
@@ -297,7 +287,8 @@ fn open<F: Family, T: Tables<F>>(
             (false, true) => Carry::Stack,
             (false, false) => Carry::Forward,
         } as u8,
-        pad: [0; 6],
+        pad: [0; 2],
+        ack: 0,
     });
     Ok(())
 }

@@ -147,6 +147,8 @@ reasons! {
     StrayFragment = 25, "stray_fragment", Drop;
     /// A protocol without ports that we translate, to an address that only a Service has.
     UnservedProtocol = 26, "unserved_protocol", Reject;
+    /// A TCP connection whose backend is no endpoint any more (`--tcp-to-removed-backend=reset`).
+    BackendRemoved = 27, "backend_removed", Reject;
 }
 
 /// Number of entries of `COUNTERS`.

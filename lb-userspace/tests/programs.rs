@@ -14,8 +14,8 @@ fn options() -> Options {
 /// What a program may cost: (verified instructions, bytes of machine code). The verifier stops at a million.
 fn budget(name: &str) -> (u32, u32) {
     match name {
-        programs::XDP_NIC => (400_000, 56_000),
-        programs::TC_NIC_IN | programs::TC_POD_IN => (300_000, 56_000),
+        programs::XDP_NIC => (650_000, 56_000),
+        programs::TC_NIC_IN | programs::TC_POD_IN => (500_000, 56_000),
         programs::TC_NIC_OUT | programs::TC_POD_OUT => (100_000, 40_000),
         _ => (16_000, 12_000),
     }

@@ -7,4 +7,5 @@ mod edges;
 mod inspect;
 mod maps;
 mod support;
+mod sweep;
 mod takeover;

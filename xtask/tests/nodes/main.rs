@@ -5,6 +5,7 @@ mod affinity;
 mod agent;
 mod cells;
 mod edges;
+mod flows;
 mod fragments;
 mod health;
 mod hostports;
