@@ -404,7 +404,7 @@ fn answer<F: Family, T: Tables<F>>(tables: &T, entry: &Cell<Flow<F::Addr>>, pars
     unsafe {
         let request = request.as_ptr();
         if opens || (*request).ack == 0 {
-            (*request).ack = parsed.seq.wrapping_add(opens as u32);
+            (*request).ack = parsed.seq.wrapping_add(u32::from(opens));
         }
         (*request).flags |= flow_flags::ANSWERED;
         (*entry.as_ptr()).flags |= flow_flags::ANSWERED;

@@ -7,6 +7,7 @@
 mod tally;
 
 use std::io;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use aya::Pod;
@@ -130,18 +131,17 @@ where
         pass: &mut Pass,
         entries: &mut u64,
     ) -> Result<Option<Cursor>, MapError> {
-        use std::os::fd::AsFd;
         let fd = self.map.map().fd().as_fd();
         let (slice, next) = bpf::map_lookup_batch::<FlowKey<A>, Flow<A>>(fd, cursor, SLICE)
             .map_err(|error| failed(self.name, &error))?;
         let now = monotonic_nanoseconds();
         for (key, flow) in slice {
             let state = State::of(self.kind, key.proto, &flow);
-            if self.is_over(timeouts, now, &key, &flow) {
-                if let Some(removed) = self.remove(timeouts, &key)? {
-                    pass.note_swept(self.family, state, removed);
-                    continue;
-                }
+            if self.is_over(timeouts, now, &key, &flow)
+                && let Some(removed) = self.remove(timeouts, &key)?
+            {
+                pass.note_swept(self.family, state, removed);
+                continue;
             }
             *entries += 1;
             // One of its two entries stands for a flow.

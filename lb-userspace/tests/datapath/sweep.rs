@@ -17,6 +17,7 @@ type Flows = HashMap<MapData, FlowKey<Addr4>, Flow<Addr4>>;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const BOTH: u8 = flow_flags::FIN | flow_flags::PEER_FIN;
 
 fn open(datapath: &Datapath, name: &str) -> Flows {
     let spec = MAPS.iter().find(|spec| spec.name == name).unwrap();
@@ -57,7 +58,6 @@ fn what_is_over_is_swept_and_what_lives_stays() {
         let sizes = Sizes { flows: Some(65536), services: Some(256), backends: Some(256) };
         let datapath = Datapath::isolated(&Options { sizes, ..Options::default() }).unwrap();
         let (mut flows, mut pending) = (open(&datapath, "FLOWS4"), open(&datapath, "PENDING4"));
-        const BOTH: u8 = flow_flags::FIN | flow_flags::PEER_FIN;
         // The clock may not have run for a day: what needs that long is left to the tests of the states.
         let cases = [
             (true, TCP, 0, State::Opening),

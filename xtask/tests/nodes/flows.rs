@@ -112,9 +112,11 @@ fn flood(ns: &Netns, target: SocketAddr, packets: u32, seed: u32, datagrams: boo
         for _ in 0..packets {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             // 198.18.0.0/15 is for such tests (RFC 2544).
-            let [a, b, c, _] = state.to_be_bytes();
-            let source =
-                SocketAddr::from((Ipv4Addr::new(198, 18 + (c & 1), a, b), 1024 | (state >> 8) as u16));
+            let [a, b, c, d] = state.to_be_bytes();
+            let source = SocketAddr::from((
+                Ipv4Addr::new(198, 18 + (c & 1), a, b),
+                u16::from_be_bytes([b | 4, c ^ d]),
+            ));
             let frame = if datagrams { udp(source, target, b"who 1") } else { tcp(source, target, SYN) };
             // A full queue is a flood's own loss.
             let _ = socket.send_to(&frame[14..], &target.into());
