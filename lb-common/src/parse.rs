@@ -24,6 +24,10 @@ pub struct Parsed<F: Family> {
     pub fragment: u16,
     /// TCP flags, or those that say of an SCTP association what its packet says; 0 for UDP.
     pub tcp_flags: u8,
+    /// TCP sequence number.
+    pub seq: u32,
+    /// TCP acknowledgement number; without ACK it says nothing.
+    pub ack: u32,
     /// Identification of the datagram that a fragment is of.
     pub id: u32,
     /// The protocol, as far as it is part of that identification ([`crate::abi::FragmentKey::proto`]).
@@ -40,6 +44,8 @@ impl<F: Family> Default for Parsed<F> {
             ttl: 0,
             tcp_flags: 0,
             fragment: 0,
+            seq: 0,
+            ack: 0,
             id: 0,
             id_proto: 0,
         }
@@ -83,6 +89,12 @@ impl<F: Family> Parsed<F> {
         self.fragment == Ipv4Hdr::MORE_FRAGMENTS
     }
 
+    /// Whether the packet ends a TCP connection or an SCTP association at once, if its receiver believes it.
+    #[inline(always)]
+    pub const fn is_reset(&self) -> bool {
+        self.tcp_flags & tcp_flags::RST != 0
+    }
+
     /// Whether the packet opens a TCP connection or an SCTP association.
     #[inline(always)]
     pub const fn is_opening(&self) -> bool {
@@ -116,6 +128,8 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
             return Err(Reason::Truncated);
         }
         parsed.tcp_flags = tcp.flags;
+        parsed.seq = tcp.seq.get();
+        parsed.ack = tcp.ack.get();
         parsed.key.src_port = tcp.ports.src.get();
         parsed.key.dst_port = tcp.ports.dst.get();
     } else if parsed.is_udp() {

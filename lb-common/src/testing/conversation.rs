@@ -182,6 +182,8 @@ struct Talk {
     id: u32,
     reason: Reason,
     answered: bool,
+    /// After the answer somebody went on: the client has heard it.
+    heard: bool,
     ending: bool,
     last: u64,
     /// It may be forgotten: a half was evicted, or something odd came by.
@@ -202,7 +204,8 @@ impl Talk {
 
     /// Whether its tuple may be another's by now.
     fn may_be_over(&self, now: u64) -> bool {
-        let seconds = match (self.answered, self.proto) {
+        let seconds = match (self.heard, self.proto) {
+            (false, UDP) if self.answered => 110,
             (false, _) => 30,
             (_, TCP) => 86400,
             _ => 110,
@@ -389,6 +392,8 @@ impl<F: TestFamily> World<F> {
             // Packets of a flow go where the first went, and under the same name, or nowhere.
             if stays {
                 if let Some(ends) = ends {
+                    let acknowledges = flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::ACK;
+                    talk.heard |= talk.answered && (proto != TCP || acknowledges);
                     assert_eq!(ends, (talk.source, talk.backend), "{who:?} moved: {talk:?}");
                     assert_eq!(reason, talk.reason, "{talk:?}");
                     talk.sent = bytes;
@@ -443,6 +448,7 @@ impl<F: TestFamily> World<F> {
             id,
             reason,
             answered: known.is_some_and(|(_, answered)| answered),
+            heard: false,
             ending: flags & (tcp_flags::FIN | tcp_flags::RST) != 0,
             last: now,
             shaken: known.is_some() || self.is_haunted(&who),
@@ -570,6 +576,7 @@ impl<F: TestFamily> World<F> {
                 };
                 for talk in self.talks.values_mut().filter(same) {
                     talk.last = now;
+                    talk.heard |= talk.answered && talk.proto != TCP;
                     talk.answered = true;
                     talk.ending |= flags & (tcp_flags::FIN | tcp_flags::RST) != 0;
                 }
@@ -674,13 +681,13 @@ fn build(from: SocketAddr, to: SocketAddr, proto: u8, shape: &Shape) -> Vec<u8> 
 
 /// Each half of a flow says the same of the other, and no tuple belongs to two.
 fn check_tables<F: TestFamily>(node: &Node<F>, evicted: bool) {
-    let shape = |flow: Flow<F::Addr>| Flow { last_seen: 0, flags: flow.flags & 1, ..flow };
+    let shape = |flow: Flow<F::Addr>| Flow { last_seen: 0, ack: 0, flags: flow.flags & 1, ..flow };
     for table in [FlowTable::Established, FlowTable::Pending] {
         let entries = node.tables.entries(table);
         for (key, flow) in &entries {
             let (other, turned) = (reverse_key(key, flow), reverse_value(key, flow));
             assert_eq!(reverse_key(&other, &turned), *key, "{flow:?}");
-            assert_eq!(reverse_value(&other, &turned), *flow, "{key:?}");
+            assert_eq!(reverse_value(&other, &turned), Flow { ack: 0, ..*flow }, "{key:?}");
             let met = entries.get(&other).copied();
             assert!(evicted || met.map(shape) == Some(shape(turned)), "{key:?} {flow:?}: {met:?}");
         }
