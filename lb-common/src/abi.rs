@@ -356,7 +356,10 @@ pub struct Flow<A> {
     pub flags: u8,
     /// [`Carry`].
     pub carry: u8,
-    pub pad: [u8; 6],
+    pub pad: [u8; 2],
+    /// TCP: the last acknowledgement number seen in this direction; 0: none. It is the sequence number that the other
+    /// end sends next.
+    pub ack: u32,
 }
 
 /// Bits of [`Flow::flags`].
@@ -367,11 +370,14 @@ pub mod flow_flags {
     pub const FIN: u8 = 1 << 1;
     /// A FIN was seen in the other direction.
     pub const PEER_FIN: u8 = 1 << 2;
-    /// A RST was seen in either direction, or what ends an SCTP association: ABORT, SHUTDOWN COMPLETE.
+    /// A RST was seen in either direction that its receiver believes, or what ends an SCTP association: ABORT, SHUTDOWN
+    /// COMPLETE; and nothing else since.
     pub const RST: u8 = 1 << 3;
     /// The other direction comes in at the other class of edge: a pod and somebody outside, neither of whom sees the
     /// other's address. Only flows that are sent on have it.
     pub const CROSS: u8 = 1 << 7;
+    /// The backend has answered. In `PENDING` the next packet shows that the client has heard it.
+    pub const ANSWERED: u8 = 1 << 4;
 }
 
 /// What happens to a packet after its rewrite; [`Flow::carry`].
@@ -508,8 +514,8 @@ layout!(AddressInfo, size 4, align 4);
 layout!(Edge, size 24, align 4, addr4 16, flags 20);
 layout!(FlowKey<Addr4>, size 16, align 2, src_port 8, proto 12, side 13);
 layout!(FlowKey<Addr6>, size 40, align 2, src_port 32, proto 36, side 37);
-layout!(Flow<Addr4>, size 40, align 8, src 20, dst 24, src_port 28, flags 32, carry 33);
-layout!(Flow<Addr6>, size 64, align 8, src 20, dst 36, src_port 52, flags 56, carry 57);
+layout!(Flow<Addr4>, size 40, align 8, src 20, dst 24, src_port 28, flags 32, carry 33, ack 36);
+layout!(Flow<Addr6>, size 64, align 8, src 20, dst 36, src_port 52, flags 56, carry 57, ack 60);
 layout!(SocketKey, size 32, align 8, addr 8, port 24, side 26, proto 27);
 layout!(SocketPeer, size 28, align 4, port 16, backend 20);
 layout!(FragmentKey<Addr4>, size 16, align 4, dst 4, id 8, proto 12, side 13);

@@ -16,17 +16,168 @@ use crate::wire::{IpProto, tcp_flags};
 
 /// An entry's time is refreshed at most this often, so that packets of one flow on many CPUs do not fight for it.
 const REFRESH: u64 = 1_000_000_000;
-/// Without a packet for this long, a UDP flow is over (`nf_conntrack_udp_timeout_stream` has 120 s, too).
-pub const UDP_TIMEOUT: u64 = 120_000_000_000;
-/// Without a packet for this long, a TCP flow is over (`nf_conntrack_tcp_timeout_established`: 5 days).
-pub const TCP_TIMEOUT: u64 = 432_000_000_000_000;
-/// Without a packet for this long, an SCTP association is over (`nf_conntrack_sctp_timeout_established`: 210 s): its ends
-/// send each other heartbeats, every 30 s by default (RFC 9260, section 16).
-pub const SCTP_TIMEOUT: u64 = 210_000_000_000;
-/// Without an answer for this long, a pending flow is over (`nf_conntrack_tcp_timeout_syn_recv`: 60 s).
-pub const PENDING_TIMEOUT: u64 = 60_000_000_000;
 /// Source ports tried for one new flow.
 const PORT_ATTEMPTS: u16 = 8;
+/// How far one end may be ahead of what the other has acknowledged: data on its way. Windows are rarely larger.
+const WINDOW: u32 = 1 << 20;
+
+/// Where a flow is in its life, as far as its time depends on it.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum State {
+    /// TCP or SCTP: the backend has not answered, or the client has not heard it yet.
+    Opening = 0,
+    /// UDP: the backend has not answered.
+    Unanswered = 1,
+    /// UDP: packets in both directions.
+    Answered = 2,
+    /// TCP: neither end has closed.
+    Established = 3,
+    /// TCP: one end has sent a FIN.
+    HalfClosed = 4,
+    /// TCP: both ends have.
+    Closed = 5,
+    /// A RST that is believed, an ABORT or a SHUTDOWN COMPLETE.
+    Reset = 6,
+    /// SCTP: its ends send each other heartbeats, every 30 s by default (RFC 9260, section 16).
+    Associated = 7,
+}
+
+impl State {
+    /// Every state, in the order of their numbers.
+    pub const ALL: [Self; 8] = [
+        Self::Opening,
+        Self::Unanswered,
+        Self::Answered,
+        Self::Established,
+        Self::HalfClosed,
+        Self::Closed,
+        Self::Reset,
+        Self::Associated,
+    ];
+
+    /// The state that an entry says its flow is in.
+    #[inline(always)]
+    pub const fn of<A: Copy>(table: FlowTable, proto: u8, flow: &Flow<A>) -> Self {
+        Self::with_flags(table, proto, flow.flags)
+    }
+
+    const fn with_flags(table: FlowTable, proto: u8, flags: u8) -> Self {
+        const TCP: u8 = IpProto::Tcp as u8;
+        const SCTP: u8 = IpProto::Sctp as u8;
+        const BOTH: u8 = flow_flags::FIN | flow_flags::PEER_FIN;
+        let pending = table as u32 == FlowTable::Pending as u32;
+        // UDP never has these flags.
+        if flags & flow_flags::RST != 0 {
+            return Self::Reset;
+        }
+        match (proto, pending) {
+            (TCP | SCTP, true) => Self::Opening,
+            (TCP, false) => match flags & BOTH {
+                0 => Self::Established,
+                BOTH => Self::Closed,
+                _ => Self::HalfClosed,
+            },
+            (SCTP, false) => Self::Associated,
+            (_, true) if flags & flow_flags::ANSWERED == 0 => Self::Unanswered,
+            (_, _) => Self::Answered,
+        }
+    }
+
+    /// The number of the state that an entry says its flow is in, looked up: every branch of [`Self::of`] would be a way that the
+    /// verifier walks again for each port that a new flow tries.
+    #[inline(always)]
+    fn number<A: Copy>(table: FlowTable, proto: u8, flow: &Flow<A>) -> u8 {
+        let index = row(table, proto) | (flow.flags & STATE_FLAGS) as usize;
+        // Each row is as long as the flags may be large.
+        STATES.get(index).copied().unwrap_or(Self::Established as u8)
+    }
+
+    /// Label of metrics and tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Unanswered => "unanswered",
+            Self::Answered => "answered",
+            Self::Established => "established",
+            Self::HalfClosed => "half_closed",
+            Self::Closed => "closed",
+            Self::Reset => "reset",
+            Self::Associated => "associated",
+        }
+    }
+
+    /// Without a packet for this long (ns) a flow in this state is over, if nobody has said otherwise. In brackets what
+    /// nf_conntrack has (`nf_conntrack_*_timeout_*`).
+    pub const fn default_timeout(self) -> u64 {
+        const SECOND: u64 = 1_000_000_000;
+        match self {
+            // [syn_sent 120 s, syn_recv 60 s, sctp_cookie_wait 3 s]
+            Self::Opening => 60 * SECOND,
+            Self::Unanswered => 30 * SECOND,
+            // [time_wait and last_ack 120 s and 30 s; udp_stream 120 s]
+            Self::Answered | Self::Closed => 120 * SECOND,
+            // [5 days; kube-proxy sets 24 h]
+            Self::Established => 24 * 3600 * SECOND,
+            // [close_wait 60 s; kube-proxy sets 1 h]
+            Self::HalfClosed => 3600 * SECOND,
+            // [close 10 s]
+            Self::Reset => 10 * SECOND,
+            // [sctp_established 210 s]
+            Self::Associated => 210 * SECOND,
+        }
+    }
+
+    /// Whether a flow that had no packet for `idle` is over, its time being `timeout` (both ns): for `End::Reuse` before it is
+    /// swept.
+    #[inline(always)]
+    pub const fn is_over(self, idle: u64, timeout: u64, end: End) -> bool {
+        is_over(self as u8, idle, timeout, end)
+    }
+}
+
+/// The bits of [`Flow::flags`] that say in which state a flow is: all but [`flow_flags::CROSS`].
+const STATE_FLAGS: u8 = 0x1f;
+/// One row for each table and each of the protocols.
+const ROW: usize = STATE_FLAGS as usize + 1;
+
+/// [`State::of`] for everything that it may be asked.
+static STATES: [u8; 6 * ROW] = {
+    let mut states = [0; 6 * ROW];
+    let protos = [IpProto::Tcp as u8, IpProto::Sctp as u8, IpProto::Udp as u8];
+    let tables = [FlowTable::Established, FlowTable::Pending];
+    let mut i = 0;
+    while i < states.len() {
+        let (table, proto) = (tables[i / ROW / 3], protos[i / ROW % 3]);
+        states[i] = State::with_flags(table, proto, (i % ROW) as u8) as u8;
+        i += 1;
+    }
+    states
+};
+
+/// Where the row of a table and a protocol begins in [`STATES`].
+#[inline(always)]
+const fn row(table: FlowTable, proto: u8) -> usize {
+    const TCP: u8 = IpProto::Tcp as u8;
+    const SCTP: u8 = IpProto::Sctp as u8;
+    let proto = match proto {
+        TCP => 0,
+        SCTP => 1,
+        _ => 2,
+    };
+    (table as usize * 3 + proto) * ROW
+}
+
+/// What the end of a flow is asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// Its entries are removed.
+    Sweep,
+    /// Its tuple goes to another flow. One that closed in good order rests as its ends' sockets do (TIME_WAIT).
+    Reuse,
+    /// Its tuple goes to another flow, which has found no better one.
+    LastResort,
+}
 
 /// The direction an entry was made for.
 #[inline(always)]
@@ -94,25 +245,115 @@ pub fn reverse_value<A: Copy>(key: &FlowKey<A>, flow: &Flow<A>) -> Flow<A> {
         flags: peer_flags(flow.flags)
             | (flow.flags & flow_flags::CROSS)
             | ((flow.flags & flow_flags::REPLY) ^ flow_flags::REPLY),
-        pad: [0; 6],
+        pad: [0; 2],
+        ack: 0,
         ..*flow
     }
 }
 
-/// Notes in an entry that a packet of its direction passed. `true`: the other half wants to know ([`sync`]).
-#[inline(always)]
-pub fn note_packet<F: Family>(entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>, now: u64) -> bool {
-    let mut flags = 0;
-    if parsed.tcp_flags & tcp_flags::FIN != 0 {
-        flags |= flow_flags::FIN;
-    }
-    if parsed.tcp_flags & tcp_flags::RST != 0 {
-        flags |= flow_flags::RST;
-    }
-    note(entry, flags, now)
+/// What became of a flow with a packet of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Progress {
+    /// It is where it was.
+    Stays,
+    /// It has moved from `PENDING` to `FLOWS`.
+    Promoted,
+    /// Its tuple is another's by now: what was left of it is forgotten ([`sync`]).
+    Lost,
 }
 
-/// Adds flags to an entry and refreshes it. `true` if that changed it: a refresh happens once a second.
+/// Notes that a packet of a flow passes.
+///
+/// One stage for all of it: the verifier forgets, when it returns, on which of many ways that came about.
+#[inline(never)]
+pub fn advance<F: Family, T: Tables<F>>(
+    tables: &T,
+    table: FlowTable,
+    entry: &Cell<Flow<F::Addr>>,
+    parsed: &Parsed<F>,
+) -> Result<Progress, Reason> {
+    let pending = table as u32 == FlowTable::Pending as u32;
+    let mut confirmed = false;
+    let mut flags = 0;
+    if parsed.is_reset() {
+        if !is_believed::<F, T>(tables, table, entry, parsed) {
+            return Ok(Progress::Stays);
+        }
+        flags = flow_flags::RST;
+    } else {
+        confirmed = pending && is_confirmed::<F>(entry, parsed);
+        if pending && !confirmed {
+            answer::<F, T>(tables, entry, parsed);
+        } else {
+            set_ack(entry, parsed);
+        }
+        if parsed.tcp_flags & tcp_flags::FIN != 0 {
+            flags = flow_flags::FIN;
+        }
+    }
+    let changed = note(entry, flags, tables.now());
+    if confirmed {
+        promote::<F, T>(tables, &parsed.key, entry)?;
+        Ok(Progress::Promoted)
+    } else if changed && !sync::<F, T>(tables, table, &parsed.key, entry) {
+        Ok(Progress::Lost)
+    } else {
+        Ok(Progress::Stays)
+    }
+}
+
+/// Remembers what a packet acknowledges.
+#[inline(always)]
+fn set_ack<F: Family>(entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>) {
+    if parsed.tcp_flags & tcp_flags::ACK != 0 {
+        // SAFETY: the pointer of a live `Cell`; one field alone, so that CPUs do not undo each other's notes.
+        unsafe { (*entry.as_ptr()).ack = parsed.ack };
+    }
+}
+
+/// Whether the receiver of a RST takes it for one of its connection. The rest is passed on and changes nothing: whoever
+/// does not see the connection cannot end its flow.
+///
+/// It does if the sequence number is exactly what it expects next (RFC 5961, section 3.2). A sender with data on its way
+/// is ahead of that: it shows by its own acknowledgement that it knows the connection. `nf_conntrack_tcp_packet()`
+/// (net/netfilter/nf_conntrack_proto_tcp.c) asks for less: a sequence number not before that, and in the window.
+#[inline(never)]
+fn is_believed<F: Family, T: Tables<F>>(
+    tables: &T,
+    table: FlowTable,
+    entry: &Cell<Flow<F::Addr>>,
+    parsed: &Parsed<F>,
+) -> bool {
+    if !parsed.is_tcp() {
+        return true;
+    }
+    let flow = entry.get();
+    let Some(other) = tables.flow(table, &reverse_key(&parsed.key, &flow)) else { return false };
+    let expected = other.get().ack;
+    if expected == 0 {
+        // Nothing was acknowledged yet: the port is closed (RFC 9293, section 3.10.7.3).
+        return table as u32 == FlowTable::Pending as u32;
+    }
+    let ahead = parsed.seq.wrapping_sub(expected);
+    let knows = parsed.tcp_flags & tcp_flags::ACK != 0 && parsed.ack == flow.ack && flow.ack != 0;
+    ahead == 0 || (knows && ahead < WINDOW)
+}
+
+/// Marks both halves of a flow as ended by a RST of ours.
+#[inline(always)]
+pub fn abort<F: Family, T: Tables<F>>(
+    tables: &T,
+    table: FlowTable,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+) {
+    if note(entry, flow_flags::RST, tables.now()) {
+        sync::<F, T>(tables, table, key, entry);
+    }
+}
+
+/// Adds flags to an entry and refreshes it; a RST is taken back by whatever comes after it. `true` if that changed the
+/// entry: a refresh happens once a second.
 #[inline(always)]
 fn note<A: Copy>(entry: &Cell<Flow<A>>, flags: u8, now: u64) -> bool {
     let flow = entry.as_ptr();
@@ -120,11 +361,12 @@ fn note<A: Copy>(entry: &Cell<Flow<A>>, flags: u8, now: u64) -> bool {
     // do not undo each other; a torn or lost note costs a late refresh, nothing more.
     unsafe {
         let fresh = now.wrapping_sub((*flow).last_seen) < REFRESH;
-        let known = (*flow).flags & flags == flags;
-        if fresh && known {
+        let known = (*flow).flags;
+        let new = known & !flow_flags::RST | flags;
+        if fresh && known == new {
             return false;
         }
-        (*flow).flags |= flags;
+        (*flow).flags = new;
         (*flow).last_seen = now;
     }
     true
@@ -183,7 +425,7 @@ pub fn leave_to_stack<A: Copy>(entry: &Cell<Flow<A>>) {
 /// `false`: another flow has been given the tuple of the half that was evicted. This half is forgotten: it would mix
 /// the two up (rule 1).
 #[inline(never)]
-pub fn sync<F: Family, T: Tables<F>>(
+fn sync<F: Family, T: Tables<F>>(
     tables: &T,
     table: FlowTable,
     key: &FlowKey<F::Addr>,
@@ -218,7 +460,7 @@ fn is_reverse<A: Copy + PartialEq>(key: &FlowKey<A>, other: &Flow<A>) -> bool {
 /// What the flags of one direction mean to the other.
 #[inline(always)]
 const fn peer_flags(flags: u8) -> u8 {
-    let mut peer = flags & flow_flags::RST;
+    let mut peer = flags & (flow_flags::RST | flow_flags::ANSWERED);
     if flags & flow_flags::FIN != 0 {
         peer |= flow_flags::PEER_FIN;
     }
@@ -228,15 +470,60 @@ const fn peer_flags(flags: u8) -> u8 {
     peer
 }
 
-/// The first answer: both halves move from `PENDING` to `FLOWS`.
+/// Notes in both halves of a pending flow that a packet is the backend's answer. From then on it is known what the client
+/// has to acknowledge; before, what either end acknowledges is all there is.
+#[inline(never)]
+fn answer<F: Family, T: Tables<F>>(tables: &T, entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>) {
+    let flow = entry.get();
+    if flow.flags & flow_flags::REPLY == 0 {
+        if flow.flags & flow_flags::ANSWERED == 0 {
+            set_ack(entry, parsed);
+        }
+        return;
+    }
+    set_ack(entry, parsed);
+    if flow.flags & flow_flags::ANSWERED != 0 {
+        return;
+    }
+    let Some(request) = tables.flow(FlowTable::Pending, &reverse_key(&parsed.key, &flow)) else { return };
+    let opens = parsed.tcp_flags & tcp_flags::SYN != 0;
+    // SAFETY: the pointers of live `Cell`s, written field by field so that CPUs do not undo each other's notes.
+    unsafe {
+        let request = request.as_ptr();
+        if opens || (*request).ack == 0 {
+            (*request).ack = parsed.seq.wrapping_add(u32::from(opens));
+        }
+        (*request).flags |= flow_flags::ANSWERED;
+        (*entry.as_ptr()).flags |= flow_flags::ANSWERED;
+    }
+}
+
+/// Whether a packet of a pending flow shows that it is no flood's: its client has heard the answer. Who has sent a SYN under
+/// another's address does not know what to acknowledge; who has sent a datagram so does not go on.
+#[inline(always)]
+fn is_confirmed<F: Family>(entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>) -> bool {
+    // SAFETY: the pointer of a live `Cell`; two fields alone, because a copy of the whole flow costs stack.
+    let (flags, ack) = unsafe { ((*entry.as_ptr()).flags, (*entry.as_ptr()).ack) };
+    if flags & flow_flags::ANSWERED == 0 {
+        return false;
+    }
+    if !parsed.is_tcp() {
+        return true;
+    }
+    let acknowledges = parsed.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::ACK;
+    let near = parsed.ack.wrapping_sub(ack).wrapping_add(WINDOW) < 2 * WINDOW;
+    flags & flow_flags::REPLY == 0 && acknowledges && near
+}
+
+/// Both halves of a flow that is confirmed move from `PENDING` to `FLOWS`.
 ///
-/// The forward half goes first, so that no packet of the flow finds only a reply half; the pending halves go
-/// last. If the table is full for good, the flow stays pending and works.
+/// The pending halves go last, so that no packet finds none. If the table is full for good, the flow stays pending and
+/// works.
 ///
 /// The kernel gives a removed entry's memory to another flow at once, whoever still looks at it. So what is moved is a
 /// copy, taken before the entry was seen to be in its place still; else another CPU has moved it.
 #[inline(never)]
-pub fn promote<F: Family, T: Tables<F>>(
+fn promote<F: Family, T: Tables<F>>(
     tables: &T,
     key: &FlowKey<F::Addr>,
     entry: &Cell<Flow<F::Addr>>,
@@ -247,6 +534,10 @@ pub fn promote<F: Family, T: Tables<F>>(
     }
     let other_key = reverse_key(key, &flow.get());
     let other = Cell::new(reverse_value(key, &flow.get()));
+    if let Some(old) = tables.flow(FlowTable::Pending, &other_key) {
+        // SAFETY: a cell of ours, and the pointer of a live one; a copy of the whole flow costs stack.
+        unsafe { (*other.as_ptr()).ack = (*old.as_ptr()).ack };
+    }
     tables.put_flow(FlowTable::Established, &other_key, &other)?;
     tables.put_flow(FlowTable::Established, key, &flow)?;
     tables.remove_flow(FlowTable::Pending, &other_key);
@@ -266,30 +557,36 @@ pub fn forget<F: Family, T: Tables<F>>(
     tables.remove_flow(table, key);
 }
 
-/// Whether a flow has ended: its tuple may serve another.
+/// [`State::is_over`] for the number of a state.
 #[inline(always)]
-fn is_over<A: Copy>(table: FlowTable, proto: u8, flow: &Flow<A>, now: u64) -> bool {
-    const TCP: u8 = IpProto::Tcp as u8;
-    const SCTP: u8 = IpProto::Sctp as u8;
-    const BOTH: u8 = flow_flags::FIN | flow_flags::PEER_FIN;
-    let idle = now.saturating_sub(flow.last_seen);
-    if table as u32 == FlowTable::Pending as u32 {
-        return idle > PENDING_TIMEOUT;
-    }
-    let timeout = match proto {
-        TCP => TCP_TIMEOUT,
-        SCTP => SCTP_TIMEOUT,
-        _ => UDP_TIMEOUT,
+const fn is_over(state: u8, idle: u64, timeout: u64, end: End) -> bool {
+    let given_away = match end {
+        End::Sweep => false,
+        End::Reuse => state == State::Reset as u8,
+        End::LastResort => state == State::Reset as u8 || state == State::Closed as u8,
     };
-    // UDP never has these flags.
-    idle > timeout || flow.flags & flow_flags::RST != 0 || flow.flags & BOTH == BOTH
+    given_away || idle > timeout
+}
+
+/// Whether a flow has ended: its tuple may serve another.
+#[inline(never)]
+fn has_ended<F: Family, T: Tables<F>>(
+    tables: &T,
+    table: FlowTable,
+    proto: u8,
+    entry: &Cell<Flow<F::Addr>>,
+    end: End,
+) -> bool {
+    let flow = entry.get();
+    let state = State::number(table, proto, &flow);
+    is_over(state, tables.now().saturating_sub(flow.last_seen), tables.timeout(state), end)
 }
 
 /// Enters a new flow, both halves, into `PENDING`: rule 1, the tuple a reply is known by belongs to one flow.
 ///
 /// If the tuple is taken by a live flow (the same client port through two frontends to one backend), the
 /// new flow gets another source port, of the reserved range.
-#[inline(always)]
+#[inline(never)]
 pub fn enter<F: Family, T: Tables<F>>(
     tables: &T,
     key: &FlowKey<F::Addr>,
@@ -297,64 +594,60 @@ pub fn enter<F: Family, T: Tables<F>>(
 ) -> Result<(), Reason> {
     let spread = hash::tuple::<F>(key);
     // A forwarded packet bears this node's address: it needs a port of ours from the start.
-    let keeps_port = entry.get().carry != Carry::Forward as u8;
-    let mut found = false;
-    for attempt in 0..PORT_ATTEMPTS {
-        if attempt != 0 || !keeps_port {
-            set_src_port(entry, reserved_port(spread, attempt));
-        }
-        if is_free::<F, T>(tables, key, entry) {
-            found = true;
-            break;
-        }
+    if entry.get().carry == Carry::Forward as u8 {
+        set_src_port(entry, reserved_port(spread, 0));
     }
-    // Behind the loop: the verifier walks what is in it once for each attempt.
-    if found && clear::<F, T>(tables, key, entry) && add_reply::<F, T>(tables, key, entry) {
+    // To ask whether a flow has ended is dear to the verifier. So it is asked at the first port and at the last; between
+    // them only what nobody has is taken. What enters the flow stands behind the loop, once.
+    reclaim::<F, T>(tables, key, entry, End::Reuse);
+    let mut vacant = is_vacant::<F, T>(tables, key, entry);
+    let mut attempt = 1;
+    while !vacant && attempt < PORT_ATTEMPTS {
+        set_src_port(entry, reserved_port(spread, attempt));
+        vacant = is_vacant::<F, T>(tables, key, entry);
+        attempt += 1;
+    }
+    if !vacant {
+        // A port that has not been used for a while is better than one whose last packets may still be on their way.
+        reclaim::<F, T>(tables, key, entry, End::LastResort);
+        vacant = is_vacant::<F, T>(tables, key, entry);
+    }
+    if vacant && add_reply::<F, T>(tables, key, entry) {
         return tables.put_flow(FlowTable::Pending, key, entry);
     }
     Err(Reason::PortsExhausted)
 }
 
-/// Whether the tuple that replies of a new flow would have belongs to no other live flow.
+/// Whether nobody has the tuple that replies of a new flow would have.
 #[inline(never)]
-fn is_free<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) -> bool {
+fn is_vacant<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> bool {
+    let reply_key = reverse_key(key, &entry.get());
+    tables.flow(FlowTable::Established, &reply_key).is_none()
+        && tables.flow(FlowTable::Pending, &reply_key).is_none()
+}
+
+/// Clears away what has the tuple that replies of a new flow would have, if that is over or this flow itself.
+///
+/// It does not say what it found: the verifier goes on from here on one way instead of many.
+#[inline(never)]
+fn reclaim<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+    end: End,
+) {
     let reply_key = reverse_key(key, &entry.get());
     for table in [FlowTable::Established, FlowTable::Pending] {
         if let Some(other) = tables.flow(table, &reply_key)
-            && !may_go::<F, T>(tables, table, key, &other)
+            && (is_reverse(key, &other.get()) || has_ended::<F, T>(tables, table, key.proto, &other, end))
         {
-            return false;
-        }
-    }
-    true
-}
-
-/// Clears away what is left, at the tuple of a new flow's replies, of flows that are over and of this one. `false`:
-/// another CPU has given it to a flow just now.
-#[inline(never)]
-fn clear<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) -> bool {
-    let reply_key = reverse_key(key, &entry.get());
-    for table in [FlowTable::Established, FlowTable::Pending] {
-        if let Some(other) = tables.flow(table, &reply_key) {
-            if !may_go::<F, T>(tables, table, key, &other) {
-                return false;
-            }
             forget::<F, T>(tables, table, &reply_key, &other);
         }
     }
-    true
-}
-
-/// Whether an entry is over, or of the flow with this key itself.
-#[inline(always)]
-fn may_go<F: Family, T: Tables<F>>(
-    tables: &T,
-    table: FlowTable,
-    key: &FlowKey<F::Addr>,
-    other: &Cell<Flow<F::Addr>>,
-) -> bool {
-    let flow = other.get();
-    is_reverse(key, &flow) || is_over(table, key.proto, &flow, tables.now())
 }
 
 /// Enters the reply half of a new flow; `false` if another was quicker.

@@ -11,6 +11,7 @@ use crate::abi::{
     MemberKey, Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::family::Family;
+use crate::flow::State;
 use crate::packet::{Packet, Route};
 use crate::reason::Reason;
 use crate::tables::{Admission, Event, FlowTable, Tables};
@@ -203,6 +204,9 @@ pub struct HostTables<F: Family> {
     pub admission: Admission,
     /// `--masquerade-all`.
     pub masquerades_all: bool,
+    pub resets_removed: bool,
+    /// Times that are not the default, ns.
+    pub timeouts: BTreeMap<State, u64>,
     /// What the clock says, ns.
     pub now: Cell<u64>,
     /// What chance says.
@@ -228,6 +232,8 @@ impl<F: Family> Default for HostTables<F> {
             fragments: RefCell::default(),
             admission: Admission::default(),
             masquerades_all: false,
+            resets_removed: false,
+            timeouts: BTreeMap::new(),
             now: Cell::new(10_000_000_000),
             random: Cell::new(0),
         }
@@ -361,6 +367,15 @@ impl<F: Family> Tables<F> for HostTables<F> {
 
     fn masquerades_all(&self) -> bool {
         self.masquerades_all
+    }
+
+    fn resets_removed(&self) -> bool {
+        self.resets_removed
+    }
+
+    fn timeout(&self, state: u8) -> u64 {
+        let state = State::ALL[usize::from(state)];
+        self.timeouts.get(&state).copied().unwrap_or(state.default_timeout())
     }
 
     fn now(&self) -> u64 {

@@ -153,6 +153,10 @@ pub mod globals {
     pub const ADMISSION: &str = "ADMISSION";
     /// `u8`: backends see this node in place of all clients (`--masquerade-all`).
     pub const MASQUERADE_ALL: &str = "MASQUERADE_ALL";
+    /// `u8`: TCP to a backend that is no endpoint any more is answered with a RST (`--tcp-to-removed-backend`).
+    pub const RESETS_REMOVED: &str = "RESETS_REMOVED";
+    /// `[u64; 8]`: after how long (ns) a flow is over, by [`State`](crate::flow::State).
+    pub const TIMEOUTS: &str = "TIMEOUTS";
     /// `u8`: the kernel has `bpf_set_retval` (5.18, commit b44123b4a3dc) for socket hooks.
     pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
     /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11, commit d05512618056).

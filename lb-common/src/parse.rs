@@ -13,20 +13,24 @@ pub struct Parsed<F: Family> {
     pub key: FlowKey<F::Addr>,
     /// Length the IP header states, bytes, the header included.
     pub ip_len: u32,
+    /// TCP sequence number.
+    pub seq: u32,
+    /// TCP acknowledgement number; without ACK it says nothing.
+    pub ack: u32,
+    /// Identification of the datagram that a fragment is of.
+    pub id: u32,
     /// Offset of the transport header in the packet.
     pub transport: u16,
-    /// TTL or hop limit.
-    pub ttl: u8,
     /// Which part of its datagram the packet is, as IPv4 says it: [`Ipv4Hdr::MORE_FRAGMENTS`] and
     /// [`Ipv4Hdr::FRAGMENT_OFFSET`]. 0: all of it.
     ///
     /// Bits and no enum: a value that it knows makes the verifier walk everything behind it once for each.
     pub fragment: u16,
+    /// TTL or hop limit.
+    pub ttl: u8,
     /// TCP flags, or those that say of an SCTP association what its packet says; 0 for UDP.
     pub tcp_flags: u8,
-    /// Identification of the datagram that a fragment is of.
-    pub id: u32,
-    /// The protocol, as far as it is part of that identification ([`crate::abi::FragmentKey::proto`]).
+    /// The protocol, as far as it is part of the identification of its datagram ([`crate::abi::FragmentKey::proto`]).
     pub id_proto: u8,
 }
 
@@ -36,11 +40,13 @@ impl<F: Family> Default for Parsed<F> {
         Self {
             key: FlowKey::default(),
             ip_len: 0,
+            seq: 0,
+            ack: 0,
+            id: 0,
             transport: 0,
+            fragment: 0,
             ttl: 0,
             tcp_flags: 0,
-            fragment: 0,
-            id: 0,
             id_proto: 0,
         }
     }
@@ -89,6 +95,12 @@ impl<F: Family> Parsed<F> {
         self.fragment == Ipv4Hdr::MORE_FRAGMENTS
     }
 
+    /// Whether the packet ends a TCP connection or an SCTP association at once, if its receiver believes it.
+    #[inline(always)]
+    pub const fn is_reset(&self) -> bool {
+        self.tcp_flags & tcp_flags::RST != 0
+    }
+
     /// Whether the packet opens a TCP connection or an SCTP association.
     #[inline(always)]
     pub const fn is_opening(&self) -> bool {
@@ -122,6 +134,8 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
             return Err(Reason::Truncated);
         }
         parsed.tcp_flags = tcp.flags;
+        parsed.seq = tcp.seq.get();
+        parsed.ack = tcp.ack.get();
         parsed.key.src_port = tcp.ports.src.get();
         parsed.key.dst_port = tcp.ports.dst.get();
     } else if parsed.is_udp() {

@@ -12,7 +12,7 @@ use crate::abi::{
     network_flags,
 };
 use crate::family::Family;
-use crate::flow;
+use crate::flow::{self, Progress};
 use crate::fragment;
 use crate::hash;
 use crate::icmp;
@@ -23,7 +23,7 @@ use crate::respond::respond;
 use crate::rewrite::rewrite;
 use crate::service::{self, Scope};
 use crate::tables::{Admission, Event, FlowTable, Tables};
-use crate::wire::{IcmpHdr, tcp_flags};
+use crate::wire::IcmpHdr;
 
 /// What the hook has to do with the packet.
 #[repr(u32)]
@@ -104,13 +104,17 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
     }
     // Every entry of an incoming side has an address of this node, of a Service or of a backend as destination.
     let info = service::address::<F, T>(tables, &parsed.key.dst)?;
-    if info.flags & !address_flags::BACKEND == 0 && !may_be_direct(parsed, info) {
+    let fronts = info.flags & !address_flags::BACKEND != 0;
+    if !fronts && !names_backend(parsed, info) {
         return Err(Reason::NotOurs);
     }
     if let Some(entry) = tables.flow(FlowTable::Pending, &parsed.key)
         && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Pending)?
     {
         return Ok(carry);
+    }
+    if !fronts && !may_be_direct(parsed, info) {
+        return Err(Reason::NotOurs);
     }
     if !is_admitted::<F, T>(tables, parsed) {
         return Err(Reason::LeftToOthers);
@@ -202,12 +206,6 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             // The backend opens a connection of its own from the port it serves on.
             return Err(Reason::NotOurs);
         }
-        if pending {
-            flow::promote::<F, T>(tables, &parsed.key, entry)?;
-            // The pending entry may be another flow's by now: the kernel gives out at once what was removed.
-            let promoted = tables.flow(FlowTable::Established, &parsed.key).ok_or(Reason::FlowTableFull)?;
-            return go_on(packet, tables, parsed, &promoted, FlowTable::Established);
-        }
     } else {
         if !flow::changes_nothing(&parsed.key, &flow)
             && is_left_alone::<F, P, T>(packet, tables, &parsed.key, &flow)
@@ -221,38 +219,44 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             flow::forget::<F, T>(tables, table, &parsed.key, entry);
             return Ok(None);
         }
+        if parsed.is_tcp()
+            && tables.resets_removed()
+            && !flow::is_direct(&flow)
+            && service::is_removed::<F, T>(tables, flow.backend, flow.generation)
+        {
+            flow::abort::<F, T>(tables, table, &parsed.key, entry);
+            return Err(Reason::BackendRemoved);
+        }
     }
-    go_on(packet, tables, parsed, entry, table)
-}
-
-/// One more packet of a flow that stays as it is. `None`: the flow has lost its tuple.
-#[inline(always)]
-fn go_on<F: Family, P: Packet, T: Tables<F>>(
-    packet: &mut P,
-    tables: &T,
-    parsed: &Parsed<F>,
-    entry: &Cell<Flow<F::Addr>>,
-    table: FlowTable,
-) -> Result<Option<Carry>, Reason> {
-    if flow::note_packet(entry, parsed, tables.now())
-        && !flow::sync::<F, T>(tables, table, &parsed.key, entry)
-    {
-        return Ok(None);
+    match flow::advance::<F, T>(tables, table, entry, parsed)? {
+        Progress::Lost => return Ok(None),
+        Progress::Stays => {}
+        Progress::Promoted => {
+            // The pending entry may be another flow's by now: the kernel gives out at once what was removed.
+            let promoted = tables.flow(FlowTable::Established, &parsed.key).ok_or(Reason::FlowTableFull)?;
+            return carry(packet, tables, parsed, &promoted).map(Some);
+        }
     }
     carry(packet, tables, parsed, entry).map(Some)
+}
+
+/// Whether a packet is addressed to where a backend of its protocol is.
+#[inline(always)]
+fn names_backend<F: Family>(parsed: &Parsed<F>, info: AddressInfo) -> bool {
+    let backend = if parsed.is_udp() {
+        address_flags::BACKEND_UDP
+    } else if parsed.is_tcp() {
+        address_flags::BACKEND_TCP
+    } else {
+        address_flags::BACKEND_SCTP
+    };
+    info.flags & backend != 0
 }
 
 /// Whether a packet that no frontend takes begins a flow of a client with the backend that it asks for.
 #[inline(always)]
 fn may_be_direct<F: Family>(parsed: &Parsed<F>, info: AddressInfo) -> bool {
-    let (backend, begins) = if parsed.is_udp() {
-        (address_flags::BACKEND_UDP, true)
-    } else if parsed.is_tcp() {
-        (address_flags::BACKEND_TCP, parsed.is_opening())
-    } else {
-        (address_flags::BACKEND_SCTP, parsed.is_opening())
-    };
-    info.flags & backend != 0 && begins
+    names_backend(parsed, info) && (parsed.is_udp() || parsed.is_opening())
 }
 
 /// Whether XDP has had the packet: what it leaves for the stack is of a flow by now, or none of ours.
@@ -290,8 +294,12 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
         return Err(Reason::NotOurs);
     }
     let mut service = Service::default();
-    let frontend = ServiceKey { addr: key.dst, port: key.dst_port, proto: key.proto, pad: 0 };
-    let direct = match service::find::<F, T>(tables, &frontend, info, &mut service) {
+    let found = {
+        // Gives its room on the stack to the flow.
+        let frontend = ServiceKey { addr: key.dst, port: key.dst_port, proto: key.proto, pad: 0 };
+        service::find::<F, T>(tables, &frontend, info, &mut service)
+    };
+    let direct = match found {
         Err(Reason::NotOurs)
             if may_be_direct(parsed, info) && !is_behind_xdp::<F, P, T>(packet, tables, key.side) =>
         {
@@ -299,7 +307,7 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
         }
         result => result.map(|()| false)?,
     };
-    if parsed.tcp_flags & tcp_flags::RST != 0 {
+    if parsed.is_reset() {
         return Err(Reason::StrayReset);
     }
     let flow = Cell::new(Flow::default());
@@ -369,7 +377,8 @@ fn open<F: Family, T: Tables<F>>(
             (false, true) => Carry::Stack,
             (false, false) => Carry::Forward,
         } as u8,
-        pad: [0; 6],
+        pad: [0; 2],
+        ack: 0,
     });
     Ok(())
 }

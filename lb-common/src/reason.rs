@@ -151,6 +151,8 @@ reasons! {
     LeftToOthers = 27, "left_to_others", Pass;
     /// Of a flow between a client and a backend that it asks for itself: known, not changed.
     Direct = 28, "direct", Pass;
+    /// A TCP connection whose backend is no endpoint any more (`--tcp-to-removed-backend=reset`).
+    BackendRemoved = 29, "backend_removed", Reject;
 }
 
 /// Number of entries of `COUNTERS`.

@@ -198,3 +198,12 @@ pub fn is_alive<F: Family, T: Tables<F>>(tables: &T, id: u32, generation: u32) -
         None => false,
     }
 }
+
+/// Whether the backend a flow was given is no endpoint any more; one that is about to go still is.
+#[inline(always)]
+pub fn is_removed<F: Family, T: Tables<F>>(tables: &T, id: u32, generation: u32) -> bool {
+    match tables.backend(id) {
+        Some(backend) => backend.state == backend_state::UNUSED || backend.generation != generation,
+        None => true,
+    }
+}

@@ -14,9 +14,9 @@ use crate::reason::Reason;
 #[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum FlowTable {
-    /// `FLOWS`: the other side has answered.
+    /// `FLOWS`: both ends have heard of each other.
     Established = 0,
-    /// `PENDING`: it has not yet. A flood of first packets only evicts its own kind.
+    /// `PENDING`: they have not yet. A flood of first packets only evicts its own kind.
     Pending = 1,
 }
 
@@ -100,6 +100,12 @@ pub trait Tables<F: Family> {
     fn admission(&self) -> Admission;
     /// `--masquerade-all`.
     fn masquerades_all(&self) -> bool;
+
+    /// Whether TCP to a backend that is no endpoint any more is answered with a RST.
+    fn resets_removed(&self) -> bool;
+
+    /// Without a packet for this long (ns) a flow in the [`State`](crate::flow::State) of this number is over.
+    fn timeout(&self, state: u8) -> u64;
 
     /// `CLOCK_MONOTONIC`, ns; may be a few milliseconds old.
     fn now(&self) -> u64;

@@ -7,7 +7,7 @@ use lb_common::abi::{
     Edge, Network, Service, ServiceKey, Side, Window, address_flags, edge_flags, frontend_kind,
     network_flags, service_flags,
 };
-use lb_common::flow::PENDING_TIMEOUT;
+use lb_common::flow::State;
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
@@ -292,6 +292,7 @@ fn answers_are_met_where_the_backend_is<F: MasqueradeFamily>() {
         assert_eq!(node.0.entries(FlowTable::Pending).len(), 2);
         let (verdict, ends) = node.translate(back, &udp(backend, src, b"answer"));
         assert_eq!((verdict, ends), (Verdict::Forward, (frontend, client)));
+        node.translate(side, &udp(client, frontend, b"thanks"));
         assert_eq!(node.0.entries(FlowTable::Pending).len(), 0);
         assert_eq!(node.0.entries(FlowTable::Established).len(), 2);
     }
@@ -325,6 +326,7 @@ fn a_lost_half_is_restored_at_its_own_edge<F: MasqueradeFamily>() {
         let frontend = at(F::NODE, port);
         let (_, (src, backend)) = node.translate(side, &udp(client, frontend, b""));
         node.translate(back, &udp(backend, src, b""));
+        node.translate(side, &udp(client, frontend, b""));
         let both = node.0.entries(FlowTable::Established);
         let sides: BTreeSet<u8> = both.keys().map(|key| key.side).collect();
         assert_eq!(sides, BTreeSet::from([side as u8, back as u8]));
@@ -360,7 +362,7 @@ fn ports_are_free_again_after_their_time<F: MasqueradeFamily>() {
             .find(|(key, _)| key.dst == F::wire(src.ip()) && key.dst_port == src.port())
             .expect("the half of answers");
         let other = lb_common::abi::Flow { dst_port: 1, ..flow };
-        for (wait, same) in [(PENDING_TIMEOUT, false), (1, true)] {
+        for (wait, same) in [(State::Unanswered.default_timeout(), false), (1, true)] {
             node.forget();
             node.0.pending.borrow_mut().insert(reply, std::rc::Rc::new(std::cell::Cell::new(other)));
             node.0.now.set(node.0.now.get() + wait);

@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 
 use lb_common::abi::{
-    MemberKey, Network, PrefixKey, RESERVED_PORTS_COUNT, ServiceKey, Side, Source, Usage, address_flags,
-    backend_state, edge_flags, network_flags, service_flags,
+    Flow, MemberKey, Network, PrefixKey, RESERVED_PORTS_COUNT, ServiceKey, Side, Source, Usage,
+    address_flags, backend_state, edge_flags, network_flags, service_flags,
 };
-use lb_common::flow;
+use lb_common::flow::{self, State};
 use lb_common::host::{HostPacket, HostRoute};
 use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
@@ -41,7 +41,7 @@ both_families! {
     forwarded_flows_of_many_clients_never_share_a_port
     a_port_is_used_again_when_its_flow_is_over
     ports_can_run_out_and_that_is_said
-    pending_flows_are_promoted_by_the_first_reply
+    pending_flows_are_promoted_when_the_client_has_heard_the_answer
     a_lost_half_is_restored_by_the_half_that_is_left
     a_tuple_that_another_flow_took_is_given_up
     a_lost_half_of_a_pending_flow_is_restored
@@ -49,6 +49,13 @@ both_families! {
     a_retransmitted_syn_keeps_its_backend
     udp_leaves_a_dead_backend_with_its_next_packet
     tcp_stays_with_a_backend_that_is_gone
+    tcp_to_a_removed_backend_is_reset_where_that_is_wanted
+    resets_are_believed_from_who_knows_the_connection
+    a_reset_is_taken_back_by_what_comes_after_it
+    a_refused_connection_is_never_established
+    flows_end_with_their_time
+    a_tuple_that_has_just_closed_rests
+    halves_of_a_pending_flow_stay_together
     a_backend_may_open_connections_from_its_service_port
     forwarding_respects_the_mtu
     a_way_through_no_edge_leads_to_a_local_pod
@@ -379,6 +386,7 @@ fn a_direct_flow_outlives_its_backend<F: TestFamily>() {
         let (client, backend) = (client::<F>(40000), at(F::POD, talk.target));
         node.send(Side::NicIn, (talk.open)(client, backend));
         node.send(Side::NicOut, (talk.answer)(backend, client));
+        node.send(Side::NicIn, (talk.go_on)(client, backend));
         for id in [1, 3, 5] {
             node.tables.backends.get_mut(&id).expect("its backend").state = backend_state::UNUSED;
         }
@@ -500,11 +508,11 @@ fn ports_can_run_out_and_that_is_said<F: TestFamily>() {
     assert!(first.is_some_and(|first| first > range / 3), "the first refusal at {first:?}");
     assert!(sources.len() > range * 9 / 10 && sources.len() <= range, "{} in use", sources.len());
     // Pending flows that nobody answered give their ports back.
-    node.wait(flow::PENDING_TIMEOUT + 1);
+    node.wait(State::Opening.default_timeout() + 1);
     open_forwarded(&node, 1023).seen(Verdict::Forward, Reason::Forwarded);
 }
 
-fn pending_flows_are_promoted_by_the_first_reply<F: TestFamily>() {
+fn pending_flows_are_promoted_when_the_client_has_heard_the_answer<F: TestFamily>() {
     let node = Node::<F>::new();
     let (client, frontend, backend) =
         (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
@@ -512,13 +520,25 @@ fn pending_flows_are_promoted_by_the_first_reply<F: TestFamily>() {
     assert_eq!((node.count(FlowTable::Pending), node.count(FlowTable::Established)), (2, 0));
     node.send(Side::NicIn, tcp(client, frontend, ACK)).seen(Verdict::Pass, Reason::Translated);
     assert_eq!((node.count(FlowTable::Pending), node.count(FlowTable::Established)), (2, 0));
-    node.send(Side::NicOut, tcp(backend, client, SYN | ACK)).seen(Verdict::Pass, Reason::Translated);
+    let answer = Segment { seq: 5000, ..Segment::new(backend, client, SYN | ACK) }.build();
+    node.send(Side::NicOut, answer.clone()).seen(Verdict::Pass, Reason::Translated);
+    node.send(Side::NicOut, answer).seen(Verdict::Pass, Reason::Translated);
+    // Who has not heard the answer, because it went to somebody else, does not know what to acknowledge.
+    let mut segment = Segment { ack: 5001 + (1 << 20), ..Segment::new(client, frontend, ACK) };
+    for _ in 0..2 {
+        node.send(Side::NicIn, segment.build()).seen(Verdict::Pass, Reason::Translated);
+        assert_eq!((node.count(FlowTable::Pending), node.count(FlowTable::Established)), (2, 0));
+    }
+    segment.ack = 5001;
+    node.send(Side::NicIn, Segment { flags: SYN, ..segment.clone() }.build());
+    assert_eq!((node.count(FlowTable::Pending), node.count(FlowTable::Established)), (2, 0));
+    node.send(Side::NicIn, segment.build()).seen(Verdict::Pass, Reason::Translated);
     assert_eq!((node.count(FlowTable::Pending), node.count(FlowTable::Established)), (0, 2));
     // The two halves say the same of each other.
     let entries = node.tables.entries(FlowTable::Established);
     for (key, flow) in &entries {
         let other = entries.get(&flow::reverse_key(key, flow)).expect("the other half");
-        assert_eq!(*other, flow::reverse_value(key, flow));
+        assert_eq!(Flow { ack: 0, ..*other }, flow::reverse_value(key, flow));
     }
 }
 
@@ -526,10 +546,7 @@ fn a_lost_half_is_restored_by_the_half_that_is_left<F: TestFamily>() {
     // Rule 2: under LRU pressure either half may go.
     for lost in [false, true] {
         let node = Node::<F>::new();
-        let (client, frontend, backend) =
-            (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
-        node.send(Side::NicIn, tcp(client, frontend, SYN));
-        node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+        let (client, frontend, backend) = connect(&node);
         let before = node.tables.entries(FlowTable::Established);
         node.tables.flows.borrow_mut().retain(|_, entry| flow::is_reply(&entry.get()) != lost);
         assert_eq!(node.count(FlowTable::Established), 1);
@@ -547,10 +564,7 @@ fn a_lost_half_is_restored_by_the_half_that_is_left<F: TestFamily>() {
 fn a_syn_on_an_old_tuple_is_a_new_connection<F: TestFamily>() {
     // Rule 5. The client comes back with the same port; its backend has been replaced by another meanwhile.
     let mut node = Node::<F>::new();
-    let (client, frontend, backend) =
-        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
-    node.send(Side::NicIn, tcp(client, frontend, SYN));
-    node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+    let (client, frontend, backend) = connect(&node);
     let other = at(F::OTHER_POD, ports::TARGET);
     let mut entry = node.tables.backends[&1];
     entry.addr = F::wire(other.ip());
@@ -624,6 +638,238 @@ fn tcp_stays_with_a_backend_that_is_gone<F: TestFamily>() {
         let ack = node.send(Side::NicIn, tcp(client, frontend, ACK));
         assert_eq!(ack.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
     }
+}
+
+fn tcp_to_a_removed_backend_is_reset_where_that_is_wanted<F: TestFamily>() {
+    for established in [true, false] {
+        let mut node = Node::<F>::new();
+        node.tables.resets_removed = true;
+        let (client, frontend, backend) =
+            (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+        node.send(Side::NicIn, tcp(client, frontend, SYN));
+        if established {
+            node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+        }
+        let send = |node: &Node<F>| node.send(Side::NicIn, tcp(client, frontend, ACK));
+        // Whoever is about to go keeps its connections.
+        node.tables.backends.get_mut(&1).expect("backend 1").state = backend_state::TERMINATING;
+        assert_eq!(send(&node).seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+        let known = node.tables.backends[&1];
+        for (state, generation) in [
+            (backend_state::UNUSED, known.generation),
+            // The id was given to another.
+            (backend_state::ACTIVE, known.generation + 1),
+        ] {
+            let entry = node.tables.backends.get_mut(&1).expect("backend 1");
+            (entry.state, entry.generation) = (state, generation);
+            for _ in 0..2 {
+                let seen = send(&node).seen(Verdict::SendBack, Reason::BackendRemoved);
+                let Seen::Tcp { src, dst, flags, seq, .. } = seen else { panic!("{seen:?}") };
+                assert_eq!((src, dst, flags, seq), (frontend, client, RST, 2000));
+            }
+            // A RST is not answered by another.
+            let reset = node.send(Side::NicIn, tcp(client, frontend, RST));
+            reset.untouched(Verdict::Drop, Reason::BackendRemoved);
+        }
+        let table = if established { FlowTable::Established } else { FlowTable::Pending };
+        assert_eq!(states(&node, table), [State::Reset; 2]);
+        // A new connection is a new connection.
+        node.tables.slots.insert(1, 2);
+        let syn = node.send(Side::NicIn, tcp(client, frontend, SYN));
+        assert_ne!(syn.reason, Reason::BackendRemoved);
+    }
+}
+
+/// A connection of a client outside with the pod of this node: it has sent up to 1001, the pod up to 5001.
+fn connect<F: TestFamily>(node: &Node<F>) -> (SocketAddr, SocketAddr, SocketAddr) {
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+    for (side, from, to, flags, seq, ack) in [
+        (Side::NicIn, client, frontend, SYN, 1000, 0),
+        (Side::NicOut, backend, client, SYN | ACK, 5000, 1001),
+        (Side::NicIn, client, frontend, ACK, 1001, 5001),
+    ] {
+        let segment = Segment { seq, ack, ..Segment::new(from, to, flags) };
+        node.send(side, segment.build()).seen(Verdict::Pass, Reason::Translated);
+    }
+    (client, frontend, backend)
+}
+
+/// The states that the entries of a table say their flows are in.
+fn states<F: TestFamily>(node: &Node<F>, table: FlowTable) -> Vec<State> {
+    let entries = node.tables.entries(table);
+    entries.iter().map(|(key, flow)| State::of(table, key.proto, flow)).collect()
+}
+
+fn resets_are_believed_from_who_knows_the_connection<F: TestFamily>() {
+    // RFC 5961, section 3.2.
+    const WINDOW: u32 = 1 << 20;
+    for (from_client, flags, seq, ack, believed) in [
+        (true, RST, 1001, 0, true),
+        (true, RST, 1000, 0, false),
+        (true, RST, 1002, 0, false),
+        (true, RST, 0, 0, false),
+        (true, RST | ACK, 1001, 0, true),
+        // Ahead of what the pod has acknowledged, but with the client's own acknowledgement.
+        (true, RST | ACK, 1001 + 4000, 5001, true),
+        (true, RST | ACK, WINDOW + 1000, 5001, true),
+        (true, RST | ACK, WINDOW + 1001, 5001, false),
+        (true, RST | ACK, 1001 + 4000, 5002, false),
+        (true, RST, 1001 + 4000, 5001, false),
+        (false, RST, 5001, 0, true),
+        (false, RST, 5002, 0, false),
+        (false, RST | ACK, 5001 + 1448, 1001, true),
+        (false, RST | ACK, 5001 + 1448, 1000, false),
+    ] {
+        let node = Node::<F>::new();
+        let (client, frontend, backend) = connect(&node);
+        let before = node.tables.entries(FlowTable::Established);
+        let (side, from, to) =
+            if from_client { (Side::NicIn, client, frontend) } else { (Side::NicOut, backend, client) };
+        let segment = Segment { seq, ack, ..Segment::new(from, to, flags) };
+        // It goes on either way: its receiver judges for itself.
+        let what = format!("{segment:?}");
+        node.send(side, segment.build()).seen(Verdict::Pass, Reason::Translated);
+        if believed {
+            assert_eq!(states(&node, FlowTable::Established), [State::Reset; 2], "{what}");
+        } else {
+            assert_eq!(node.tables.entries(FlowTable::Established), before, "{what}");
+        }
+    }
+    // Who has lost what it knew of the other end believes nothing.
+    let node = Node::<F>::new();
+    let (client, frontend, _) = connect(&node);
+    node.tables.flows.borrow_mut().retain(|_, entry| !flow::is_reply(&entry.get()));
+    for seq in [0, 1001] {
+        node.send(Side::NicIn, Segment { seq, ..Segment::new(client, frontend, RST) }.build());
+        assert_eq!(states(&node, FlowTable::Established), [State::Established]);
+    }
+}
+
+fn a_reset_is_taken_back_by_what_comes_after_it<F: TestFamily>() {
+    for from_client in [true, false] {
+        let node = Node::<F>::new();
+        let (client, frontend, backend) = connect(&node);
+        node.send(Side::NicIn, Segment { seq: 1001, ..Segment::new(client, frontend, RST) }.build());
+        assert_eq!(states(&node, FlowTable::Established), [State::Reset; 2]);
+        let (side, from, to) =
+            if from_client { (Side::NicIn, client, frontend) } else { (Side::NicOut, backend, client) };
+        node.send(side, tcp(from, to, ACK)).seen(Verdict::Pass, Reason::Translated);
+        assert_eq!(states(&node, FlowTable::Established), [State::Established; 2]);
+    }
+}
+
+fn a_refused_connection_is_never_established<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) =
+        (client::<F>(40000), at(F::NODE, ports::WEB_NODE), at(F::POD, ports::TARGET));
+    node.send(Side::NicIn, tcp(client, frontend, SYN));
+    let refusal = Segment { seq: 0, ack: 1001, ..Segment::new(backend, client, RST | ACK) };
+    let seen = node.send(Side::NicOut, refusal.build()).seen(Verdict::Pass, Reason::Translated);
+    assert_eq!(seen.ends(), (frontend, client));
+    assert_eq!(node.count(FlowTable::Established), 0);
+    assert_eq!(states(&node, FlowTable::Pending), [State::Reset; 2]);
+    // Its tuple is free at once.
+    let syn = node.send(Side::NicIn, tcp(client, at(F::VIP, ports::WEB), SYN));
+    assert_eq!(syn.seen(Verdict::Pass, Reason::Translated).ends(), (client, backend));
+}
+
+/// Whether another frontend's client of the same port may have the tuple of the first one's flow.
+fn is_tuple_free<F: TestFamily>(node: &Node<F>, udp_flow: bool) -> bool {
+    let client = client::<F>(40000);
+    let packet = if udp_flow {
+        udp(client, at(F::VIP, ports::DNS), b"?")
+    } else {
+        tcp(client, at(F::VIP, ports::WEB), SYN)
+    };
+    let (src, _) = node.send(Side::NicIn, packet).seen(Verdict::Pass, Reason::Translated).ends();
+    src.port() == client.port()
+}
+
+fn flows_end_with_their_time<F: TestFamily>() {
+    const SECOND: u64 = 1_000_000_000;
+    let reach = |node: &Node<F>, state: State| {
+        let (client, frontend, pod) = match state {
+            State::Unanswered | State::Answered => {
+                let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::DNS_NODE));
+                node.send(Side::NicIn, udp(client, frontend, b"?"));
+                (client, frontend, at(F::POD, ports::TARGET_UDP))
+            }
+            State::Opening => {
+                let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::WEB_NODE));
+                node.send(Side::NicIn, tcp(client, frontend, SYN));
+                (client, frontend, at(F::POD, ports::TARGET))
+            }
+            _ => connect(node),
+        };
+        if state == State::Answered {
+            node.send(Side::NicOut, udp(pod, client, b"!"));
+            assert_eq!(states(node, FlowTable::Pending), [state; 2]);
+            // Whoever goes on has heard it.
+            node.send(Side::NicIn, udp(client, frontend, b"?"));
+        }
+        if matches!(state, State::HalfClosed | State::Closed) {
+            node.send(Side::NicOut, tcp(pod, client, FIN | ACK));
+        }
+        if state == State::Closed {
+            node.send(Side::NicIn, tcp(client, frontend, FIN | ACK));
+        }
+        let table = match state {
+            State::Unanswered | State::Opening => FlowTable::Pending,
+            _ => FlowTable::Established,
+        };
+        assert_eq!(states(node, table), [state; 2]);
+    };
+    for (state, seconds) in [
+        (State::Opening, 60),
+        (State::Unanswered, 30),
+        (State::Answered, 120),
+        (State::Established, 24 * 3600),
+        (State::HalfClosed, 3600),
+        (State::Closed, 120),
+    ] {
+        for (timeout, configured) in [(seconds * SECOND, None), (7 * SECOND, Some(7 * SECOND))] {
+            for over in [false, true] {
+                let mut node = Node::<F>::new();
+                node.tables.timeouts.extend(configured.map(|timeout| (state, timeout)));
+                reach(&node, state);
+                node.wait(timeout + u64::from(over));
+                let udp_flow = matches!(state, State::Unanswered | State::Answered);
+                assert_eq!(is_tuple_free(&node, udp_flow), over, "{state:?}, {timeout} ns");
+            }
+        }
+    }
+}
+
+fn a_tuple_that_has_just_closed_rests<F: TestFamily>() {
+    let node = Node::<F>::new();
+    let (client, frontend, backend) = connect(&node);
+    for (side, from, to) in [(Side::NicIn, client, frontend), (Side::NicOut, backend, client)] {
+        node.send(side, tcp(from, to, FIN | ACK));
+    }
+    assert!(!is_tuple_free(&node, false), "another port is to be had");
+    // A RST leaves nothing to wait for; neither end has a socket any more.
+    let node = Node::<F>::new();
+    connect(&node);
+    node.send(Side::NicIn, Segment { seq: 1001, ..Segment::new(client, frontend, RST) }.build());
+    assert!(is_tuple_free(&node, false));
+}
+
+fn halves_of_a_pending_flow_stay_together<F: TestFamily>() {
+    // Whoever only sends (logs, metrics) stays pending; both halves live as long as it does.
+    let node = Node::<F>::new();
+    let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::DNS_NODE));
+    for _ in 0..40 {
+        node.send(Side::NicIn, udp(client, frontend, b"log")).seen(Verdict::Pass, Reason::Translated);
+        node.wait(2_000_000_000);
+    }
+    assert!(!is_tuple_free(&node, true));
+    let node = Node::<F>::new();
+    node.send(Side::NicIn, udp(client, frontend, b"log"));
+    node.tables.pending.borrow_mut().retain(|_, entry| !flow::is_reply(&entry.get()));
+    node.wait(2_000_000_000);
+    node.send(Side::NicIn, udp(client, frontend, b"log"));
+    assert_eq!(node.count(FlowTable::Pending), 2, "the lost half is back");
 }
 
 fn a_backend_may_open_connections_from_its_service_port<F: TestFamily>() {
@@ -835,6 +1081,7 @@ fn a_tuple_that_another_flow_took_is_given_up<F: TestFamily>() {
         node.send(Side::NicIn, tcp(client, first, SYN)).seen(Verdict::Pass, Reason::Translated);
         if answered {
             node.send(Side::NicOut, tcp(backend, client, SYN | ACK));
+            node.send(Side::NicIn, tcp(client, first, ACK));
         }
         let table = if answered { &node.tables.flows } else { &node.tables.pending };
         table.borrow_mut().retain(|_, entry| !flow::is_reply(&entry.get()));

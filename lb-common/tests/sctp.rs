@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use lb_common::abi::{Side, backend_state};
-use lb_common::flow;
+use lb_common::flow::State;
 use lb_common::pipeline::Verdict;
 use lb_common::tables::FlowTable;
 use lb_common::testing::node::{DATA, Node, client};
@@ -70,6 +70,7 @@ fn associate<F: TestFamily>(node: &Node<F>) -> (SocketAddr, SocketAddr, SocketAd
         (client::<F>(40000), at(F::NODE, ports::SIGNAL_NODE), at(F::POD, ports::TARGET_SCTP));
     node.send(Side::NicIn, sctp(client, frontend, INIT, &[1; 16]));
     node.send(Side::NicOut, sctp(backend, client, INIT_ACK, &[2; 16]));
+    node.send(Side::NicIn, sctp(client, frontend, DATA, &[3; 16]));
     assert_eq!((node.count(FlowTable::Established), node.count(FlowTable::Pending)), (2, 0));
     (client, frontend, backend)
 }
@@ -97,7 +98,8 @@ fn an_association_ends_with_an_abort_or_a_completed_shutdown<F: TestFamily>() {
         assert_eq!(src.port() == client.port(), over, "chunk {last}");
     }
     // Or once its ends are silent.
-    for (wait, over) in [(flow::SCTP_TIMEOUT, false), (flow::SCTP_TIMEOUT + 1, true)] {
+    let timeout = State::Associated.default_timeout();
+    for (wait, over) in [(timeout, false), (timeout + 1, true)] {
         let node = Node::<F>::new();
         let (client, ..) = associate(&node);
         node.wait(wait);

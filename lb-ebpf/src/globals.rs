@@ -2,6 +2,7 @@
 //! the code that is switched off.
 
 use aya_ebpf::Global;
+use lb_common::flow::State;
 
 /// Cookie of the node's network namespace; 0: not known.
 #[unsafe(no_mangle)]
@@ -30,3 +31,11 @@ pub static HAVE_COARSE_CLOCK: Global<u8> = Global::new(1);
 /// The kernel knows `BPF_F_IPV6`.
 #[unsafe(no_mangle)]
 pub static HAVE_CSUM_IPV6: Global<u8> = Global::new(1);
+
+/// After how long without a packet, in ns, a flow is over, by the number of its state.
+#[unsafe(no_mangle)]
+pub static TIMEOUTS: [u64; State::ALL.len()] = [0; State::ALL.len()];
+
+/// TCP to a backend that is no endpoint any more is answered with a RST.
+#[unsafe(no_mangle)]
+pub static RESETS_REMOVED: Global<u8> = Global::new(0);

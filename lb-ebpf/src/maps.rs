@@ -1,6 +1,7 @@
 //! The maps, and the pipeline's view of them.
 
 use core::cell::Cell;
+use core::ptr::read_volatile;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::lpm_trie::Key;
@@ -20,7 +21,7 @@ use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
 use lb_common::tables::{Admission, Event, FlowTable};
 use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6};
 
-use crate::globals::{ADMISSION, HAVE_COARSE_CLOCK, MASQUERADE_ALL};
+use crate::globals::{ADMISSION, HAVE_COARSE_CLOCK, MASQUERADE_ALL, RESETS_REMOVED, TIMEOUTS};
 
 const SERVICE_COUNT: usize = DEFAULT_MAX_SERVICES as usize;
 const BACKEND_COUNT: usize = DEFAULT_MAX_BACKENDS as usize;
@@ -272,6 +273,17 @@ macro_rules! tables {
             #[inline(always)]
             fn masquerades_all(&self) -> bool {
                 MASQUERADE_ALL.load() != 0
+            }
+
+            #[inline(always)]
+            fn resets_removed(&self) -> bool {
+                RESETS_REMOVED.load() != 0
+            }
+
+            #[inline(always)]
+            fn timeout(&self, state: u8) -> u64 {
+                // SAFETY: an element of a static; volatile, because the agent sets it and the compiler must not know better.
+                TIMEOUTS.get(state as usize).map_or(0, |timeout| unsafe { read_volatile(timeout) })
             }
 
             #[inline(always)]

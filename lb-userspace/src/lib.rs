@@ -9,6 +9,7 @@ pub mod edges;
 pub mod entries;
 pub mod events;
 pub mod finding;
+pub mod flows;
 pub mod health;
 pub mod inspect;
 pub mod logging;

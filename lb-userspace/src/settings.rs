@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
@@ -12,7 +13,7 @@ use lb_common::tables::Admission;
 use serde::Deserialize;
 
 use crate::agent::{Config, SourceOptions};
-use crate::datapath::{self, DEFAULT_BPFFS, Sizes, TcMode};
+use crate::datapath::{self, DEFAULT_BPFFS, Sizes, TcMode, Timeouts};
 use crate::edges::{self, Rules};
 use crate::entries;
 use crate::nodeports::{BadNetwork, NodePortAddresses};
@@ -137,6 +138,28 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     max_backends: Option<u32>,
 
+    /// After how long without a packet a TCP connection is over, as in 24h0m0s; 0: the default [default: 24h]
+    #[arg(long, value_name = "TIME")]
+    conntrack_tcp_timeout_established: Option<Time>,
+
+    /// After how long without a packet a TCP connection is over that one end has closed; 0: the default
+    /// [default: 1h]
+    #[arg(long, value_name = "TIME")]
+    conntrack_tcp_timeout_close_wait: Option<Time>,
+
+    /// After how long without a packet a UDP flow is over that was not answered; 0: the default [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    conntrack_udp_timeout: Option<Time>,
+
+    /// After how long without a packet a UDP flow is over that was; 0: the default [default: 2m]
+    #[arg(long, value_name = "TIME")]
+    conntrack_udp_timeout_stream: Option<Time>,
+
+    /// What becomes of TCP connections to a backend that is no endpoint any more: they go on, as with kube-proxy,
+    /// or the client's next packet is answered with a RST [default: keep]
+    #[arg(long, value_name = "WHAT")]
+    tcp_to_removed_backend: Option<RemovedBackend>,
+
     /// What is logged: a level, or levels per module as in `info,fairlead::reconcile=debug` [default: info]
     #[arg(long, env = "RUST_LOG", value_name = "FILTER")]
     log_level: Option<String>,
@@ -191,6 +214,39 @@ enum DetectLocalMode {
     BridgeInterface,
     #[value(name = "InterfaceNamePrefix")]
     InterfaceNamePrefix,
+}
+
+/// `--tcp-to-removed-backend`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RemovedBackend {
+    Keep,
+    Reset,
+}
+
+/// A time as Go writes it: `24h0m0s`, `1.5h`, `300ms`, `0`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(try_from = "String")]
+struct Time(Duration);
+
+impl FromStr for Time {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "0" {
+            return Ok(Self::default());
+        }
+        let time = text.parse::<jiff::SignedDuration>().ok().and_then(|time| Duration::try_from(time).ok());
+        time.map(Self).ok_or_else(|| format!("{text:?} is not a time like 24h0m0s"))
+    }
+}
+
+impl TryFrom<String> for Time {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
 }
 
 /// `--log-format`.
@@ -317,6 +373,11 @@ impl Settings {
             max_flows,
             max_services,
             max_backends,
+            conntrack_tcp_timeout_established,
+            conntrack_tcp_timeout_close_wait,
+            conntrack_udp_timeout,
+            conntrack_udp_timeout_stream,
+            tcp_to_removed_backend,
             log_level,
             log_format,
             datapath_log_level,
@@ -396,6 +457,13 @@ impl Settings {
                     (false, true) => Admission::None,
                     (false, false) => Admission::All,
                 },
+                timeouts: Timeouts {
+                    tcp_established: time(self.conntrack_tcp_timeout_established),
+                    tcp_close_wait: time(self.conntrack_tcp_timeout_close_wait),
+                    udp: time(self.conntrack_udp_timeout),
+                    udp_stream: time(self.conntrack_udp_timeout_stream),
+                },
+                resets_removed: self.tcp_to_removed_backend == Some(RemovedBackend::Reset),
                 log_level: self.datapath_log_level.unwrap_or_default() as u8,
             },
             cgroup_root: self.cgroup_root,
@@ -420,6 +488,11 @@ impl Settings {
             metrics: self.metrics_bind_address.map_or(Some(loopback), |Bind(addr)| addr),
         })
     }
+}
+
+/// Zero: the default.
+fn time(given: Option<Time>) -> Duration {
+    given.unwrap_or_default().0
 }
 
 /// The name that a `--detect-local-mode` asks for, which is of no use in another; empty is as good as none.
@@ -460,6 +533,7 @@ fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Opti
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use lb_common::flow::State;
 
     use super::*;
 
@@ -506,6 +580,11 @@ mod tests {
             "--max-flows=1",
             "--max-services=2",
             "--max-backends=3",
+            "--conntrack-tcp-timeout-established=24h0m0s",
+            "--conntrack-tcp-timeout-close-wait=1h",
+            "--conntrack-udp-timeout=30s",
+            "--conntrack-udp-timeout-stream=0",
+            "--tcp-to-removed-backend=reset",
             "--log-level=debug",
             "--log-format=json",
             "--datapath-log-level=info",
@@ -517,6 +596,9 @@ mod tests {
                     pod-bridge-interface: br0\npod-interface-name-prefix: tap\nmasquerade-all: true\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\
                     cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
+                    conntrack-tcp-timeout-established: 24h0m0s\nconntrack-tcp-timeout-close-wait: 1h0m0s\n\
+                    conntrack-udp-timeout: 30s\nconntrack-udp-timeout-stream: \"0\"\n\
+                    tcp-to-removed-backend: reset\n\
                     log-level: debug\nlog-format: json\ndatapath-log-level: info\n";
         assert_eq!(yaml(text).unwrap(), all);
         let settings = line(&["--manifests=/m", "--hostname-override=b"]);
@@ -544,6 +626,9 @@ mod tests {
             &["--xdp=fast"],
             &["--manifests=/m", "--master=http://m"],
             &["--healthz-bind-address=nowhere"],
+            &["--conntrack-udp-timeout=30"],
+            &["--conntrack-udp-timeout=-30s"],
+            &["--tcp-to-removed-backend=drop"],
         ] {
             assert!(Line::try_parse_from(["fairlead"].iter().chain(args)).is_err(), "{args:?}");
         }
@@ -556,6 +641,41 @@ mod tests {
         assert_eq!(bind("0.0.0.0").as_deref(), Some("0.0.0.0:10256"));
         assert_eq!(bind("::").as_deref(), Some("[::]:10256"));
         assert_eq!(bind("[::1]:80").as_deref(), Some("[::1]:80"));
+    }
+
+    /// As kube-proxy's flags take them, and its configurations are written.
+    #[test]
+    fn times() {
+        let seconds = |text: &str| text.parse::<Time>().map(|time| time.0.as_secs_f64());
+        for (text, expected) in [
+            ("24h0m0s", 86400.0),
+            ("1h", 3600.0),
+            ("2m0s", 120.0),
+            ("1h30m", 5400.0),
+            ("1.5h", 5400.0),
+            ("1m1.5s", 61.5),
+            ("250ms", 0.25),
+            ("0s", 0.0),
+            ("0", 0.0),
+        ] {
+            assert_eq!(seconds(text), Ok(expected), "{text}");
+        }
+        for text in ["", "30", "-1s", "1x", "s"] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
+        let config = |args: &[&str]| line(args).config().unwrap().datapath;
+        let all = config(&[
+            "--conntrack-tcp-timeout-established=1s",
+            "--conntrack-tcp-timeout-close-wait=2s",
+            "--conntrack-udp-timeout=3s",
+            "--conntrack-udp-timeout-stream=4s",
+        ]);
+        let states = [State::Established, State::HalfClosed, State::Unanswered, State::Answered];
+        assert_eq!(states.map(|state| all.timeouts.of(state) / 1_000_000_000), [1, 2, 3, 4]);
+        let zero = config(&["--conntrack-udp-timeout=0s"]);
+        assert_eq!(states.map(|state| zero.timeouts.of(state) / 1_000_000_000), [86400, 3600, 30, 120]);
+        assert!(config(&["--tcp-to-removed-backend=reset"]).resets_removed);
+        assert!(!config(&["--tcp-to-removed-backend=keep"]).resets_removed);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::entries::Protocol;
+use crate::flows;
 use crate::inspect::{
     BackendView, CounterView, EdgeView, FlowView, Inspector, LinkView, MapView, ProgramView, ScopeView,
     ServiceView, UsageView,
@@ -42,11 +43,14 @@ struct Status {
     links: Vec<LinkView>,
     programs: Vec<ProgramView>,
     maps: Vec<MapView>,
+    /// What somebody should do something about.
+    warnings: Vec<String>,
     counters: Vec<CounterView>,
 }
 
 pub fn status(to: &mut To<'_>) -> Result<()> {
     let inspector = Inspector::open(to.bpffs)?;
+    let maps = inspector.fill()?;
     let status = Status {
         bpffs: to.bpffs.display().to_string(),
         layout_version: inspector.layout_version(),
@@ -54,7 +58,8 @@ pub fn status(to: &mut To<'_>) -> Result<()> {
         edges: inspector.edges()?,
         links: inspector.links()?,
         programs: inspector.programs()?,
-        maps: inspector.fill()?,
+        warnings: warnings(&maps),
+        maps,
         counters: inspector.counters()?,
     };
     if to.json {
@@ -92,6 +97,9 @@ pub fn status(to: &mut To<'_>) -> Result<()> {
         ]);
     }
     maps.print(&mut to.out)?;
+    for warning in &status.warnings {
+        writeln!(to.out, "{warning}")?;
+    }
     writeln!(to.out)?;
     let mut counters = Table::new(["HOOK", "WHAT HAPPENED", "ACTION", "PACKETS", "BYTES"]);
     for counter in &status.counters {
@@ -104,6 +112,16 @@ pub fn status(to: &mut To<'_>) -> Result<()> {
         return Ok(());
     }
     Ok(counters.print(&mut to.out)?)
+}
+
+/// Flow tables that are nearly full, and what to do.
+fn warnings(maps: &[MapView]) -> Vec<String> {
+    let pressed = maps.iter().filter(|view| flows::is_pressed(view.entries.into(), view.max_entries.into()));
+    pressed
+        .map(|view| (view.map, flows::advice(view.map)))
+        .filter(|(_, advice)| !advice.is_empty())
+        .map(|(map, advice)| format!("{map}: {advice}"))
+        .collect()
 }
 
 fn source(addr: IpAddr) -> String {
@@ -317,6 +335,14 @@ mod tests {
         assert_eq!(lock_holder(locks, 25), Some(2035));
         assert_eq!(lock_holder(locks, 26), None);
         assert_eq!(lock_holder(locks, 5), None);
+    }
+
+    #[test]
+    fn nearly_full_flow_tables_are_warned_of() {
+        let view = |map, entries| MapView { map, entries, max_entries: 100 };
+        let warnings = warnings(&[view("FLOWS4", 84), view("FLOWS6", 85), view("SERVICES4", 100)]);
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].starts_with("FLOWS6: ") && warnings[0].contains("--max-flows"), "{warnings:?}");
     }
 
     #[test]

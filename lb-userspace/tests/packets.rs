@@ -463,9 +463,11 @@ impl Traffic {
         }
         let flags = self.pick(&[SYN, SYN, SYN | ACK, ACK, ACK, FIN | ACK, RST, RST | ACK, 0]);
         let ttl = self.pick(&[60, 60, 60, 60, 2, 1, 0]);
+        // Often what the other end expects: that decides about RSTs.
+        let numbers = [1000, 1000, 2000, 2000, self.random.u32(..)];
         Segment {
-            seq: self.random.u32(..),
-            ack: self.random.u32(..),
+            seq: self.pick(&numbers),
+            ack: self.pick(&numbers),
             ttl,
             payload,
             ..Segment::new(src, dst, flags)

@@ -171,6 +171,15 @@ struct Shape {
     damage: Option<(u8, u8)>,
 }
 
+/// How far a talk has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Answer {
+    Awaited,
+    Sent,
+    /// Somebody went on after it: the client has heard it.
+    Heard,
+}
+
 /// A frontend was asked by a client: what the naive memory knows of it.
 #[derive(Debug)]
 struct Talk {
@@ -181,7 +190,7 @@ struct Talk {
     backend: SocketAddr,
     id: u32,
     reason: Reason,
-    answered: bool,
+    answer: Answer,
     ending: bool,
     last: u64,
     /// It may be forgotten: a half was evicted, or something odd came by.
@@ -202,10 +211,11 @@ impl Talk {
 
     /// Whether its tuple may be another's by now.
     fn may_be_over(&self, now: u64) -> bool {
-        let seconds = match (self.answered, self.proto) {
-            (false, _) => 30,
-            (_, TCP) => 86400,
-            _ => 110,
+        let seconds = match (self.answer, self.proto) {
+            (Answer::Awaited, _) => 30,
+            (Answer::Heard, TCP) => 86400,
+            (_, UDP) | (Answer::Heard, _) => 110,
+            (Answer::Sent, _) => 30,
         };
         self.shaken || self.ending || now - self.last > seconds * 1_000_000_000
     }
@@ -385,10 +395,14 @@ impl<F: TestFamily> World<F> {
             let alive = state.state == backend_state::ACTIVE;
             let stays = !talk.shaken
                 && !talk.may_be_over(now)
-                && if opening { !talk.answered && alive } else { proto != UDP || alive };
+                && if opening { talk.answer == Answer::Awaited && alive } else { proto != UDP || alive };
             // Packets of a flow go where the first went, and under the same name, or nowhere.
             if stays {
                 if let Some(ends) = ends {
+                    let acknowledges = flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::ACK;
+                    if talk.answer == Answer::Sent && (proto != TCP || acknowledges) {
+                        talk.answer = Answer::Heard;
+                    }
                     assert_eq!(ends, (talk.source, talk.backend), "{who:?} moved: {talk:?}");
                     assert_eq!(reason, talk.reason, "{talk:?}");
                     talk.sent = bytes;
@@ -423,7 +437,7 @@ impl<F: TestFamily> World<F> {
         };
         // An older flow may have been found instead of a new one being made.
         let old = self.talks.get(&who).filter(|old| (old.source, old.backend) == (source, backend));
-        let known = old.map(|old| (old.id, old.answered));
+        let known = old.map(|old| (old.id, old.answer));
         let id = known.map_or_else(|| self.expect_backend(side, who, backend, reason), |(id, _)| id);
         let name = match reason {
             Reason::Translated => client.ip(),
@@ -442,7 +456,7 @@ impl<F: TestFamily> World<F> {
             backend,
             id,
             reason,
-            answered: known.is_some_and(|(_, answered)| answered),
+            answer: known.map_or(Answer::Awaited, |(_, answer)| answer),
             ending: flags & (tcp_flags::FIN | tcp_flags::RST) != 0,
             last: now,
             shaken: known.is_some() || self.is_haunted(&who),
@@ -570,7 +584,11 @@ impl<F: TestFamily> World<F> {
                 };
                 for talk in self.talks.values_mut().filter(same) {
                     talk.last = now;
-                    talk.answered = true;
+                    talk.answer = match talk.answer {
+                        Answer::Sent if talk.proto != TCP => Answer::Heard,
+                        Answer::Awaited => Answer::Sent,
+                        known => known,
+                    };
                     talk.ending |= flags & (tcp_flags::FIN | tcp_flags::RST) != 0;
                 }
             }
@@ -674,13 +692,13 @@ fn build(from: SocketAddr, to: SocketAddr, proto: u8, shape: &Shape) -> Vec<u8> 
 
 /// Each half of a flow says the same of the other, and no tuple belongs to two.
 fn check_tables<F: TestFamily>(node: &Node<F>, evicted: bool) {
-    let shape = |flow: Flow<F::Addr>| Flow { last_seen: 0, flags: flow.flags & 1, ..flow };
+    let shape = |flow: Flow<F::Addr>| Flow { last_seen: 0, ack: 0, flags: flow.flags & 1, ..flow };
     for table in [FlowTable::Established, FlowTable::Pending] {
         let entries = node.tables.entries(table);
         for (key, flow) in &entries {
             let (other, turned) = (reverse_key(key, flow), reverse_value(key, flow));
             assert_eq!(reverse_key(&other, &turned), *key, "{flow:?}");
-            assert_eq!(reverse_value(&other, &turned), *flow, "{key:?}");
+            assert_eq!(reverse_value(&other, &turned), Flow { ack: 0, ..*flow }, "{key:?}");
             let met = entries.get(&other).copied();
             assert!(evicted || met.map(shape) == Some(shape(turned)), "{key:?} {flow:?}: {met:?}");
         }

@@ -21,6 +21,7 @@ use crate::datapath::{self, Datapath, KernelMaps, SocketLb};
 use crate::edges::{self, Edges, Rules, View, XdpMode};
 use crate::entries::Algorithm;
 use crate::events::Events;
+use crate::flows::Sweeper;
 use crate::health::{self, Health};
 use crate::metrics::{self, KernelCounts, Metrics};
 use crate::nodeports::{self, NodePortAddresses};
@@ -86,6 +87,7 @@ pub async fn run(config: Config) -> Result<()> {
     if let Some(logger) = datapath.take_logger() {
         tokio::spawn(datapath::forward_log(logger));
     }
+    tokio::spawn(Sweeper::new(&datapath)?.run(metrics.flows().clone()));
     let edges = attach(&config, &datapath)?;
     let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
     let mut agent = Agent::new(facts, datapath.maps()?, health)?;

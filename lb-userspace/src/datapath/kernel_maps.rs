@@ -486,7 +486,8 @@ fn read_error(map: &'static str) -> impl Fn(io::Error) -> MapError {
     move |error| MapError::Failed { map: map.into(), reason: format!("read: {error}") }
 }
 
-fn typed<T: TryFrom<Map, Error = AyaError>>(
+/// The map of this name, which `open` opens.
+pub(crate) fn typed<T: TryFrom<Map, Error = AyaError>>(
     name: &'static str,
     open: impl Fn(&'static MapSpec) -> Result<MapData, OpenError>,
 ) -> Result<T, OpenError> {

@@ -13,6 +13,7 @@ use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use lb_common::abi::Edge;
+use lb_common::flow::State;
 use lb_common::maps::{MAPS, MapSpec, globals, programs};
 
 use super::error::OpenError;
@@ -209,6 +210,8 @@ struct Globals {
     set_retval: u8,
     coarse_clock: u8,
     csum_ipv6: u8,
+    timeouts: [u64; State::ALL.len()],
+    resets_removed: u8,
     log_level: u8,
 }
 
@@ -236,6 +239,8 @@ impl Globals {
             set_retval: features.set_retval.into(),
             coarse_clock: features.coarse_clock.into(),
             csum_ipv6: features.csum_ipv6.into(),
+            timeouts: State::ALL.map(|state| options.timeouts.of(state)),
+            resets_removed: options.resets_removed.into(),
             log_level: options.log_level,
         })
     }
@@ -248,6 +253,8 @@ impl Globals {
         loader.override_global(globals::HAVE_SET_RETVAL, &self.set_retval, true);
         loader.override_global(globals::HAVE_COARSE_CLOCK, &self.coarse_clock, true);
         loader.override_global(globals::HAVE_CSUM_IPV6, &self.csum_ipv6, true);
+        loader.override_global(globals::TIMEOUTS, self.timeouts.as_slice(), true);
+        loader.override_global(globals::RESETS_REMOVED, &self.resets_removed, true);
         // Not in the object when no program logs.
         loader.override_global(globals::LOG_LEVEL, &self.log_level, false);
     }

@@ -20,9 +20,9 @@ pub use features::Features;
 pub use hooks::{Direction, Hooks, Observed, Outcome, Place, SOCKET_PROGRAMS, XdpKind};
 pub(crate) use hooks::{device_name, links};
 pub use kernel_maps::KernelMaps;
-pub(crate) use kernel_maps::walk;
+pub(crate) use kernel_maps::{typed, walk};
 pub use load::{Datapath, Programs, forward_log, program_names};
-pub use options::{DEFAULT_BPFFS, Options, Sizes, SocketLb, TcMode};
+pub use options::{DEFAULT_BPFFS, Options, Sizes, SocketLb, TcMode, Timeouts};
 
 use lb_common::maps::{Capacity, MAPS};
 

@@ -1,7 +1,9 @@
 //! What `Datapath::open` is told.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use lb_common::flow::State;
 use lb_common::maps::{
     Capacity, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING,
     MAX_ADDRESSES, SLOTS_PER_BACKEND,
@@ -23,6 +25,9 @@ pub struct Options {
     pub tc: TcMode,
     /// `--takeover` and `--drain`: which connections are begun while another Service proxy is there.
     pub admission: Admission,
+    pub timeouts: Timeouts,
+    /// `--tcp-to-removed-backend=reset`.
+    pub resets_removed: bool,
     /// Level of the kernel programs' log: 0 off (the verifier removes every line), 1 error to 5 trace.
     pub log_level: u8,
 }
@@ -36,6 +41,8 @@ impl Default for Options {
             masquerade_all: false,
             tc: TcMode::default(),
             admission: Admission::default(),
+            timeouts: Timeouts::default(),
+            resets_removed: false,
             log_level: 0,
         }
     }
@@ -80,6 +87,37 @@ impl Sizes {
         };
         Wanted { entries: entries.max(1), flag: Some(flag), explicit }
     }
+}
+
+/// `--conntrack-*-timeout-*`: after how long without a packet flows are over; zero: the default.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Timeouts {
+    pub tcp_established: Duration,
+    pub tcp_close_wait: Duration,
+    pub udp: Duration,
+    pub udp_stream: Duration,
+}
+
+impl Timeouts {
+    /// That of flows in a state, in nanoseconds.
+    pub fn of(&self, state: State) -> u64 {
+        let configured = match state {
+            State::Established => self.tcp_established,
+            State::HalfClosed => self.tcp_close_wait,
+            State::Unanswered => self.udp,
+            State::Answered => self.udp_stream,
+            State::Opening | State::Closed | State::Reset | State::Associated => Duration::ZERO,
+        };
+        match nanoseconds(configured) {
+            0 => state.default_timeout(),
+            timeout => timeout,
+        }
+    }
+}
+
+/// As the kernel counts; what does not fit is for ever.
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// `--socket-lb`: whose sockets are translated when they connect.

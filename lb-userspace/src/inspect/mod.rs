@@ -154,7 +154,7 @@ pub struct FlowView {
     pub new_destination_port: u16,
     /// From the backend to the client.
     pub reply: bool,
-    /// `pending` until the first reply, `established`, `closing` after a FIN, `closed` after a RST.
+    /// `pending` until the client has heard an answer, `established`, `closing` after a FIN, `closed` after a RST.
     pub state: &'static str,
     /// How a rewritten packet goes on: `stack`, `forward` or `bounce`; `direct`: the client asks for the backend itself,
     /// and the stack has the packet, as a rule as it came.
@@ -660,7 +660,8 @@ fn family_name(family: Family) -> &'static str {
 }
 
 /// The clock of the kernel programs.
-fn monotonic_nanoseconds() -> u64 {
+/// What the programs call now.
+pub(crate) fn monotonic_nanoseconds() -> u64 {
     let clock = nix::time::ClockId::CLOCK_MONOTONIC;
     nix::time::clock_gettime(clock).map_or(0, |time| {
         let nanoseconds = i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec());

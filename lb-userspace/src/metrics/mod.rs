@@ -30,6 +30,7 @@ pub use self::work::{News, Size, Work};
 use crate::datapath::Features;
 use crate::entries::{Compiled, ServiceName};
 use crate::events::Outcomes;
+use crate::flows::Tally;
 use crate::health::{self, Health};
 use crate::owner::Owner;
 use accounts::Accounts;
@@ -55,6 +56,7 @@ struct Inner {
     shared: Arc<Shared>,
     features: Family<Label, Gauge>,
     events: Outcomes,
+    flows: Tally,
     /// One answer is made at a time.
     turn: tokio::sync::Mutex<()>,
 }
@@ -114,9 +116,10 @@ impl Metrics {
             "Events about Services, by what became of them",
             events.family().clone(),
         );
+        let flows = Tally::register(&mut registry);
         process::register(&mut registry);
         let turn = tokio::sync::Mutex::default();
-        Self(Arc::new(Inner { registry, work, shared, features, events, turn }))
+        Self(Arc::new(Inner { registry, work, shared, features, events, flows, turn }))
     }
 
     /// There is a datapath, with these maps.
@@ -131,6 +134,11 @@ impl Metrics {
     /// What became of Events.
     pub fn events(&self) -> &Outcomes {
         &self.0.events
+    }
+
+    /// What walks over the flow tables find.
+    pub fn flows(&self) -> &Tally {
+        &self.0.flows
     }
 
     /// How the agent keeps up.

@@ -8,4 +8,5 @@ mod inspect;
 mod kernel;
 mod maps;
 mod support;
+mod sweep;
 mod takeover;

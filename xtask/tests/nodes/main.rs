@@ -6,6 +6,7 @@ mod agent;
 mod captures;
 mod cells;
 mod edges;
+mod flows;
 mod fragments;
 mod health;
 mod hostports;
