@@ -31,7 +31,7 @@ pub enum Capacity {
     Fixed(u32),
     /// `--max-flows`.
     Flows,
-    /// `--max-flows` / 8.
+    /// [`max_pending`] of `--max-flows`.
     PendingFlows,
     /// `--max-services`.
     Services,
@@ -70,8 +70,15 @@ pub const DEFAULT_MAX_FLOWS: u32 = 512 * 1024;
 pub const DEFAULT_MAX_SERVICES: u32 = 64 * 1024;
 /// Default of `--max-backends`: per family.
 pub const DEFAULT_MAX_BACKENDS: u32 = 256 * 1024;
-/// Pending flows for each of `--max-flows`.
-pub const FLOWS_PER_PENDING: u32 = 8;
+
+/// Pending flows beside so many flows: an eighth, but room for what may open at a time beside a small table, too.
+pub const fn max_pending(flows: u32) -> u32 {
+    const FLOWS_PER_PENDING: u32 = 8;
+    const LEAST: u32 = 4096;
+    let share = flows / FLOWS_PER_PENDING;
+    if share > LEAST { share } else { LEAST }
+}
+
 /// Datagrams in pieces that are remembered, per family.
 pub const MAX_FRAGMENTS: u32 = 8 * 1024;
 /// Sockets that know a translated peer.

@@ -315,7 +315,7 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
         open_direct::<F, T>(tables, key, &flow);
         Ok(())
     } else {
-        admit::<F, T>(tables, &service, key)
+        admit::<F, T>(tables, &service, parsed)
             .and_then(|id| open::<F, T>(tables, key, service.id, id, &flow))
             .and_then(|()| {
                 find_way(packet, tables, parsed, &flow, service::masquerades::<F, T>(tables, &service))
@@ -333,13 +333,13 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
 
 /// Chooses a backend for a client, if it may ask for the frontend.
 #[inline(always)]
-fn admit<F: Family, T: Tables<F>>(
-    tables: &T,
-    service: &Service,
-    key: &FlowKey<F::Addr>,
-) -> Result<u32, Reason> {
+fn admit<F: Family, T: Tables<F>>(tables: &T, service: &Service, parsed: &Parsed<F>) -> Result<u32, Reason> {
+    let key = &parsed.key;
     if !service::is_source_allowed::<F, T>(tables, service, &key.src) {
         return Err(Reason::SourceNotAllowed);
+    }
+    if parsed.is_tcp() && !parsed.is_opening() && service::is_chosen_at_random(service) {
+        return Err(Reason::FlowLost);
     }
     let inside = key.side == Side::PodIn as u8
         || service::networks::<F, T>(tables, &key.src) & network_flags::POD != 0;

@@ -153,6 +153,8 @@ reasons! {
     Direct = 28, "direct", Pass;
     /// A TCP connection whose backend is no endpoint any more (`--tcp-to-removed-backend=reset`).
     BackendRemoved = 29, "backend_removed", Reject;
+    /// Of a TCP connection whose flow is gone, and whose backend was chosen at random: no other shall get it.
+    FlowLost = 30, "flow_lost", Reject;
 }
 
 /// Number of entries of `COUNTERS`.

@@ -86,6 +86,15 @@ const fn is_service_alone(info: AddressInfo) -> bool {
     info.flags & (address_flags::SERVICE | address_flags::NODE) == address_flags::SERVICE
 }
 
+/// Whether the same packet may get another backend when [`choose`] is asked again; in one of the scopes is enough, as the
+/// verifier pays for each difference.
+#[inline(always)]
+pub const fn is_chosen_at_random(service: &Service) -> bool {
+    service.flags & service_flags::MAGLEV == 0
+        && service.affinity == 0
+        && (service.internal.len > 1 || service.external.len > 1)
+}
+
 /// Chooses a backend: one array read. With session affinity, one hash lookup for the client and, if it is known, one
 /// for the window it asks now.
 ///

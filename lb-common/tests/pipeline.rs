@@ -45,6 +45,7 @@ both_families! {
     a_lost_half_is_restored_by_the_half_that_is_left
     a_tuple_that_another_flow_took_is_given_up
     a_lost_half_of_a_pending_flow_is_restored
+    a_connection_that_lost_its_flow_goes_to_its_backend_or_nowhere
     a_syn_on_an_old_tuple_is_a_new_connection
     a_retransmitted_syn_keeps_its_backend
     udp_leaves_a_dead_backend_with_its_next_packet
@@ -558,6 +559,37 @@ fn a_lost_half_is_restored_by_the_half_that_is_left<F: TestFamily>() {
         }
         let after = node.tables.entries(FlowTable::Established);
         assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+    }
+}
+
+/// Rule 2, both halves gone: chosen at random, another backend would get what it has never heard of.
+fn a_connection_that_lost_its_flow_goes_to_its_backend_or_nowhere<F: TestFamily>() {
+    for at_random in [false, true] {
+        for (side, from) in [(Side::NicIn, F::CLIENT), (Side::PodIn, F::OTHER_POD)] {
+            let mut node = Node::<F>::new();
+            for service in node.tables.services.values_mut().filter(|_| at_random) {
+                service.flags &= !service_flags::MAGLEV;
+            }
+            let (client, many) = (at(from, 40000), at(F::VIP, ports::MANY));
+            let send = |target, flags| node.send(side, tcp(client, target, flags));
+            let first = send(many, SYN).read().ends();
+            for flags in [ACK, ACK | FIN, SYN | ACK] {
+                node.tables.flows.borrow_mut().clear();
+                node.tables.pending.borrow_mut().clear();
+                node.tables.random.set(node.tables.random.get() + 1);
+                let again = send(many, flags);
+                if at_random {
+                    let seen = again.seen(Verdict::SendBack, Reason::FlowLost);
+                    let Seen::Tcp { flags, .. } = seen else { panic!("{seen:?}") };
+                    assert!(flags & RST != 0, "{flags:#x}");
+                    assert_eq!(node.count(FlowTable::Pending), 0);
+                } else {
+                    assert_eq!(again.read().ends(), first);
+                }
+            }
+            // Where there is one backend it is known.
+            assert_ne!(send(at(F::VIP, ports::WEB), ACK).reason, Reason::FlowLost);
+        }
     }
 }
 

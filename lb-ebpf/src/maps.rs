@@ -13,9 +13,9 @@ use lb_common::abi::{
     MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use lb_common::maps::{
-    DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING, MAX_ADDRESSES,
-    MAX_AFFINITIES, MAX_EDGES, MAX_FRAGMENTS, MAX_MEMBERS, MAX_NETWORKS, MAX_SOCKETS, MAX_SOURCES,
-    MAX_USAGES, NO_PREALLOC, SLOTS_PER_BACKEND,
+    DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, MAX_ADDRESSES, MAX_AFFINITIES, MAX_EDGES,
+    MAX_FRAGMENTS, MAX_MEMBERS, MAX_NETWORKS, MAX_SOCKETS, MAX_SOURCES, MAX_USAGES, NO_PREALLOC,
+    SLOTS_PER_BACKEND, max_pending,
 };
 use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
 use lb_common::tables::{Admission, Event, FlowTable};
@@ -28,7 +28,7 @@ const BACKEND_COUNT: usize = DEFAULT_MAX_BACKENDS as usize;
 const SLOT_COUNT: usize = (DEFAULT_MAX_BACKENDS * SLOTS_PER_BACKEND) as usize;
 const ADDRESS_COUNT: usize = (MAX_ADDRESSES + DEFAULT_MAX_BACKENDS) as usize;
 const FLOW_COUNT: usize = DEFAULT_MAX_FLOWS as usize;
-const PENDING_COUNT: usize = (DEFAULT_MAX_FLOWS / FLOWS_PER_PENDING) as usize;
+const PENDING_COUNT: usize = max_pending(DEFAULT_MAX_FLOWS) as usize;
 const WRITTEN_BY_AGENT: usize = NO_PREALLOC as usize;
 
 #[btf_map]

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use lb_common::flow::State;
 use lb_common::maps::{
-    Capacity, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FLOWS_PER_PENDING,
-    MAX_ADDRESSES, SLOTS_PER_BACKEND,
+    Capacity, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, MAX_ADDRESSES,
+    SLOTS_PER_BACKEND, max_pending,
 };
 use lb_common::tables::Admission;
 
@@ -75,7 +75,7 @@ impl Sizes {
         let (entries, flag, explicit) = match capacity {
             Capacity::Fixed(entries) => return Wanted { entries, flag: None, explicit: false },
             Capacity::Flows => (flows, "--max-flows", self.flows.is_some()),
-            Capacity::PendingFlows => (flows / FLOWS_PER_PENDING, "--max-flows", self.flows.is_some()),
+            Capacity::PendingFlows => (max_pending(flows), "--max-flows", self.flows.is_some()),
             Capacity::Services => (services, "--max-services", self.services.is_some()),
             Capacity::Backends => (backends, "--max-backends", self.backends.is_some()),
             Capacity::Addresses => {

@@ -196,6 +196,53 @@ fn a_flood_of_first_packets_costs_no_connection_a_byte() -> Result<()> {
     Ok(())
 }
 
+/// Rule 2 of the design: in a table that is too small for all the connections that come and go, those that are used
+/// stay with the backend that they have.
+#[test]
+fn churn_in_a_small_table_moves_no_connection() -> Result<()> {
+    const FLOWS: u32 = 1024;
+    // Each takes two entries: the table is turned over many times.
+    const CONNECTIONS: u32 = 20 * FLOWS;
+    let args =
+        [&format!("--max-flows={FLOWS}"), "--max-services=1024", "--max-backends=1024", "--algorithm=random"];
+    let options = AgentOptions { args: args.map(str::to_owned).to_vec(), ..AgentOptions::default() };
+    let world = World::with_services(options, |world| {
+        vec![balanced(1, [&world.a1, &world.b1]), balanced(2, [&world.a1])]
+    })?;
+    let lab = world.lab();
+    let mut open = Open::new();
+    for family in Family::ALL {
+        open.add(&lab.far, Frontend::NodePort(world.node_a()).target(1, family), 10)?;
+        open.add(&world.a2, Frontend::ClusterIp.target(1, family), 10)?;
+    }
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| -> Result<()> {
+        let churns: Vec<_> = Family::ALL
+            .map(|family| Frontend::NodePort(world.node_a()).target(2, family))
+            .map(|target| scope.spawn(move || connect_often(&lab.outside.ns, target, CONNECTIONS, &NEVER)))
+            .into();
+        let rounds = scope.spawn(|| -> Result<u32> {
+            let mut rounds = 0;
+            while !done.load(Ordering::Relaxed) {
+                open.all_live()?;
+                rounds += 1;
+            }
+            Ok(rounds)
+        });
+        let churned: Vec<_> = churns.into_iter().map(|churn| churn.join().expect("no panic")).collect();
+        done.store(true, Ordering::Relaxed);
+        let rounds = rounds.join().expect("no panic")?;
+        for short in churned {
+            let short = short?;
+            eprintln!("{} connections in {:?}, {rounds} rounds beside them", short.fine, short.took);
+            ensure!(short.failures.is_empty() && short.fine == CONNECTIONS, "{:?}", short.failures);
+        }
+        ensure!(rounds > 10, "{rounds} rounds");
+        Ok(())
+    })?;
+    open.all_live()
+}
+
 /// The value of a sample.
 fn sample(page: &str, name: &str) -> Result<f64> {
     let line = page.lines().find_map(|line| line.strip_prefix(name));
@@ -208,6 +255,9 @@ struct Short {
     failures: Vec<String>,
     took: Duration,
 }
+
+/// Nobody ends it early.
+static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// Connects so many times, asks and closes.
 fn connect_often(ns: &Netns, target: SocketAddr, count: u32, done: &AtomicBool) -> Result<Short> {
@@ -255,11 +305,10 @@ fn thirty_thousand_short_connections_to_one_node_port() -> Result<()> {
     let outside = &world.lab().outside;
     // Fewer ports than connections: each is used again while the other end, and the flow, remember it.
     outside.ns.sysctl(&[("ipv4/ip_local_port_range", "20000 29999"), ("ipv4/tcp_tw_reuse", "1")])?;
-    let never = AtomicBool::new(false);
     let share = [(world.node_a(), CONNECTIONS), (world.node_b(), CONNECTIONS)];
     for (node, count) in share {
         let target = Frontend::NodePort(node).target(1, Family::V4);
-        let short = connect_often(&outside.ns, target, count, &never)?;
+        let short = connect_often(&outside.ns, target, count, &NEVER)?;
         eprintln!("{target}: {} in {:?}", short.fine, short.took);
         ensure!(short.failures.is_empty() && short.fine == count, "{target}: {:?}", short.failures);
     }
