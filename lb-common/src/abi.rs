@@ -285,6 +285,19 @@ pub struct Edge {
     pub addr4: Addr4,
     /// [`edge_flags`].
     pub flags: u32,
+    /// Further IPv4 sources of this device, in `EDGE_SOURCES` (`--source-addresses`).
+    pub sources4: u16,
+    /// Further IPv6 sources.
+    pub sources6: u16,
+}
+
+/// Key of `EDGE_SOURCES`, whose values are edges of which the addresses alone count.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct EdgeSourceKey {
+    pub ifindex: u32,
+    /// From 0, below [`Edge::sources4`] or [`Edge::sources6`].
+    pub index: u32,
 }
 
 /// Bits of [`Edge::flags`].
@@ -511,7 +524,8 @@ layout!(Usage, size 32, align 8, packets 8, bytes 16, refused 24);
 layout!(Backend<Addr4>, size 12, align 4, port 4, state 6, generation 8);
 layout!(Backend<Addr6>, size 24, align 4, port 16, state 18, generation 20);
 layout!(AddressInfo, size 4, align 4);
-layout!(Edge, size 24, align 4, addr4 16, flags 20);
+layout!(Edge, size 28, align 4, addr4 16, flags 20, sources4 24, sources6 26);
+layout!(EdgeSourceKey, size 8, align 4, index 4);
 layout!(FlowKey<Addr4>, size 16, align 2, src_port 8, proto 12, side 13);
 layout!(FlowKey<Addr6>, size 40, align 2, src_port 32, proto 36, side 37);
 layout!(Flow<Addr4>, size 40, align 8, src 20, dst 24, src_port 28, flags 32, carry 33, ack 36);

@@ -101,6 +101,9 @@ pub trait Family: Copy + Eq + Debug + 'static {
     /// The address of an external edge; unspecified if it has none of this family.
     fn edge_addr(edge: &Edge) -> Self::Addr;
 
+    /// How many further addresses of an external edge may be sources.
+    fn edge_sources(edge: &Edge) -> u16;
+
     /// Whether an address is of a network.
     fn is_within(addr: &Self::Addr, network: &Self::Addr, mask: &Self::Addr) -> bool;
 
@@ -299,6 +302,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn edge_sources(edge: &Edge) -> u16 {
+        edge.sources4
+    }
+
+    #[inline(always)]
     fn to_mapped(addr: &Addr4) -> Addr6 {
         let [a, b, c, d] = addr.octets;
         Addr6 { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
@@ -485,6 +493,11 @@ impl Family for V6 {
     #[inline(always)]
     fn edge_addr(edge: &Edge) -> Addr6 {
         edge.addr6
+    }
+
+    #[inline(always)]
+    fn edge_sources(edge: &Edge) -> u16 {
+        edge.sources6
     }
 
     #[inline(always)]

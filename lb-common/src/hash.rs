@@ -24,6 +24,12 @@ pub const fn socket(cookie: u64, port: u16) -> u32 {
     finish(mix(mix(port as u32, cookie as u32), (cookie >> 32) as u32))
 }
 
+/// A second hash of what has been hashed, whose bits have nothing to do with those of the first.
+#[inline(always)]
+pub const fn again(hash: u32) -> u32 {
+    finish(mix(0, hash))
+}
+
 #[inline(always)]
 fn words<F: Family>(addr: &F::Addr, mut hash: u32) -> u32 {
     checksum::for_words(addr, |word| hash = mix(hash, u32::from(u16::from_be(word))));

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use crate::abi::{
-    Addr6, AddressInfo, Affinity, AffinityKey, Backend, Edge, Flow, FlowKey, Fragment, FragmentKey,
-    MemberKey, Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    Addr6, AddressInfo, Affinity, AffinityKey, Backend, Edge, EdgeSourceKey, Flow, FlowKey, Fragment,
+    FragmentKey, MemberKey, Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::family::Family;
 use crate::flow::State;
@@ -197,6 +197,7 @@ pub struct HostTables<F: Family> {
     pub slots: BTreeMap<u32, u32>,
     pub backends: BTreeMap<u32, Backend<F::Addr>>,
     pub edges: BTreeMap<u32, Edge>,
+    pub edge_sources: BTreeMap<EdgeSourceKey, Edge>,
     pub sockets: RefCell<BTreeMap<SocketKey, SocketPeer>>,
     pub flows: RefCell<FlowMap<F::Addr>>,
     pub pending: RefCell<FlowMap<F::Addr>>,
@@ -226,6 +227,7 @@ impl<F: Family> Default for HostTables<F> {
             slots: BTreeMap::new(),
             backends: BTreeMap::new(),
             edges: BTreeMap::new(),
+            edge_sources: BTreeMap::new(),
             sockets: RefCell::default(),
             flows: RefCell::default(),
             pending: RefCell::default(),
@@ -351,6 +353,10 @@ impl<F: Family> Tables<F> for HostTables<F> {
 
     fn edge(&self, ifindex: u32) -> Option<Edge> {
         self.edges.get(&ifindex).copied()
+    }
+
+    fn edge_source(&self, key: &EdgeSourceKey) -> Option<Edge> {
+        self.edge_sources.get(key).copied()
     }
 
     fn socket(&self, key: &SocketKey) -> Option<SocketPeer> {

@@ -4,9 +4,9 @@
 use core::mem::size_of;
 
 use crate::abi::{
-    Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment,
-    FragmentKey, MemberKey, Network, OwnerName, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer,
-    Source, Usage,
+    Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, EdgeSourceKey, Flow, FlowKey,
+    Fragment, FragmentKey, MemberKey, Network, OwnerName, PrefixKey, Service, ServiceKey, SocketKey,
+    SocketPeer, Source, Usage,
 };
 use crate::reason;
 
@@ -97,6 +97,8 @@ pub const MAX_USAGES: u32 = 16 * 1024;
 pub const MAX_NETWORKS: u32 = 8;
 /// External edges of a node.
 pub const MAX_EDGES: u32 = 256;
+/// Further sources of all of them (`--source-addresses`).
+pub const MAX_EDGE_SOURCES: u32 = 4096;
 
 #[expect(clippy::cast_possible_truncation, reason = "sizes of map keys and values are far below 4 GiB")]
 const fn spec<K, V>(name: &'static str, kind: MapKind, capacity: Capacity, flags: u32) -> MapSpec {
@@ -111,7 +113,7 @@ const fn spec<K, V>(name: &'static str, kind: MapKind, capacity: Capacity, flags
 }
 
 /// Every pinned map.
-pub const MAPS: [MapSpec; 25] = [
+pub const MAPS: [MapSpec; 26] = [
     spec::<ServiceKey<Addr4>, Service>("SERVICES4", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<ServiceKey<Addr6>, Service>("SERVICES6", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Backend<Addr4>>("BACKENDS4", MapKind::Array, Capacity::Backends, 0),
@@ -120,6 +122,12 @@ pub const MAPS: [MapSpec; 25] = [
     spec::<Addr4, AddressInfo>("ADDRESSES4", MapKind::Hash, Capacity::Addresses, NO_PREALLOC),
     spec::<Addr6, AddressInfo>("ADDRESSES6", MapKind::Hash, Capacity::Addresses, NO_PREALLOC),
     spec::<u32, Edge>("EDGES", MapKind::Hash, Capacity::Fixed(MAX_EDGES), NO_PREALLOC),
+    spec::<EdgeSourceKey, Edge>(
+        "EDGE_SOURCES",
+        MapKind::Hash,
+        Capacity::Fixed(MAX_EDGE_SOURCES),
+        NO_PREALLOC,
+    ),
     spec::<FlowKey<Addr4>, Flow<Addr4>>("FLOWS4", MapKind::LruHash, Capacity::Flows, 0),
     spec::<FlowKey<Addr6>, Flow<Addr6>>("FLOWS6", MapKind::LruHash, Capacity::Flows, 0),
     spec::<FlowKey<Addr4>, Flow<Addr4>>("PENDING4", MapKind::LruHash, Capacity::PendingFlows, 0),

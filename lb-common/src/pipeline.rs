@@ -8,8 +8,8 @@
 use core::cell::Cell;
 
 use crate::abi::{
-    AddressInfo, Carry, Flow, FlowKey, Service, ServiceKey, Side, address_flags, backend_flags, edge_flags,
-    network_flags,
+    AddressInfo, Carry, Edge, EdgeSourceKey, Flow, FlowKey, Service, ServiceKey, Side, address_flags,
+    backend_flags, edge_flags, network_flags,
 };
 use crate::family::Family;
 use crate::flow::{self, Progress};
@@ -419,12 +419,31 @@ fn find_way<F: Family, P: Packet, T: Tables<F>>(
     match edge {
         Some(edge) if masquerades || edge.flags & edge_flags::POD == 0 => {
             let crosses = (edge.flags & edge_flags::POD != 0) != from_pod;
-            flow::send_on_from(entry, F::edge_addr(&edge), crosses)
+            let src = source::<F, T>(tables, packet.out_ifindex(), &edge, &parsed.key);
+            flow::send_on_from(entry, src, crosses)
         }
         // A way through a device that is no external edge leads to a pod of this node after all.
         _ => {
             flow::leave_to_stack(entry);
             Ok(())
+        }
+    }
+}
+
+/// The source of a connection that leaves through a device: the device's address, or one of its further ones. Each has
+/// its own ports towards a backend.
+#[inline(always)]
+fn source<F: Family, T: Tables<F>>(tables: &T, ifindex: u32, edge: &Edge, key: &FlowKey<F::Addr>) -> F::Addr {
+    let sources = u32::from(F::edge_sources(edge));
+    let first = F::edge_addr(edge);
+    if sources == 0 {
+        return first;
+    }
+    match hash::again(hash::tuple::<F>(key)) % (sources + 1) {
+        0 => first,
+        n => {
+            let further = tables.edge_source(&EdgeSourceKey { ifindex, index: n - 1 });
+            further.map_or(first, |further| F::edge_addr(&further))
         }
     }
 }

@@ -4,8 +4,8 @@ use core::cell::Cell;
 use core::ops::Deref;
 
 use crate::abi::{
-    AddressInfo, Affinity, AffinityKey, Backend, Edge, Flow, FlowKey, Fragment, FragmentKey, MemberKey,
-    Network, Service, ServiceKey, SocketKey, SocketPeer, Source,
+    AddressInfo, Affinity, AffinityKey, Backend, Edge, EdgeSourceKey, Flow, FlowKey, Fragment, FragmentKey,
+    MemberKey, Network, Service, ServiceKey, SocketKey, SocketPeer, Source,
 };
 use crate::family::Family;
 use crate::reason::Reason;
@@ -91,6 +91,9 @@ pub trait Tables<F: Family> {
 
     /// The edge with this interface index.
     fn edge(&self, ifindex: u32) -> Option<Edge>;
+
+    /// A further source of an edge (`EDGE_SOURCES`).
+    fn edge_source(&self, key: &EdgeSourceKey) -> Option<Edge>;
 
     fn socket(&self, key: &SocketKey) -> Option<SocketPeer>;
 

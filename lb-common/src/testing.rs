@@ -71,7 +71,7 @@ impl TestFamily for V4 {
     }
 
     fn edge(addr: IpAddr, flags: u32) -> Edge {
-        Edge { addr4: Self::wire(addr), addr6: Addr6::default(), flags }
+        Edge { addr4: Self::wire(addr), flags, ..Edge::default() }
     }
 }
 
@@ -93,7 +93,7 @@ impl TestFamily for V6 {
     }
 
     fn edge(addr: IpAddr, flags: u32) -> Edge {
-        Edge { addr4: Addr4::default(), addr6: Self::wire(addr), flags }
+        Edge { addr6: Self::wire(addr), flags, ..Edge::default() }
     }
 }
 

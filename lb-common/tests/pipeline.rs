@@ -1,10 +1,11 @@
 //! The pipeline on the host, packet by packet, in both families: what goes in, what comes out, what is kept.
 
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 
 use lb_common::abi::{
-    Flow, MemberKey, Network, PrefixKey, RESERVED_PORTS_COUNT, ServiceKey, Side, Source, Usage,
-    address_flags, backend_state, edge_flags, network_flags, service_flags,
+    EdgeSourceKey, Flow, MemberKey, Network, PrefixKey, RESERVED_PORTS_COUNT, ServiceKey, Side, Source,
+    Usage, address_flags, backend_state, edge_flags, network_flags, service_flags,
 };
 use lb_common::flow::{self, State};
 use lb_common::host::{HostPacket, HostRoute};
@@ -39,6 +40,7 @@ both_families! {
     tc_leaves_direct_connections_to_xdp
     errors_about_direct_connections_find_their_port
     forwarded_flows_of_many_clients_never_share_a_port
+    further_sources_make_room_for_more_connections_than_a_node_has_ports
     a_port_is_used_again_when_its_flow_is_over
     ports_can_run_out_and_that_is_said
     pending_flows_are_promoted_when_the_client_has_heard_the_answer
@@ -457,12 +459,51 @@ fn errors_about_direct_connections_find_their_port<F: TestFamily>() {
 
 fn forwarded_flows_of_many_clients_never_share_a_port<F: TestFamily>() {
     let node = Node::<F>::new();
-    let mut sources = std::collections::BTreeSet::new();
+    let mut sources = BTreeSet::new();
     for port in 20000..23000 {
         let syn = node.send(Side::NicIn, tcp(client::<F>(port), at(F::NODE, ports::FAR_NODE), SYN));
         let (src, _) = syn.seen(Verdict::Forward, Reason::Forwarded).ends();
         assert!(sources.insert(src), "{src} twice");
     }
+}
+
+/// Rule 153: the tuple is the limit, not the port.
+fn further_sources_make_room_for_more_connections_than_a_node_has_ports<F: TestFamily>() {
+    const FURTHER: u16 = 31;
+    let mut node = Node::<F>::new();
+    let further = |n: u16| {
+        let mut octets = std::net::Ipv4Addr::new(192, 0, 2, 100).octets();
+        octets[3] += n as u8;
+        match at(F::NODE, 0).ip() {
+            IpAddr::V4(_) => IpAddr::from(octets),
+            IpAddr::V6(addr) => (u128::from(addr) + 0x100 + u128::from(n)).to_be_bytes().into(),
+        }
+    };
+    for n in 0..FURTHER {
+        let key = EdgeSourceKey { ifindex: NIC, index: n.into() };
+        node.tables.edge_sources.insert(key, F::edge(further(n), 0));
+        let own = node.tables.addresses[&F::wire(at(F::NODE, 0).ip())];
+        node.tables.addresses.insert(F::wire(further(n)), own);
+    }
+    let edge = node.tables.edges.get_mut(&NIC).expect("the NIC");
+    (edge.sources4, edge.sources6) = (FURTHER, FURTHER);
+    let (frontend, backend) = (at(F::NODE, ports::FAR_NODE), at(F::FAR_POD, ports::TARGET));
+    let second = F::CLIENT.strip_suffix('7').expect("a 7").to_owned() + "8";
+    let (mut sources, mut per_address) = (BTreeSet::new(), BTreeMap::<IpAddr, u32>::new());
+    for n in 0..70_000u32 {
+        let from = at(if n % 2 == 0 { F::CLIENT } else { &second }, (n / 2) as u16 + 1024);
+        let syn = node.send(Side::NicIn, tcp(from, frontend, SYN));
+        let (src, _) = syn.seen(Verdict::Forward, Reason::Forwarded).ends();
+        assert!(sources.insert(src), "{src} twice");
+        *per_address.entry(src.ip()).or_default() += 1;
+        if n % 1000 == 0 {
+            let answer = node.send(Side::NicIn, tcp(backend, src, SYN | ACK));
+            assert_eq!(answer.seen(Verdict::Forward, Reason::Forwarded).ends(), (frontend, from));
+        }
+    }
+    // An even share is 2187.
+    assert_eq!(per_address.len(), usize::from(FURTHER) + 1);
+    assert!(per_address.values().all(|n| (1800..2600).contains(n)), "{per_address:?}");
 }
 
 /// Opens a forwarded connection from `port` and returns the address it has on the other node.
@@ -491,7 +532,7 @@ fn a_port_is_used_again_when_its_flow_is_over<F: TestFamily>() {
 
 fn ports_can_run_out_and_that_is_said<F: TestFamily>() {
     let node = Node::<F>::new();
-    let (mut sources, mut first) = (std::collections::BTreeSet::new(), None);
+    let (mut sources, mut first) = (BTreeSet::new(), None);
     for port in 1024..40_000 {
         let outcome = open_forwarded(&node, port);
         if outcome.reason == Reason::PortsExhausted {

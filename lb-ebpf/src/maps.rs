@@ -9,13 +9,13 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use lb_common::abi::{
-    AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment, FragmentKey,
-    MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, EdgeSourceKey, Flow, FlowKey, Fragment,
+    FragmentKey, MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use lb_common::maps::{
-    DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, MAX_ADDRESSES, MAX_AFFINITIES, MAX_EDGES,
-    MAX_FRAGMENTS, MAX_MEMBERS, MAX_NETWORKS, MAX_SOCKETS, MAX_SOURCES, MAX_USAGES, NO_PREALLOC,
-    SLOTS_PER_BACKEND, max_pending,
+    DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, MAX_ADDRESSES, MAX_AFFINITIES,
+    MAX_EDGE_SOURCES, MAX_EDGES, MAX_FRAGMENTS, MAX_MEMBERS, MAX_NETWORKS, MAX_SOCKETS, MAX_SOURCES,
+    MAX_USAGES, NO_PREALLOC, SLOTS_PER_BACKEND, max_pending,
 };
 use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
 use lb_common::tables::{Admission, Event, FlowTable};
@@ -47,6 +47,9 @@ static ADDRESSES4: HashMap<Addr4, AddressInfo, ADDRESS_COUNT, WRITTEN_BY_AGENT> 
 static ADDRESSES6: HashMap<Addr6, AddressInfo, ADDRESS_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
 #[btf_map]
 static EDGES: HashMap<u32, Edge, { MAX_EDGES as usize }, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static EDGE_SOURCES: HashMap<EdgeSourceKey, Edge, { MAX_EDGE_SOURCES as usize }, WRITTEN_BY_AGENT> =
+    HashMap::new();
 #[btf_map]
 static FLOWS4: LruHashMap<FlowKey<Addr4>, Flow<Addr4>, FLOW_COUNT> = LruHashMap::new();
 #[btf_map]
@@ -256,6 +259,12 @@ macro_rules! tables {
             fn edge(&self, ifindex: u32) -> Option<Edge> {
                 // SAFETY: the value is copied at once.
                 unsafe { EDGES.get(ifindex) }.copied()
+            }
+
+            #[inline(always)]
+            fn edge_source(&self, key: &EdgeSourceKey) -> Option<Edge> {
+                // SAFETY: the value is copied at once.
+                unsafe { EDGE_SOURCES.get(key) }.copied()
             }
 
             #[inline(always)]

@@ -542,7 +542,8 @@ fn xdp_transmits(xdp: Option<XdpKind>, device: &Device, features: Option<XdpFeat
 }
 
 fn edge_entry(addr4: Ipv4Addr, addr6: Ipv6Addr, flags: u32) -> abi::Edge {
-    abi::Edge { addr6: Addr6 { octets: addr6.octets() }, addr4: Addr4 { octets: addr4.octets() }, flags }
+    let (addr4, addr6) = (Addr4 { octets: addr4.octets() }, Addr6 { octets: addr6.octets() });
+    abi::Edge { addr4, addr6, flags, ..abi::Edge::default() }
 }
 
 /// Sorted, without duplicates.

@@ -401,6 +401,7 @@ impl Inspector {
                 "ADDRESSES4" => self.count::<Addr4, abi::AddressInfo>(spec)?,
                 "ADDRESSES6" => self.count::<Addr6, abi::AddressInfo>(spec)?,
                 "EDGES" => self.count::<u32, Edge>(spec)?,
+                "EDGE_SOURCES" => self.count::<abi::EdgeSourceKey, Edge>(spec)?,
                 "FLOWS4" | "PENDING4" => self.count::<FlowKey<Addr4>, Flow<Addr4>>(spec)?,
                 "FLOWS6" | "PENDING6" => self.count::<FlowKey<Addr6>, Flow<Addr6>>(spec)?,
                 "SOCKETS" => self.count::<SocketKey, SocketPeer>(spec)?,
