@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use lb_common::tables::Admission;
@@ -15,6 +16,7 @@ use crate::agent::{Config, SourceOptions};
 use crate::datapath::{self, DEFAULT_BPFFS, Sizes, TcMode};
 use crate::edges::{self, Rules};
 use crate::entries;
+use crate::kept;
 use crate::nodeports::{BadNetwork, NodePortAddresses};
 use crate::source::convert::parse_network;
 use crate::source::kubernetes;
@@ -124,6 +126,11 @@ pub struct Settings {
     /// [default: /sys/fs/bpf/fairlead]
     #[arg(long, value_name = "DIR")]
     bpffs: Option<PathBuf>,
+
+    /// Where is kept what the API server says, for a start without it; empty: nowhere
+    /// [default: /var/lib/fairlead/ and the path of --bpffs, with - for /]
+    #[arg(long, value_name = "FILE", value_parser = OsStringValueParser::new().map(PathBuf::from))]
+    state_file: Option<PathBuf>,
 
     /// Flows per family [default: 524288, or what is pinned]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -314,6 +321,7 @@ impl Settings {
             metrics_bind_address,
             cgroup_root,
             bpffs,
+            state_file,
             max_flows,
             max_services,
             max_backends,
@@ -344,6 +352,8 @@ impl Settings {
         if masquerade_all && self.socket_lb == Some(SocketLb::All) {
             return Err(Error::MasqueradedSockets);
         }
+        let bpffs = self.bpffs.unwrap_or_else(|| DEFAULT_BPFFS.into());
+        let state_file = self.state_file.unwrap_or_else(|| kept::default_path(&bpffs));
         let source = match self.manifests {
             Some(path) => SourceOptions::Manifests(path),
             None => SourceOptions::Kubernetes(kubernetes::Options {
@@ -377,7 +387,7 @@ impl Settings {
             node_name,
             source,
             datapath: datapath::Options {
-                bpffs: self.bpffs.unwrap_or_else(|| DEFAULT_BPFFS.into()),
+                bpffs,
                 sizes: Sizes {
                     flows: self.max_flows,
                     services: self.max_services,
@@ -418,6 +428,7 @@ impl Settings {
             },
             healthz: self.healthz_bind_address.map_or(Some(any), |Bind(addr)| addr),
             metrics: self.metrics_bind_address.map_or(Some(loopback), |Bind(addr)| addr),
+            state_file: Some(state_file).filter(|path| !path.as_os_str().is_empty()),
         })
     }
 }
@@ -503,6 +514,7 @@ mod tests {
             "--metrics-bind-address=127.0.0.1:2",
             "--cgroup-root=/c",
             "--bpffs=/b",
+            "--state-file=/s",
             "--max-flows=1",
             "--max-services=2",
             "--max-backends=3",
@@ -516,7 +528,7 @@ mod tests {
                     cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\ndetect-local-mode: NodeCIDR\n\
                     pod-bridge-interface: br0\npod-interface-name-prefix: tap\nmasquerade-all: true\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\
-                    cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
+                    cgroup-root: /c\nbpffs: /b\nstate-file: /s\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
                     log-level: debug\nlog-format: json\ndatapath-log-level: info\n";
         assert_eq!(yaml(text).unwrap(), all);
         let settings = line(&["--manifests=/m", "--hostname-override=b"]);
@@ -599,6 +611,11 @@ mod tests {
         let metrics = line(&["--metrics-bind-address=::"]).config().unwrap().metrics;
         assert_eq!(metrics.unwrap().to_string(), "[::]:10249");
         assert_eq!(config.datapath, datapath::Options::default());
+        let state_file = |args: &[&str]| line(args).config().unwrap().state_file;
+        assert_eq!(config.state_file.unwrap(), Path::new("/var/lib/fairlead/sys-fs-bpf-fairlead.state"));
+        assert_eq!(state_file(&["--bpffs=/b/c"]).unwrap(), Path::new("/var/lib/fairlead/b-c.state"));
+        assert_eq!(state_file(&["--state-file=/s"]).unwrap(), Path::new("/s"));
+        assert_eq!(state_file(&["--state-file="]), None);
         assert_eq!(config.algorithm, entries::Algorithm::Maglev);
         assert_eq!(config.nodeport_addresses, NodePortAddresses::All);
         let error = line(&["--nodeport-addresses=x"]).config().unwrap_err().to_string();

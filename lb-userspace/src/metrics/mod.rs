@@ -7,6 +7,7 @@ mod accounts;
 mod collect;
 mod kernel;
 mod process;
+mod source;
 mod work;
 
 use std::collections::BTreeSet;
@@ -34,6 +35,7 @@ use crate::health::{self, Health};
 use crate::owner::Owner;
 use accounts::Accounts;
 use collect::Collection;
+use source::Source;
 
 /// Services that have metrics of their own; the others share one.
 pub const SERVICES: usize = 1000;
@@ -52,6 +54,7 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     work: Work,
+    source: Source,
     shared: Arc<Shared>,
     features: Family<Label, Gauge>,
     events: Outcomes,
@@ -87,6 +90,7 @@ impl Metrics {
         });
         registry.register_collector(Box::new(Collection::new(Arc::clone(&shared))));
         let work = Work::register(&mut registry);
+        let source = Source::register(&mut registry);
         let answers = health.answers();
         registry.register(
             "kubeproxy_proxy_healthz",
@@ -116,7 +120,7 @@ impl Metrics {
         );
         process::register(&mut registry);
         let turn = tokio::sync::Mutex::default();
-        Self(Arc::new(Inner { registry, work, shared, features, events, turn }))
+        Self(Arc::new(Inner { registry, work, source, shared, features, events, turn }))
     }
 
     /// There is a datapath, with these maps.
@@ -136,6 +140,22 @@ impl Metrics {
     /// How the agent keeps up.
     pub fn work(&self) -> &Work {
         &self.0.work
+    }
+
+    /// Whether what is served may be out of date.
+    pub fn note_stale(&self, stale: bool) {
+        self.0.source.stale.set(stale.into());
+    }
+
+    /// The state file was written at this time, seconds since 1970.
+    pub fn note_state_written(&self, saved: i64) {
+        #[expect(clippy::cast_precision_loss, reason = "exact for 285 million years")]
+        self.0.source.written.set(saved as f64);
+    }
+
+    /// The state file could not be written.
+    pub fn note_state_error(&self) {
+        self.0.source.write_errors.inc();
     }
 
     /// The maps were read; they hold Services with these ids.

@@ -1,11 +1,13 @@
 //! What Kubernetes says, indexed by Service. No I/O and no decisions: [`Model::apply`] takes one change
 //! and answers which Services it touches.
 
+mod objects;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+pub use objects::Objects;
 pub use types::{
     Endpoint, EndpointSlice, Hints, HostPort, Ignored, Node, Pod, Policy, Service, ServicePort, ServiceType,
     SliceName, SlicePort,

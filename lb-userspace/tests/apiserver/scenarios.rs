@@ -9,6 +9,7 @@ use fairlead::compile::Facts;
 use fairlead::datapath::fake::FakeMaps;
 use fairlead::entries::{Algorithm, Family, Limits};
 use fairlead::health::Health;
+use fairlead::model::Objects;
 use fairlead::source::kubernetes::{Options, client, follow};
 use fairlead::source::{CHANNEL, Event};
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
@@ -150,7 +151,7 @@ impl Follower {
 
     async fn with(options: &Options, limits: Limits) -> Self {
         let (sender, events) = mpsc::channel(CHANNEL);
-        let tasks = follow(&client(options).await.unwrap(), "node-a", &sender);
+        let tasks = follow(&client(options).await.unwrap(), "node-a", &sender, &Objects::default());
         let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
         let mut agent = Agent::new(facts, FakeMaps::new(limits), Health::new(true)).unwrap();
         agent.set_addresses(BTreeMap::new());
