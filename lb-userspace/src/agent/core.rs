@@ -3,7 +3,7 @@
 mod restored;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -11,6 +11,7 @@ use k8s_openapi::jiff::Timestamp;
 use tracing::field::display;
 
 use self::restored::Restored;
+use super::lifeline::Lifeline;
 use crate::compile::{Facts, compile, compile_pod};
 use crate::datapath::{ApplyError, MapError, Maps};
 use crate::entries::{HealthCheck, Op};
@@ -69,6 +70,7 @@ pub struct Agent<M> {
     /// Kinds that the source cannot be asked about, and since when there are any.
     silent: BTreeSet<Kind>,
     silent_since: Option<Timestamp>,
+    lifeline: Option<Lifeline>,
     /// Grows with every change of the model.
     revision: u64,
     /// How many objects of a kind cannot be read.
@@ -117,6 +119,7 @@ impl<M: Maps> Agent<M> {
             restored: None,
             silent: BTreeSet::new(),
             silent_since: None,
+            lifeline: None,
             revision: 0,
             unreadable: BTreeMap::new(),
             addresses: None,
@@ -144,6 +147,11 @@ impl<M: Maps> Agent<M> {
     /// Tells the API server, too, what is wrong with Services.
     pub fn report(&mut self, events: Events) {
         self.events = Some(events);
+    }
+
+    /// The API server is asked at this address: if it is a Service's, it keeps endpoints.
+    pub fn reach_by(&mut self, addr: SocketAddr) {
+        self.lifeline = Some(Lifeline::new(addr));
     }
 
     /// Takes an event. `true`: the Node object changed.
@@ -399,7 +407,17 @@ impl<M: Maps> Agent<M> {
         }
     }
 
+    /// What an owner means; none: it is gone.
     fn desired(&mut self, name: &Owner) -> Option<(Desired, Vec<Finding>)> {
+        let desired = self.compiled(name);
+        let Some(lifeline) = &mut self.lifeline else { return desired };
+        let (desired, former) = lifeline.keep(name, desired);
+        self.metrics.note_held(lifeline.is_held());
+        self.pending.extend(former);
+        desired
+    }
+
+    fn compiled(&mut self, name: &Owner) -> Option<(Desired, Vec<Finding>)> {
         let (created, (compiled, findings)) = match name {
             Owner::Service(name) => {
                 let service = self.model.service(name)?;
@@ -417,7 +435,9 @@ impl<M: Maps> Agent<M> {
 
     /// Before the first Service is written, all of them say what they claim.
     fn announce_all(&mut self) {
-        let names: Vec<Owner> = self.model.owners().filter(|name| !self.refused.contains_key(name)).collect();
+        let held = self.lifeline.as_ref().and_then(Lifeline::owner).cloned();
+        let names: BTreeSet<Owner> = self.model.owners().chain(held).collect();
+        let names = names.into_iter().filter(|name| !self.refused.contains_key(name)).collect::<Vec<_>>();
         for name in names {
             if let Some((desired, _)) = self.desired(&name) {
                 self.reconciler.announce(&name, &desired);

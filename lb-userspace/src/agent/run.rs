@@ -105,6 +105,9 @@ pub async fn run(config: Config) -> Result<()> {
     }
     agent.observe(metrics);
     agent.set_pod_networks(config.pod_networks.clone());
+    if let Some(addr) = source.server {
+        agent.reach_by(addr);
+    }
     if let Some(kept) = source.kept.take() {
         let saved = Timestamp::from_second(kept.saved).unwrap_or_default();
         agent.restore(&kept.objects, saved, Instant::now() + PATIENCE);
@@ -154,6 +157,8 @@ struct Source {
     tasks: JoinSet<()>,
     /// The API server, if there is one: it should have an object for this node.
     client: Option<Client>,
+    /// Where that is asked, if it is an address.
+    server: Option<SocketAddr>,
     keeper: Option<Keeper>,
     /// What an earlier agent has kept.
     kept: Option<Kept>,
@@ -167,11 +172,12 @@ impl Source {
                 manifests::follow(path, sender)?;
                 tracing::info!(directory = %path.display(), "following manifests");
                 let tasks = JoinSet::new();
-                return Ok(Self { events, tasks, client: None, keeper: None, kept: None });
+                return Ok(Self { events, tasks, client: None, server: None, keeper: None, kept: None });
             }
             SourceOptions::Kubernetes(options) => options,
         };
         let api = kubernetes::configuration(options).await?;
+        let server = kubernetes::address(&api);
         let identity = Identity { node: options.node_name.clone(), cluster: kubernetes::cluster(&api) };
         let client = kubernetes::connect(api)?;
         let new = |path: &PathBuf| Keeper::new(path, identity, metrics.clone(), Instant::now());
@@ -181,7 +187,7 @@ impl Source {
         let objects = kept.as_ref().map_or(&nothing, |kept| &kept.objects);
         let tasks = kubernetes::follow(&client, &options.node_name, &sender, objects);
         tracing::info!("following the API server");
-        Ok(Self { events, tasks, client: Some(client), keeper, kept })
+        Ok(Self { events, tasks, client: Some(client), server, keeper, kept })
     }
 
     /// When something is to be kept.

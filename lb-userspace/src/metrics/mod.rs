@@ -158,6 +158,11 @@ impl Metrics {
         self.0.source.write_errors.inc();
     }
 
+    /// Whether the frontend of the API server keeps endpoints that it has lost.
+    pub fn note_held(&self, held: bool) {
+        self.0.source.held.set(held.into());
+    }
+
     /// The maps were read; they hold Services with these ids.
     pub fn note_found(&self, ids: BTreeSet<u32>) {
         *lock(&self.0.shared.found) = ids;

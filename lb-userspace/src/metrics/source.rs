@@ -12,6 +12,7 @@ pub(super) struct Source {
     pub stale: Gauge,
     pub written: Gauge<f64, AtomicU64>,
     pub write_errors: Counter,
+    pub held: Gauge,
 }
 
 impl Source {
@@ -33,6 +34,11 @@ impl Source {
             "fairlead_state_write_errors",
             "Times that the state file could not be written",
             source.write_errors.clone(),
+        );
+        registry.register(
+            "fairlead_apiserver_frontend_held",
+            "1: the frontend that the agent reaches the API server by has lost its endpoints, and keeps the last ones",
+            source.held.clone(),
         );
         source
     }

@@ -10,6 +10,7 @@ mod slim;
 
 use std::collections::BTreeSet;
 use std::fmt::{Debug, Display};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -94,6 +95,14 @@ pub async fn configuration(options: &Options) -> Result<Config, Error> {
     // Whoever asks waits and asks again.
     config.default_retry = false;
     Ok(config)
+}
+
+/// The address that the API server is asked at; none: it has a name.
+pub fn address(config: &Config) -> Option<SocketAddr> {
+    let url = &config.cluster_url;
+    let addr = url.host()?.trim_matches(['[', ']']).parse().ok()?;
+    let default = if url.scheme_str() == Some("http") { 80 } else { 443 };
+    Some(SocketAddr::new(addr, url.port_u16().unwrap_or(default)))
 }
 
 /// Tells clusters apart: a checksum of the certificates that the API server is believed by.
@@ -299,6 +308,15 @@ impl Watched for ServiceCidr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_the_api_server_is() {
+        let addr = |url: &str| address(&Config::new(url.parse().unwrap())).map(|addr| addr.to_string());
+        assert_eq!(addr("https://10.96.0.1").as_deref(), Some("10.96.0.1:443"));
+        assert_eq!(addr("https://[fd00:10:96::1]:6443/").as_deref(), Some("[fd00:10:96::1]:6443"));
+        assert_eq!(addr("http://127.0.0.1/").as_deref(), Some("127.0.0.1:80"));
+        assert_eq!(addr("https://kubernetes.default.svc"), None);
+    }
 
     #[test]
     fn clusters_differ_by_their_certificates() {

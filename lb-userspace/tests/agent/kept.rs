@@ -112,3 +112,38 @@ fn a_node_that_reboots_without_its_api_server_serves_what_it_knew() {
         assert!(removed.contains(&format!("removed state {}", state[1])) && !file.exists(), "{removed}");
     });
 }
+
+/// The agent connects to the address of `default/kubernetes`, and translates its own connections.
+#[test]
+fn an_agent_is_not_cut_off_from_the_api_server_it_reaches_by_a_service() {
+    Node::with(|node| {
+        let runtime = runtime();
+        let double = runtime.block_on(Double::at("10.9.0.1:6443", 2));
+        double.set(NODES, json!({ "metadata": { "name": "node-a" } }));
+        double.set(SERVICES, service("kubernetes", "172.30.0.1", 443));
+        double.set(SLICES, slice("kubernetes", &["10.9.0.1"], 6443));
+        let file = node.path("state");
+        let state = ["--state-file", file.to_str().unwrap()];
+        let agent = node.spawn_following(&[&["--master", "http://10.9.0.1:6443"], &state[..]].concat());
+        eventually("the agent is ready", || status("/readyz") == Some(200));
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+
+        // Nothing but what was kept tells where the server is.
+        reboot(node);
+        let agent = node.spawn_following(&[&["--master", "http://172.30.0.1:443"], &state[..]].concat());
+        eventually("the agent is ready", || status("/readyz") == Some(200));
+        assert!(agent.log().contains("what was kept is served"), "{}", agent.log());
+
+        // A server that starts anew says at first that it is nowhere.
+        double.set(SLICES, slice("kubernetes", &[], 6443));
+        eventually("the endpoints are held", || sample("fairlead_apiserver_frontend_held") == Some(1.0));
+        runtime.block_on(double.go_away());
+        runtime.block_on(double.come_back());
+        double.set(SERVICES, service("web", "172.30.0.2", 80));
+        let known = || node.read("services").as_array().unwrap().len();
+        eventually("the agent hears of another Service", || known() == 2);
+        assert_eq!(agent.log().matches("has lost all endpoints").count(), 1, "{}", agent.log());
+        double.set(SLICES, slice("kubernetes", &["10.9.0.1"], 6443));
+        eventually("nothing is held", || sample("fairlead_apiserver_frontend_held") == Some(0.0));
+    });
+}

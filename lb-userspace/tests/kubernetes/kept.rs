@@ -175,3 +175,25 @@ async fn a_server_that_goes_away_makes_stale_until_it_is_back() {
     }
     whole.until_current().await;
 }
+
+/// As it is where the agent asks by the address of `default/kubernetes`.
+#[tokio::test]
+async fn endpoints_of_the_api_server_itself_outlive_a_moment_without() {
+    let double = with_three_services().await;
+    let mut whole = Whole::start(double.clone(), FakeMaps::new(LIMITS)).await;
+    whole.agent.reach_by("172.30.0.1:80".parse().unwrap());
+    let [b, c]: [(&str, &[&str]); 2] = [(B, &["10.0.0.2:8080"]), (C, &["10.0.0.3:8080"])];
+    whole.until(&[(A, &["10.0.0.1:8080"]), b, c]).await;
+    double.set(SLICES, endpoints("a", &[]));
+    double.set(SLICES, endpoints("b", &[]));
+    whole.until(&[(A, &["10.0.0.1:8080"]), (B, &[]), c]).await;
+    double.delete(SLICES, "a-x");
+    double.delete(SERVICES, "a");
+    double.delete(SERVICES, "b");
+    whole.until(&[(A, &["10.0.0.1:8080"]), c]).await;
+    assert!(whole.agent.state().is_none());
+    double.set(SERVICES, complete("a", 1));
+    double.set(SLICES, endpoints("a", &["10.0.0.7", "10.0.0.8"]));
+    whole.until(&[(A, &["10.0.0.7:8080", "10.0.0.8:8080"]), c]).await;
+    assert!(whole.agent.state().is_some());
+}

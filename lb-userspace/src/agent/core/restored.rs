@@ -10,6 +10,7 @@ use super::Agent;
 use crate::datapath::Maps;
 use crate::health::Freshness;
 use crate::model::{Change, Objects};
+use crate::owner::Owner;
 use crate::source::{Event, Kind};
 
 /// The model is what was kept: the source has not told everything.
@@ -74,6 +75,16 @@ impl<M: Maps> Agent<M> {
         self.cidrs_listed = objects.service_cidrs.is_some();
         self.note_node();
         self.restored = Some(Restored { due, saved, written: false, told: BTreeMap::new() });
+        // Its endpoints may be gone already when the source tells of them.
+        let Some(addr) = self.lifeline.as_ref().map(|lifeline| lifeline.key().addr) else { return };
+        let serves = |name: &Owner| {
+            let service = name.service().and_then(|name| self.model.service(name));
+            service.is_some_and(|service| service.cluster_ips.contains(&addr))
+        };
+        let owners: Vec<Owner> = self.model.owners().filter(serves).collect();
+        for owner in owners {
+            self.desired(&owner);
+        }
     }
 
     /// Takes an event as long as what was kept counts. `true`: the Node object changed.
@@ -131,7 +142,7 @@ impl<M: Maps> Agent<M> {
 
     /// Whether what the model knows is worth keeping.
     pub fn is_complete(&self) -> bool {
-        self.unlisted.is_empty()
+        self.unlisted.is_empty() && !self.lifeline.as_ref().is_some_and(super::Lifeline::is_held)
     }
 
     /// What to keep, and its number.

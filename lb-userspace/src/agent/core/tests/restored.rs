@@ -1,4 +1,4 @@
-//! What was kept.
+//! What was kept, and the way to the API server.
 
 use super::*;
 use crate::datapath::fake::FakeMaps;
@@ -169,4 +169,93 @@ fn a_source_that_does_not_answer_makes_stale() {
     assert_eq!(world.agent.freshness(), Freshness::Unanswered(since));
     world.take(Event::Answers(Kind::Nodes, true));
     assert_eq!(world.agent.freshness(), Freshness::Current);
+}
+
+/// The agent reaches the API server by the address of Service 0.
+fn with_lifeline(world: &mut World) {
+    world.agent.reach_by((vip(0), 80).into());
+}
+
+#[test]
+fn the_way_to_the_api_server_keeps_its_last_endpoints() {
+    let mut world = World::new(FakeMaps::new(LIMITS));
+    with_lifeline(&mut world);
+    for n in 0..2 {
+        world.take(service(n));
+        world.take(slice(n, &["10.0.0.1", "10.0.0.2"]));
+    }
+    world.list();
+    world.settle();
+    for n in 0..2 {
+        world.take(slice(n, &[]));
+    }
+    world.settle();
+    assert_eq!(backends(&mut world, 0), ["10.0.0.1", "10.0.0.2"]);
+    assert_eq!(backends(&mut world, 1), [""; 0], "nobody else keeps anything");
+    assert!(world.agent.state().is_none(), "a broken moment is not worth keeping");
+    // Others are followed, and so is every further change.
+    world.take(slice(0, &["10.0.0.3"]));
+    world.settle();
+    assert_eq!(backends(&mut world, 0), ["10.0.0.3"]);
+    assert!(world.agent.state().is_some());
+    // Without its slices, and without itself.
+    let name = SliceName { namespace: "ns".into(), name: "svc0-1".into() };
+    world.take(Event::Changed(Change::SliceGone(name)));
+    world.settle();
+    world.take(gone(0));
+    world.take(gone(1));
+    world.settle();
+    assert_eq!((backends(&mut world, 0), world.keys()), (vec!["10.0.0.3".into()], vec![key(0)]));
+    // Also when the maps have to be read again.
+    world.agent.maps().fail_after = Some(0);
+    world.take(service(1));
+    world.settle();
+    world.pass(RETRY);
+    assert_eq!(backends(&mut world, 0), ["10.0.0.3"]);
+    world.take(service(0));
+    world.take(slice(0, &["10.0.0.4"]));
+    world.settle();
+    assert_eq!(backends(&mut world, 0), ["10.0.0.4"]);
+}
+
+#[test]
+fn another_service_may_become_the_way_to_the_api_server() {
+    let mut world = World::new(FakeMaps::new(LIMITS));
+    with_lifeline(&mut world);
+    world.take(service(0));
+    world.take(slice(0, &["10.0.0.1"]));
+    world.list();
+    world.settle();
+    world.take(gone(0));
+    world.settle();
+    let Event::Changed(Change::Service(heir)) = service(1) else { unreachable!() };
+    let heir = Service { cluster_ips: vec![vip(0)], ..Arc::unwrap_or_clone(heir) };
+    world.take(Event::Changed(Change::Service(Arc::new(heir))));
+    world.take(slice(1, &["10.0.0.2"]));
+    world.settle();
+    world.settle();
+    assert_eq!((backends(&mut world, 0), world.keys()), (vec!["10.0.0.2".into()], vec![key(0)]));
+    assert!(world.agent.state().is_some());
+}
+
+#[test]
+fn an_agent_that_starts_in_a_broken_moment_knows_the_way_from_what_was_kept() {
+    for late in [false, true] {
+        let kept = kept_of(&World::full(2, 1));
+        let mut world = World::new(FakeMaps::new(LIMITS));
+        with_lifeline(&mut world);
+        let due = world.now + PATIENCE;
+        world.agent.restore(&kept, Timestamp::UNIX_EPOCH, due);
+        world.agent.set_addresses(BTreeMap::new());
+        if late {
+            world.pass(PATIENCE);
+        }
+        world.take(service(0));
+        world.take(slice(0, &[]));
+        world.take(slice(1, &[]));
+        world.list();
+        world.settle();
+        assert_eq!(backends(&mut world, 0), ["10.0.0.0"]);
+        assert_eq!(backends(&mut world, 1), [""; 0]);
+    }
 }
