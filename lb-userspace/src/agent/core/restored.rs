@@ -75,6 +75,7 @@ impl<M: Maps> Agent<M> {
         self.cidrs_listed = objects.service_cidrs.is_some();
         self.note_node();
         self.restored = Some(Restored { due, saved, written: false, told: BTreeMap::new() });
+        self.note_freshness();
         // Its endpoints may be gone already when the source tells of them.
         let Some(addr) = self.lifeline.as_ref().map(|lifeline| lifeline.key().addr) else { return };
         let serves = |name: &Owner| {
@@ -93,7 +94,13 @@ impl<M: Maps> Agent<M> {
         if let Event::Listed(kind) | Event::Refused(kind) = event {
             self.unlisted.note(kind);
         }
-        restored.told.insert(Subject::from(&event), event);
+        let subject = Subject::from(&event);
+        // Most of what is told is what was kept, and need not be in memory twice.
+        if matches!(&event, Event::Changed(change) if self.model.has(change)) {
+            restored.told.remove(&subject);
+        } else {
+            restored.told.insert(subject, event);
+        }
         if !self.unlisted.is_empty() {
             return false;
         }
