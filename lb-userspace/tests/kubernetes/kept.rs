@@ -168,9 +168,14 @@ async fn a_server_that_goes_away_makes_stale_until_it_is_back() {
         whole.agent.take(event.expect("it does not answer").unwrap(), Instant::now());
     }
     assert_eq!(whole.keys(), [A, B, C]);
+    // The right to Pods, which are done without, has gone meanwhile.
+    double.be(Mood::Forbidden(Some(PODS)));
     double.come_back().await;
-    whole.world.watching().await;
-    for path in [SERVICES, SLICES, PODS, NODES] {
+    let watching = |path: &&str| whole.world.double.watches(path) == 1;
+    while ![SERVICES, SLICES, NODES].iter().all(watching) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    for path in [SERVICES, SLICES, NODES] {
         double.bookmark(path);
     }
     whole.until_current().await;

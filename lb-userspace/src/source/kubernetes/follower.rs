@@ -261,9 +261,9 @@ impl<W: Watched> Follower<W> {
                 "everything stays as it is"
             };
             tracing::warn!(kind = %W::KIND, "{text}; {meanwhile}, and the server is asked again");
-            if self.trouble.replace(text).is_none() && !does_without {
-                self.send(Event::Answers(W::KIND, false)).await?;
-            }
+            self.trouble = Some(text);
+            // What is done without is not missed.
+            self.send(Event::Answers(W::KIND, does_without)).await?;
         }
         let pause = self.backoff.next().unwrap_or(PAUSE);
         tokio::select! {
