@@ -540,9 +540,9 @@ layout!(Counter, size 16, align 8);
 #[cfg(feature = "aya")]
 mod pod {
     use super::{
-        Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, Flow, FlowKey, Fragment,
-        FragmentKey, MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source,
-        Usage,
+        Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, EdgeSourceKey, Flow,
+        FlowKey, Fragment, FragmentKey, MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey,
+        SocketPeer, Source, Usage,
     };
 
     macro_rules! pod {
@@ -552,7 +552,7 @@ mod pod {
         };
     }
     pod!(Addr4, Addr6, ServiceKey<Addr4>, ServiceKey<Addr6>, Service, Backend<Addr4>, Backend<Addr6>);
-    pod!(AddressInfo, Edge, FlowKey<Addr4>, FlowKey<Addr6>, Flow<Addr4>, Flow<Addr6>);
+    pod!(AddressInfo, Edge, EdgeSourceKey, FlowKey<Addr4>, FlowKey<Addr6>, Flow<Addr4>, Flow<Addr6>);
     pod!(FragmentKey<Addr4>, FragmentKey<Addr6>, Fragment);
     pod!(OwnerName);
     pod!(SocketKey, SocketPeer, Counter, Usage, Affinity, AffinityKey<Addr4>, AffinityKey<Addr6>, MemberKey);

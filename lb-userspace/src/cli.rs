@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::datapath::{self, DEFAULT_BPFFS};
 use crate::settings::Settings;
-use crate::{agent, logging, show};
+use crate::{agent, kept, logging, show};
 
 /// A Service load balancer for Kubernetes nodes, on eBPF.
 #[derive(Parser)]
@@ -65,6 +65,9 @@ struct Backends {
 struct Cleanup {
     #[command(flatten)]
     pins: Pins,
+    /// Where the agent keeps its state [default: /var/lib/fairlead/ and the path of --bpffs, with - for /]
+    #[arg(long, value_name = "FILE")]
+    state_file: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -90,7 +93,7 @@ impl Cli {
             Command::Services(read) => read.show(show::services),
             Command::Backends(Backends { read, all }) => read.show(|to| show::backends(to, all)),
             Command::Flows(read) => read.show(show::flows),
-            Command::Cleanup(Cleanup { pins }) => cleanup(&pins),
+            Command::Cleanup(asked) => cleanup(&asked),
         }
     }
 }
@@ -134,9 +137,14 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
             == Some(io::ErrorKind::BrokenPipe)
 }
 
-fn cleanup(pins: &Pins) -> Result<()> {
+fn cleanup(Cleanup { pins, state_file }: &Cleanup) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let removed = runtime.context("cannot start the runtime")?.block_on(datapath::cleanup(&pins.bpffs))?;
+    let mut removed =
+        runtime.context("cannot start the runtime")?.block_on(datapath::cleanup(&pins.bpffs))?;
+    let state = state_file.clone().unwrap_or_else(|| kept::default_path(&pins.bpffs));
+    if kept::file::remove(&state).with_context(|| format!("cannot remove {}", state.display()))? {
+        removed.push(format!("state {}", state.display()));
+    }
     for line in &removed {
         println!("removed {line}");
     }

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi;
+use serde::{Deserialize, Serialize};
 
 use crate::owner::Owner;
 
 /// IP protocol of a frontend.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub enum Protocol {
     Tcp,
     Udp,
@@ -51,7 +52,7 @@ impl fmt::Display for Protocol {
 }
 
 /// IP family of an entry: it decides which of the `…4` and `…6` maps holds it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub enum Family {
     V4,
     V6,
@@ -177,7 +178,7 @@ pub struct Target {
 }
 
 /// How a backend is chosen.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum Algorithm {
     Random,
     Maglev,
@@ -203,7 +204,7 @@ pub struct Frontend {
 }
 
 /// Name of a Service. Many places keep it; they share it.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct ServiceName {
     pub namespace: Arc<str>,
     pub name: Arc<str>,

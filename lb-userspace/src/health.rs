@@ -1,7 +1,8 @@
 //! `/healthz`, `/livez` and `/readyz`, with kube-proxy's meaning.
 //!
 //! `healthz`: what Kubernetes says is in the maps, and this node is not on its way out; load balancers ask
-//! for it. `livez`: the agent makes progress. `readyz`: everything has been in the maps once, and is.
+//! for it. `livez`: the agent makes progress. `readyz`: everything has been in the maps once, and is. An agent that serves
+//! what was kept of an earlier one is healthy and not ready: it answers connections, and cannot tell whether it works.
 
 mod ports;
 
@@ -89,6 +90,28 @@ struct Facts {
     leaving: Option<bool>,
     /// Without a Node object this node does not count as one.
     needs_node: bool,
+    freshness: Freshness,
+}
+
+/// How old what is served may be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Freshness {
+    #[default]
+    Current,
+    /// The source told everything, and has not answered since then.
+    Unanswered(Timestamp),
+    /// The source has not told everything; this was kept then.
+    Kept(Timestamp),
+}
+
+impl Freshness {
+    /// Since when it is stale, if it is.
+    const fn stale_since(self) -> Option<Timestamp> {
+        match self {
+            Self::Current => None,
+            Self::Unanswered(since) | Self::Kept(since) => Some(since),
+        }
+    }
 }
 
 impl Health {
@@ -114,6 +137,11 @@ impl Health {
     /// Whether this node is about to go; `None`: there is no Node object.
     pub fn note_node(&self, leaving: Option<bool>) {
         self.facts().leaving = leaving;
+    }
+
+    /// How old what is served may be.
+    pub fn note_freshness(&self, freshness: Freshness) {
+        self.facts().freshness = freshness;
     }
 
     /// Whether everything has been in the maps once.
@@ -142,6 +170,10 @@ impl Facts {
         self.waiting.is_none_or(|since| now.saturating_duration_since(since) < TIMEOUT)
     }
 
+    fn is_ready(&self, now: Instant) -> bool {
+        self.synced && self.is_live(now) && !matches!(self.freshness, Freshness::Kept(_))
+    }
+
     fn is_eligible(&self) -> bool {
         match self.leaving {
             Some(leaving) => !leaving,
@@ -158,6 +190,9 @@ struct Answer {
     current_time: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     node_eligible: Option<bool>,
+    /// Ours: what is served may be out of date since then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stale_since: Option<String>,
 }
 
 fn answer(facts: &Facts, well: bool, node_eligible: Option<bool>) -> Response {
@@ -165,6 +200,7 @@ fn answer(facts: &Facts, well: bool, node_eligible: Option<bool>) -> Response {
     let answer = Answer {
         // As long as it is well, nothing is older than now.
         last_updated: if well { Some(now) } else { facts.updated }.map(|time| time.to_string()),
+        stale_since: facts.freshness.stale_since().map(|time| time.to_string()),
         current_time: now.to_string(),
         node_eligible,
     };
@@ -189,7 +225,7 @@ async fn livez(State(health): State<Health>) -> Response {
 
 async fn readyz(State(health): State<Health>) -> Response {
     let facts = health.facts();
-    answer(&facts, facts.synced && facts.is_live(Instant::now()), None)
+    answer(&facts, facts.is_ready(Instant::now()), None)
 }
 
 /// Answers on `addr` for as long as the runtime lives.
@@ -322,6 +358,15 @@ mod tests {
         health.note_node(Some(false));
         health.note_waiting(Instant::now().checked_sub(TIMEOUT).unwrap());
         assert_eq!(all().await, [503, 503, 503]);
+        // What was kept is served, and nobody says what is true now.
+        health.note_synced();
+        health.note_freshness(Freshness::Kept(Timestamp::UNIX_EPOCH));
+        assert_eq!(all().await, [200, 200, 503]);
+        let (_, body) = ask(addr, "/healthz").await;
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(body["staleSince"], "1970-01-01T00:00:00Z");
+        health.note_freshness(Freshness::Unanswered(Timestamp::UNIX_EPOCH));
+        assert_eq!(all().await, [200, 200, 200]);
         let alone = Health::new(false);
         alone.note_synced();
         let addr = serve("127.0.0.1:0".parse().unwrap(), alone).await.unwrap();

@@ -12,6 +12,7 @@ pub mod finding;
 pub mod flows;
 pub mod health;
 pub mod inspect;
+pub mod kept;
 pub mod logging;
 pub mod metrics;
 pub mod model;

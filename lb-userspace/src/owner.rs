@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use lb_common::abi::{NAME_LEN, OwnerName, owner_kind};
+use serde::{Deserialize, Serialize};
 
 use crate::entries::ServiceName;
 
@@ -95,7 +96,7 @@ impl From<PodName> for Owner {
 }
 
 /// Name of a Pod. Many places keep it; they share it.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct PodName {
     pub namespace: Arc<str>,
     pub name: Arc<str>,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use lb_common::tables::Admission;
@@ -16,6 +17,7 @@ use crate::agent::{Config, SourceOptions};
 use crate::datapath::{self, DEFAULT_BPFFS, Sizes, TcMode, Timeouts};
 use crate::edges::{self, Rules};
 use crate::entries;
+use crate::kept;
 use crate::nodeports::{BadNetwork, NodePortAddresses};
 use crate::source::convert::parse_network;
 use crate::source::kubernetes;
@@ -125,6 +127,11 @@ pub struct Settings {
     /// [default: /sys/fs/bpf/fairlead]
     #[arg(long, value_name = "DIR")]
     bpffs: Option<PathBuf>,
+
+    /// Where is kept what the API server says, for a start without it; empty: nowhere
+    /// [default: /var/lib/fairlead/ and the path of --bpffs, with - for /]
+    #[arg(long, value_name = "FILE", value_parser = OsStringValueParser::new().map(PathBuf::from))]
+    state_file: Option<PathBuf>,
 
     /// Flows per family [default: 524288, or what is pinned]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -370,6 +377,7 @@ impl Settings {
             metrics_bind_address,
             cgroup_root,
             bpffs,
+            state_file,
             max_flows,
             max_services,
             max_backends,
@@ -405,6 +413,8 @@ impl Settings {
         if masquerade_all && self.socket_lb == Some(SocketLb::All) {
             return Err(Error::MasqueradedSockets);
         }
+        let bpffs = self.bpffs.unwrap_or_else(|| DEFAULT_BPFFS.into());
+        let state_file = self.state_file.unwrap_or_else(|| kept::default_path(&bpffs));
         let source = match self.manifests {
             Some(path) => SourceOptions::Manifests(path),
             None => SourceOptions::Kubernetes(kubernetes::Options {
@@ -438,7 +448,7 @@ impl Settings {
             node_name,
             source,
             datapath: datapath::Options {
-                bpffs: self.bpffs.unwrap_or_else(|| DEFAULT_BPFFS.into()),
+                bpffs,
                 sizes: Sizes {
                     flows: self.max_flows,
                     services: self.max_services,
@@ -486,6 +496,7 @@ impl Settings {
             },
             healthz: self.healthz_bind_address.map_or(Some(any), |Bind(addr)| addr),
             metrics: self.metrics_bind_address.map_or(Some(loopback), |Bind(addr)| addr),
+            state_file: Some(state_file).filter(|path| !path.as_os_str().is_empty()),
         })
     }
 }
@@ -577,6 +588,7 @@ mod tests {
             "--metrics-bind-address=127.0.0.1:2",
             "--cgroup-root=/c",
             "--bpffs=/b",
+            "--state-file=/s",
             "--max-flows=1",
             "--max-services=2",
             "--max-backends=3",
@@ -595,7 +607,7 @@ mod tests {
                     cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\ndetect-local-mode: NodeCIDR\n\
                     pod-bridge-interface: br0\npod-interface-name-prefix: tap\nmasquerade-all: true\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\
-                    cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
+                    cgroup-root: /c\nbpffs: /b\nstate-file: /s\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
                     conntrack-tcp-timeout-established: 24h0m0s\nconntrack-tcp-timeout-close-wait: 1h0m0s\n\
                     conntrack-udp-timeout: 30s\nconntrack-udp-timeout-stream: \"0\"\n\
                     tcp-to-removed-backend: reset\n\
@@ -719,6 +731,11 @@ mod tests {
         let metrics = line(&["--metrics-bind-address=::"]).config().unwrap().metrics;
         assert_eq!(metrics.unwrap().to_string(), "[::]:10249");
         assert_eq!(config.datapath, datapath::Options::default());
+        let state_file = |args: &[&str]| line(args).config().unwrap().state_file;
+        assert_eq!(config.state_file.unwrap(), Path::new("/var/lib/fairlead/sys-fs-bpf-fairlead.state"));
+        assert_eq!(state_file(&["--bpffs=/b/c"]).unwrap(), Path::new("/var/lib/fairlead/b-c.state"));
+        assert_eq!(state_file(&["--state-file=/s"]).unwrap(), Path::new("/s"));
+        assert_eq!(state_file(&["--state-file="]), None);
         assert_eq!(config.algorithm, entries::Algorithm::Maglev);
         assert_eq!(config.nodeport_addresses, NodePortAddresses::All);
         let error = line(&["--nodeport-addresses=x"]).config().unwrap_err().to_string();

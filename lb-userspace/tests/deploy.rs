@@ -94,6 +94,8 @@ fn the_daemon_set_starts_the_agent_as_its_command_line_wants() {
     let mounts = pod.containers[0].volume_mounts.clone().expect("mounts");
     let known = |name: &str| volumes.iter().any(|volume| volume.name == name);
     assert!(mounts.iter().all(|mount| known(&mount.name)), "a mount without its volume");
+    // What is kept outlives the container.
+    assert!(mounts.iter().any(|mount| mount.mount_path == "/var/lib/fairlead"), "no place for the state");
     assert_eq!(pod.host_network, Some(true));
 }
 

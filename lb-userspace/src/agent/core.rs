@@ -1,12 +1,17 @@
 //! From events to map operations: model, compile, reconcile, apply.
 
+mod restored;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use k8s_openapi::jiff::Timestamp;
 use tracing::field::display;
 
+use self::restored::Restored;
+use super::lifeline::Lifeline;
 use crate::compile::{Facts, compile, compile_pod};
 use crate::datapath::{ApplyError, MapError, Maps};
 use crate::entries::{HealthCheck, Op};
@@ -14,7 +19,7 @@ use crate::events::Events;
 use crate::finding::Finding;
 use crate::health::{Health, HealthPorts};
 use crate::metrics::{Metrics, News, Size};
-use crate::model::{Model, Node};
+use crate::model::{Model, Node, Touched};
 use crate::owner::Owner;
 use crate::reconcile::{Batch, Desired, Reconciler};
 use crate::source::{Event, Kind, Unlisted};
@@ -60,6 +65,14 @@ pub struct Agent<M> {
     metrics: Metrics,
     events: Option<Events>,
     unlisted: Unlisted,
+    /// As long as the model is what was kept.
+    restored: Option<Restored>,
+    /// Kinds that the source cannot be asked about, and since when there are any.
+    silent: BTreeSet<Kind>,
+    silent_since: Option<Timestamp>,
+    lifeline: Option<Lifeline>,
+    /// Grows with every change of the model.
+    revision: u64,
     /// How many objects of a kind cannot be read.
     unreadable: BTreeMap<Kind, usize>,
     /// Flags of the node's own addresses; `None`: not known yet.
@@ -103,6 +116,11 @@ impl<M: Maps> Agent<M> {
             health,
             events: None,
             unlisted: Unlisted::default(),
+            restored: None,
+            silent: BTreeSet::new(),
+            silent_since: None,
+            lifeline: None,
+            revision: 0,
             unreadable: BTreeMap::new(),
             addresses: None,
             addresses_changed: false,
@@ -131,17 +149,49 @@ impl<M: Maps> Agent<M> {
         self.events = Some(events);
     }
 
+    /// The API server is asked at this address: if it is a Service's, it keeps endpoints.
+    pub fn reach_by(&mut self, addr: SocketAddr) {
+        self.lifeline = Some(Lifeline::new(addr));
+    }
+
     /// Takes an event. `true`: the Node object changed.
     pub fn take(&mut self, event: Event, now: Instant) -> bool {
+        match event {
+            Event::Answers(kind, answers) => {
+                self.note_answers(kind, answers);
+                false
+            }
+            event if self.restored.is_some() => self.set_aside(event, now),
+            event => self.believe(event, now),
+        }
+    }
+
+    fn note_answers(&mut self, kind: Kind, answers: bool) {
+        if answers {
+            self.silent.remove(&kind);
+        } else if Kind::ALL.contains(&kind) {
+            self.silent.insert(kind);
+        }
+        let since = self.silent_since.unwrap_or_else(Timestamp::now);
+        self.silent_since = (!self.silent.is_empty()).then_some(since);
+        self.note_freshness();
+    }
+
+    fn note_node(&mut self) {
+        self.facts.zone = self.model.node().and_then(|node| node.zone.clone());
+        let leaving = |node: &Node| node.deleting || node.to_be_deleted;
+        self.health.note_node(self.model.node().map(leaving));
+    }
+
+    fn believe(&mut self, event: Event, now: Instant) -> bool {
         match event {
             Event::Changed(change) => {
                 let news = News::from(&change);
                 let touched = self.model.apply(change);
                 self.networks_changed |= touched.service_cidrs || touched.node;
+                self.revision += u64::from(touched != Touched::default());
                 if touched.node {
-                    self.facts.zone = self.model.node().and_then(|node| node.zone.clone());
-                    let leaving = |node: &Node| node.deleting || node.to_be_deleted;
-                    self.health.note_node(self.model.node().map(leaving));
+                    self.note_node();
                 }
                 let mut owners = touched.owners().peekable();
                 if owners.peek().is_some() {
@@ -157,6 +207,7 @@ impl<M: Maps> Agent<M> {
                 if kind == Kind::ServiceCidrs && !self.cidrs_listed {
                     self.cidrs_listed = true;
                     self.networks_changed = true;
+                    self.revision += 1;
                 }
                 self.unlisted.note(kind);
                 false
@@ -170,6 +221,8 @@ impl<M: Maps> Agent<M> {
                 self.metrics.work().note_findings(before, count);
                 false
             }
+            // Taken already.
+            Event::Answers(..) => false,
         }
     }
 
@@ -218,9 +271,10 @@ impl<M: Maps> Agent<M> {
 
     /// Brings the maps up to date, as far as everything is known that they depend on.
     pub fn settle(&mut self, now: Instant) {
-        if !self.unlisted.is_empty() || self.addresses.is_none() {
+        if self.addresses.is_none() || !(self.unlisted.is_empty() || self.is_due(now)) {
             return;
         }
+        self.begin_with_kept();
         let (before, start) = (self.stats, Instant::now());
         let mut patience = 3;
         while let Err(error) = self.try_to_settle(now) {
@@ -243,14 +297,18 @@ impl<M: Maps> Agent<M> {
             frontends: self.reconciler.frontends() as u64,
             maps: self.reconciler.fill(),
         };
-        let complete = self.doubtful.is_none() && self.refused.is_empty();
+        let complete = self.doubtful.is_none() && self.refused.is_empty() && self.unlisted.is_empty();
         self.metrics.note_settled(size, complete);
+        self.note_freshness();
     }
 
     /// When [`Agent::settle`] has something to do without an event.
     pub fn next_wake(&self) -> Option<Instant> {
-        if !self.unlisted.is_empty() || self.addresses.is_none() {
-            return None;
+        self.addresses.as_ref()?;
+        match &self.restored {
+            Some(restored) if !restored.written => return Some(restored.due),
+            None if !self.unlisted.is_empty() => return None,
+            _ => {}
         }
         let retry = self.retries.first().map(|(again, _)| *again);
         let wakes = [self.doubtful, self.reconciler.next_expiry(), self.ports.next_retry(), retry];
@@ -287,7 +345,7 @@ impl<M: Maps> Agent<M> {
         }
         self.loaded = true;
         // What is stale may be of a Service that was refused.
-        if self.unfinished && self.refused.is_empty() {
+        if self.unfinished && self.refused.is_empty() && self.unlisted.is_empty() {
             let ops = self.reconciler.finish(now);
             self.apply(&ops, None, now)?;
             self.unfinished = false;
@@ -349,7 +407,17 @@ impl<M: Maps> Agent<M> {
         }
     }
 
+    /// What an owner means; none: it is gone.
     fn desired(&mut self, name: &Owner) -> Option<(Desired, Vec<Finding>)> {
+        let desired = self.compiled(name);
+        let Some(lifeline) = &mut self.lifeline else { return desired };
+        let (desired, former) = lifeline.keep(name, desired);
+        self.metrics.note_held(lifeline.is_held());
+        self.pending.extend(former);
+        desired
+    }
+
+    fn compiled(&mut self, name: &Owner) -> Option<(Desired, Vec<Finding>)> {
         let (created, (compiled, findings)) = match name {
             Owner::Service(name) => {
                 let service = self.model.service(name)?;
@@ -367,7 +435,9 @@ impl<M: Maps> Agent<M> {
 
     /// Before the first Service is written, all of them say what they claim.
     fn announce_all(&mut self) {
-        let names: Vec<Owner> = self.model.owners().filter(|name| !self.refused.contains_key(name)).collect();
+        let held = self.lifeline.as_ref().and_then(Lifeline::owner).cloned();
+        let names: BTreeSet<Owner> = self.model.owners().chain(held).collect();
+        let names = names.into_iter().filter(|name| !self.refused.contains_key(name)).collect::<Vec<_>>();
         for name in names {
             if let Some((desired, _)) = self.desired(&name) {
                 self.reconciler.announce(&name, &desired);

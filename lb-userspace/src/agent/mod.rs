@@ -3,6 +3,7 @@
 //! [`Agent`] is synchronous and knows no clock of its own; [`run`] gives it a life.
 
 mod core;
+mod lifeline;
 mod run;
 
 pub use self::core::{Agent, Stats};

@@ -4,10 +4,11 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
+use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,9 +24,17 @@ use crate::entries::Algorithm;
 use crate::events::Events;
 use crate::flows::Sweeper;
 use crate::health::{self, Health};
+use crate::kept::{Identity, Keeper, Kept};
 use crate::metrics::{self, KernelCounts, Metrics};
+use crate::model::Objects;
 use crate::nodeports::{self, NodePortAddresses};
 use crate::source::{CHANNEL, Event, kubernetes, manifests};
+
+/// How long the source may take to tell everything before what was kept is served.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long an agent that ends may take to keep what it knows.
+const KEEPING: Duration = Duration::from_secs(5);
 
 /// Everything the agent is told.
 #[derive(Clone, Debug)]
@@ -44,6 +53,8 @@ pub struct Config {
     pub healthz: Option<SocketAddr>,
     /// None: nobody asks.
     pub metrics: Option<SocketAddr>,
+    /// Where is kept what the API server says. None: nowhere.
+    pub state_file: Option<PathBuf>,
 }
 
 /// Where Services come from.
@@ -66,8 +77,9 @@ pub async fn run(config: Config) -> Result<()> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, "fairlead starts");
     raise_file_limit();
     // What can be refused without touching the node comes first.
-    let source = Source::start(&config).await?;
-    let health = Health::new(source.client.is_some());
+    let health = Health::new(matches!(config.source, SourceOptions::Kubernetes(_)));
+    let metrics = Metrics::new(&health);
+    let mut source = Source::start(&config, &metrics).await?;
     if let Some(addr) = config.healthz {
         let addr = health::serve(addr, health.clone()).await;
         let addr = addr.with_context(|| {
@@ -76,7 +88,6 @@ pub async fn run(config: Config) -> Result<()> {
         })?;
         tracing::info!(%addr, "health is answered");
     }
-    let metrics = Metrics::new(&health);
     if let Some(addr) = config.metrics {
         let served = metrics::serve(addr, metrics.clone()).await;
         let served = served.with_context(|| format!("--metrics-bind-address {addr}"))?;
@@ -96,6 +107,13 @@ pub async fn run(config: Config) -> Result<()> {
     }
     agent.observe(metrics);
     agent.set_pod_networks(config.pod_networks.clone());
+    if let Some(addr) = source.server {
+        agent.reach_by(addr);
+    }
+    if let Some(kept) = source.kept.take() {
+        let saved = Timestamp::from_second(kept.saved).unwrap_or_default();
+        agent.restore(&kept.objects, saved, Instant::now() + PATIENCE);
+    }
 
     let outcome = follow(agent, source, edges.view(), &config, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.
@@ -141,24 +159,61 @@ struct Source {
     tasks: JoinSet<()>,
     /// The API server, if there is one: it should have an object for this node.
     client: Option<Client>,
+    /// Where that is asked, if it is an address.
+    server: Option<SocketAddr>,
+    keeper: Option<Keeper>,
+    /// What an earlier agent has kept.
+    kept: Option<Kept>,
 }
 
 impl Source {
-    async fn start(config: &Config) -> Result<Self> {
+    async fn start(config: &Config, metrics: &Metrics) -> Result<Self> {
         let (sender, events) = mpsc::channel(CHANNEL);
-        let (tasks, client) = match &config.source {
+        let options = match &config.source {
             SourceOptions::Manifests(path) => {
                 manifests::follow(path, sender)?;
                 tracing::info!(directory = %path.display(), "following manifests");
-                (JoinSet::new(), None)
+                let tasks = JoinSet::new();
+                return Ok(Self { events, tasks, client: None, server: None, keeper: None, kept: None });
             }
-            SourceOptions::Kubernetes(options) => {
-                let client = kubernetes::client(options).await?;
-                tracing::info!("following the API server");
-                (kubernetes::follow(&client, &options.node_name, &sender), Some(client))
-            }
+            SourceOptions::Kubernetes(options) => options,
         };
-        Ok(Self { events, tasks, client })
+        let api = kubernetes::configuration(options).await?;
+        let server = kubernetes::address(&api);
+        let identity = Identity { node: options.node_name.clone(), cluster: kubernetes::cluster(&api) };
+        let client = kubernetes::connect(api)?;
+        let new = |path: &PathBuf| Keeper::new(path, identity, metrics.clone(), Instant::now());
+        let keeper = config.state_file.as_ref().map(new);
+        let kept = keeper.as_ref().and_then(Keeper::read);
+        let nothing = Objects::default();
+        let objects = kept.as_ref().map_or(&nothing, |kept| &kept.objects);
+        let tasks = kubernetes::follow(&client, &options.node_name, &sender, objects);
+        tracing::info!("following the API server");
+        Ok(Self { events, tasks, client: Some(client), server, keeper, kept })
+    }
+
+    /// When something is to be kept.
+    fn next_wake(&self) -> Option<Instant> {
+        self.keeper.as_ref().and_then(Keeper::next_wake)
+    }
+
+    /// Keeps what the agent knows, if it is time.
+    fn keep(&mut self, agent: &Agent<KernelMaps>, now: Instant) {
+        let Some(keeper) = self.keeper.as_mut().filter(|_| agent.is_complete()) else { return };
+        keeper.note(agent.revision(), now);
+        if keeper.next_wake().is_some_and(|at| at <= now)
+            && let Some((objects, revision)) = agent.state()
+        {
+            keeper.write(objects, revision, now);
+        }
+    }
+}
+
+/// Ends when what is kept has been written.
+async fn written(keeper: &mut Option<Keeper>) {
+    match keeper {
+        Some(keeper) => keeper.written().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -173,7 +228,8 @@ async fn follow(
     let mut stop = std::pin::pin!(stop);
     let mut first = true;
     loop {
-        let wake = agent.next_wake();
+        let keep = source.next_wake().filter(|_| agent.is_complete());
+        let wake = [agent.next_wake(), keep].into_iter().flatten().min();
         let sleep = async {
             match wake {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -185,6 +241,11 @@ async fn follow(
             biased;
             signal = &mut stop => {
                 tracing::info!(signal, "stops; the datapath goes on without the agent");
+                if let Some(keeper) = source.keeper
+                    && tokio::time::timeout(KEEPING, keeper.finish(agent.state())).await.is_err()
+                {
+                    tracing::warn!("writing the state took too long, and is given up (--state-file)");
+                }
                 return Ok(());
             }
             changed = view.changed() => {
@@ -209,6 +270,7 @@ async fn follow(
                     addresses |= agent.take(event, now);
                 }
             }
+            () = written(&mut source.keeper) => {}
             () = sleep => {}
         }
         if addresses && let Some(view) = view.borrow_and_update().as_deref() {
@@ -217,6 +279,7 @@ async fn follow(
             agent.set_addresses(flags);
         }
         agent.settle(Instant::now());
+        source.keep(&agent, Instant::now());
         if first && agent.unlisted().is_empty() {
             first = false;
             if agent.node().is_none() {

@@ -36,7 +36,7 @@ pub struct StateFile {
 
 impl StateFile {
     pub fn new(bpffs: &Path) -> Self {
-        Self { path: Path::new(STATE_DIR).join(file_name(bpffs)) }
+        Self { path: Path::new(STATE_DIR).join(format!("{}.json", name_of(bpffs))) }
     }
 
     /// `None`: nothing was changed, or it is not known any more, or it was in another network namespace.
@@ -74,10 +74,10 @@ impl StateFile {
     }
 }
 
-/// Two directories never share a name: `-` in the path is doubled.
-fn file_name(bpffs: &Path) -> String {
+/// What files are called that belong to this `--bpffs`. Two directories never share a name: `-` in the path is doubled.
+pub fn name_of(bpffs: &Path) -> String {
     let path = bpffs.to_string_lossy();
-    format!("{}.json", path.trim_matches('/').replace('-', "--").replace('/', "-"))
+    path.trim_matches('/').replace('-', "--").replace('/', "-")
 }
 
 /// Adds the datapath's source ports to those that the kernel does not give to processes.
@@ -132,8 +132,8 @@ mod tests {
 
     #[test]
     fn every_directory_has_its_own_file() {
-        assert_eq!(file_name(Path::new("/sys/fs/bpf/fairlead")), "sys-fs-bpf-fairlead.json");
-        assert_ne!(file_name(Path::new("/a/b-c")), file_name(Path::new("/a-b/c")));
-        assert_ne!(file_name(Path::new("/a/b-c")), file_name(Path::new("/a/b/c")));
+        assert_eq!(name_of(Path::new("/sys/fs/bpf/fairlead")), "sys-fs-bpf-fairlead");
+        assert_ne!(name_of(Path::new("/a/b-c")), name_of(Path::new("/a-b/c")));
+        assert_ne!(name_of(Path::new("/a/b-c")), name_of(Path::new("/a/b/c")));
     }
 }

@@ -7,6 +7,7 @@ mod accounts;
 mod collect;
 mod kernel;
 mod process;
+mod source;
 mod work;
 
 use std::collections::BTreeSet;
@@ -35,6 +36,7 @@ use crate::health::{self, Health};
 use crate::owner::Owner;
 use accounts::Accounts;
 use collect::Collection;
+use source::Source;
 
 /// Services that have metrics of their own; the others share one.
 pub const SERVICES: usize = 1000;
@@ -53,6 +55,7 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     work: Work,
+    source: Source,
     shared: Arc<Shared>,
     features: Family<Label, Gauge>,
     events: Outcomes,
@@ -89,6 +92,7 @@ impl Metrics {
         });
         registry.register_collector(Box::new(Collection::new(Arc::clone(&shared))));
         let work = Work::register(&mut registry);
+        let source = Source::register(&mut registry);
         let answers = health.answers();
         registry.register(
             "kubeproxy_proxy_healthz",
@@ -119,7 +123,7 @@ impl Metrics {
         let flows = Tally::register(&mut registry);
         process::register(&mut registry);
         let turn = tokio::sync::Mutex::default();
-        Self(Arc::new(Inner { registry, work, shared, features, events, flows, turn }))
+        Self(Arc::new(Inner { registry, work, source, shared, features, events, flows, turn }))
     }
 
     /// There is a datapath, with these maps.
@@ -144,6 +148,27 @@ impl Metrics {
     /// How the agent keeps up.
     pub fn work(&self) -> &Work {
         &self.0.work
+    }
+
+    /// Whether what is served may be out of date.
+    pub fn note_stale(&self, stale: bool) {
+        self.0.source.stale.set(stale.into());
+    }
+
+    /// The state file was written at this time, seconds since 1970.
+    pub fn note_state_written(&self, saved: i64) {
+        #[expect(clippy::cast_precision_loss, reason = "exact for 285 million years")]
+        self.0.source.written.set(saved as f64);
+    }
+
+    /// The state file could not be written.
+    pub fn note_state_error(&self) {
+        self.0.source.write_errors.inc();
+    }
+
+    /// Whether the frontend of the API server keeps endpoints that it has lost.
+    pub fn note_held(&self, held: bool) {
+        self.0.source.held.set(held.into());
     }
 
     /// The maps were read; they hold Services with these ids.

@@ -1,11 +1,13 @@
 //! What Kubernetes says, indexed by Service. No I/O and no decisions: [`Model::apply`] takes one change
 //! and answers which Services it touches.
 
+mod objects;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+pub use objects::Objects;
 pub use types::{
     Endpoint, EndpointSlice, Hints, HostPort, Ignored, Node, Pod, Policy, Service, ServicePort, ServiceType,
     SliceName, SlicePort,
@@ -123,6 +125,19 @@ impl Model {
             }
         }
         touched
+    }
+
+    /// Whether it knows the Service, slice or Pod of this change as it is there.
+    pub fn has(&self, change: &Change) -> bool {
+        match change {
+            Change::Service(service) => self.services.get(&service.name) == Some(service),
+            Change::Slice(slice) => {
+                let of_service = slice.service.as_ref().and_then(|service| self.slices.get(service));
+                of_service.is_some_and(|slices| slices.contains(slice))
+            }
+            Change::Pod(pod) => self.pods.get(&pod.name) == Some(pod),
+            _ => false,
+        }
     }
 
     /// The Service of this name.
@@ -261,7 +276,11 @@ mod tests {
         assert_eq!(set(&mut model, &slice("a", "svc", "10.0.0.1")), [""; 0]);
         assert_eq!(set(&mut model, &slice("a", "svc", "10.0.0.2")), ["svc"]);
         let service = Change::Service(Arc::new(Service::named(name("svc"))));
+        let known = Change::Slice(Arc::new(slice("a", "svc", "10.0.0.2")));
+        assert!(model.has(&known) && !model.has(&service));
+        assert!(!model.has(&Change::Slice(Arc::new(slice("a", "svc", "10.0.0.1")))));
         assert_eq!(apply(&mut model, service.clone()), ["svc"]);
+        assert!(model.has(&service));
         assert_eq!(apply(&mut model, service), [""; 0]);
     }
 

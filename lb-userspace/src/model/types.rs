@@ -1,4 +1,7 @@
 //! The objects of Kubernetes reduced to what this node needs of them, with every default filled in.
+//!
+//! They are kept on the disk as they are declared here ([`crate::kept`]): whoever changes them raises the version of the
+//! file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -6,13 +9,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::entries::{Algorithm, Family, Protocol, ServiceName};
 use crate::finding::Finding;
 use crate::owner::PodName;
 
 /// A Service.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Service {
     pub name: ServiceName,
     /// `metadata.uid`; may be empty.
@@ -41,6 +45,7 @@ pub struct Service {
     /// The annotation [`Service::ALGORITHM`].
     pub algorithm: Option<Algorithm>,
     /// What could not be understood in the object.
+    #[serde(skip)]
     pub findings: Vec<Finding>,
 }
 
@@ -76,7 +81,7 @@ impl Service {
 }
 
 /// `spec.type`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum ServiceType {
     ClusterIP,
     NodePort,
@@ -85,7 +90,7 @@ pub enum ServiceType {
 }
 
 /// Why a Service is not ours to serve.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Ignored {
     /// `clusterIP: None`, or the label `service.kubernetes.io/headless`.
     Headless,
@@ -96,7 +101,7 @@ pub enum Ignored {
 }
 
 /// One entry of `spec.ports`.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ServicePort {
     /// May be empty if it is the only one.
     pub name: String,
@@ -113,14 +118,14 @@ impl ServicePort {
 }
 
 /// `internalTrafficPolicy` or `externalTrafficPolicy`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Policy {
     Cluster,
     Local,
 }
 
 /// Name of an EndpointSlice.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct SliceName {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
@@ -133,7 +138,7 @@ impl fmt::Display for SliceName {
 }
 
 /// An EndpointSlice.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct EndpointSlice {
     pub name: SliceName,
     /// The label `kubernetes.io/service-name`; none if the slice is nobody's, headless, of another proxy,
@@ -145,6 +150,7 @@ pub struct EndpointSlice {
     /// (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
     pub triggered: Option<i64>,
     /// What could not be understood in the object.
+    #[serde(skip)]
     pub findings: Vec<Finding>,
 }
 
@@ -156,7 +162,7 @@ impl EndpointSlice {
 }
 
 /// One entry of an EndpointSlice's `ports`: the number the Service's targetPort came to in this slice.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SlicePort {
     pub name: String,
     pub port: u16,
@@ -164,7 +170,7 @@ pub struct SlicePort {
 }
 
 /// One entry of an EndpointSlice's `endpoints`.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Endpoint {
     /// The first address; the API gives the others no meaning.
     pub addr: IpAddr,
@@ -177,7 +183,7 @@ pub struct Endpoint {
 }
 
 /// Whom an endpoint is meant for.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Hints {
     pub zones: Vec<Box<str>>,
     pub nodes: Vec<Box<str>>,
@@ -201,7 +207,7 @@ impl Endpoint {
 }
 
 /// A Pod, as far as its host ports go.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Pod {
     pub name: PodName,
     /// `metadata.creationTimestamp`, seconds since 1970; as with Services the older has a frontend.
@@ -213,6 +219,7 @@ pub struct Pod {
     /// None if it has ended, has no address yet, or has the node's network.
     pub ports: Vec<HostPort>,
     /// What could not be understood in the object.
+    #[serde(skip)]
     pub findings: Vec<Finding>,
 }
 
@@ -224,7 +231,7 @@ impl Pod {
 }
 
 /// A port of a container that has a `hostPort`.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct HostPort {
     /// May be empty.
     pub name: String,
@@ -243,7 +250,7 @@ impl HostPort {
 }
 
 /// A Node: this one.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Node {
     pub name: String,
     /// The label `topology.kubernetes.io/zone`.

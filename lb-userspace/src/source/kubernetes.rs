@@ -8,7 +8,9 @@
 mod follower;
 mod slim;
 
+use std::collections::BTreeSet;
 use std::fmt::{Debug, Display};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +29,7 @@ use self::follower::Follower;
 use super::convert::ServiceCidr;
 use super::{Kind, Sender, convert};
 use crate::entries::ServiceName;
-use crate::model::{Change, EndpointSlice, Node, Pod, Service, SliceName};
+use crate::model::{Change, EndpointSlice, Node, Objects, Pod, Service, SliceName};
 use crate::owner::PodName;
 
 /// What kube-proxy asks for, too.
@@ -70,6 +72,16 @@ pub enum Error {
 
 /// A client as [`Options`] say. Nothing is asked yet.
 pub async fn client(options: &Options) -> Result<Client, Error> {
+    connect(configuration(options).await?)
+}
+
+/// A client of this configuration.
+pub fn connect(config: Config) -> Result<Client, Error> {
+    Client::try_from(config).map_err(Error::Client)
+}
+
+/// Where the API server is, and who we are to it.
+pub async fn configuration(options: &Options) -> Result<Config, Error> {
     let mut config = match (&options.kubeconfig, &options.master) {
         (Some(paths), _) => from_kubeconfig(paths).await?,
         (None, Some(master)) => Config::incluster().or_else(|_| Ok(Config::new(parse_url(master)?)))?,
@@ -82,7 +94,20 @@ pub async fn client(options: &Options) -> Result<Client, Error> {
     config.reset_reader_on_write = true;
     // Whoever asks waits and asks again.
     config.default_retry = false;
-    Client::try_from(config).map_err(Error::Client)
+    Ok(config)
+}
+
+/// The address that the API server is asked at; none: it has a name.
+pub fn address(config: &Config) -> Option<SocketAddr> {
+    let url = &config.cluster_url;
+    let addr = url.host()?.trim_matches(['[', ']']).parse().ok()?;
+    let default = if url.scheme_str() == Some("http") { 80 } else { 443 };
+    Some(SocketAddr::new(addr, url.port_u16().unwrap_or(default)))
+}
+
+/// Tells clusters apart: a checksum of the certificates that the API server is believed by.
+pub fn cluster(config: &Config) -> Option<u32> {
+    config.root_cert.as_ref().map(|certificates| crc32fast::hash(&certificates.concat()))
 }
 
 async fn from_kubeconfig(paths: &PathBuf) -> Result<Config, Error> {
@@ -104,9 +129,10 @@ fn parse_url(url: &str) -> Result<http::Uri, Error> {
     url.parse().map_err(|source| Error::Master { url: url.to_owned(), source })
 }
 
-/// Follows every kind until the receiver of `events` is gone, or the set is dropped.
-pub fn follow(client: &Client, node_name: &str, events: &Sender) -> JoinSet<()> {
-    follow_with(client, node_name, events, || Box::new(DefaultBackoff::default()))
+/// Follows every kind until the receiver of `events` is gone, or the set is dropped. Who listens knows `kept` already:
+/// what of it there is no more is told as gone.
+pub fn follow(client: &Client, node_name: &str, events: &Sender, kept: &Objects) -> JoinSet<()> {
+    follow_with(client, node_name, events, kept, || Box::new(DefaultBackoff::default()))
 }
 
 /// [`follow`] with a patience of its own.
@@ -114,21 +140,22 @@ pub fn follow_with(
     client: &Client,
     node_name: &str,
     events: &Sender,
+    kept: &Objects,
     backoff: fn() -> Box<dyn Backoff>,
 ) -> JoinSet<()> {
     let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
     let labelled = config.clone().labels(LABELS);
-    let cidrs = Follower::<ServiceCidr>::new(client, config.clone(), events, backoff());
+    let cidrs = Follower::<ServiceCidr>::new(client, config.clone(), events, backoff(), kept);
     let here = config.clone().fields(&format!("spec.nodeName={node_name}"));
     let ours = config.fields(&format!("metadata.name={node_name}"));
     let mut tasks = JoinSet::new();
-    let services = Follower::<Service>::new(client, labelled.clone(), events, backoff());
+    let services = Follower::<Service>::new(client, labelled.clone(), events, backoff(), kept);
     tasks.spawn(services.run());
-    let slices = Follower::<EndpointSlice>::new(client, labelled, events, backoff());
+    let slices = Follower::<EndpointSlice>::new(client, labelled, events, backoff(), kept);
     tasks.spawn(slices.run());
-    let nodes = Follower::<Node>::new(client, ours, events, backoff());
+    let nodes = Follower::<Node>::new(client, ours, events, backoff(), kept);
     tasks.spawn(nodes.run());
-    let pods = Follower::<Pod>::new(client, here, events, backoff());
+    let pods = Follower::<Pod>::new(client, here, events, backoff(), kept);
     tasks.spawn(pods.run());
     tasks.spawn(cidrs.run());
     tasks
@@ -144,6 +171,8 @@ trait Watched: Clone + Debug + Send + 'static {
     fn name(&self) -> Self::Name;
     fn changed(self) -> Change;
     fn gone(name: Self::Name) -> Change;
+    /// Of the objects of this kind in `objects`.
+    fn names(objects: &Objects) -> BTreeSet<Self::Name>;
 }
 
 impl Watched for Service {
@@ -165,6 +194,10 @@ impl Watched for Service {
 
     fn gone(name: ServiceName) -> Change {
         Change::ServiceGone(name)
+    }
+
+    fn names(objects: &Objects) -> BTreeSet<ServiceName> {
+        objects.services.iter().map(|service| service.name.clone()).collect()
     }
 }
 
@@ -188,6 +221,10 @@ impl Watched for EndpointSlice {
     fn gone(name: SliceName) -> Change {
         Change::SliceGone(name)
     }
+
+    fn names(objects: &Objects) -> BTreeSet<SliceName> {
+        objects.slices.iter().map(|slice| slice.name.clone()).collect()
+    }
 }
 
 impl Watched for Pod {
@@ -209,6 +246,10 @@ impl Watched for Pod {
 
     fn gone(name: PodName) -> Change {
         Change::PodGone(name)
+    }
+
+    fn names(objects: &Objects) -> BTreeSet<PodName> {
+        objects.pods.iter().map(|pod| pod.name.clone()).collect()
     }
 }
 
@@ -232,6 +273,10 @@ impl Watched for Node {
     fn gone(name: String) -> Change {
         Change::NodeGone(name)
     }
+
+    fn names(objects: &Objects) -> BTreeSet<String> {
+        objects.node.iter().map(|node| node.name.clone()).collect()
+    }
 }
 
 impl Watched for ServiceCidr {
@@ -253,5 +298,35 @@ impl Watched for ServiceCidr {
 
     fn gone(name: String) -> Change {
         Change::ServiceCidrGone(name)
+    }
+
+    fn names(objects: &Objects) -> BTreeSet<String> {
+        objects.service_cidrs.iter().flatten().map(|(name, _)| name.clone()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_the_api_server_is() {
+        let addr = |url: &str| address(&Config::new(url.parse().unwrap())).map(|addr| addr.to_string());
+        assert_eq!(addr("https://10.96.0.1").as_deref(), Some("10.96.0.1:443"));
+        assert_eq!(addr("https://[fd00:10:96::1]:6443/").as_deref(), Some("[fd00:10:96::1]:6443"));
+        assert_eq!(addr("http://127.0.0.1/").as_deref(), Some("127.0.0.1:80"));
+        assert_eq!(addr("https://kubernetes.default.svc"), None);
+    }
+
+    #[test]
+    fn clusters_differ_by_their_certificates() {
+        let of = |certificates: Option<&[&[u8]]>| {
+            let mut config = Config::new(http::Uri::from_static("https://10.96.0.1"));
+            config.root_cert = certificates.map(|all| all.iter().map(|bytes| bytes.to_vec()).collect());
+            cluster(&config)
+        };
+        assert_eq!(of(None), None);
+        assert_eq!(of(Some(&[b"one"])), of(Some(&[b"one"])));
+        assert_ne!(of(Some(&[b"one"])), of(Some(&[b"two"])));
     }
 }

@@ -24,6 +24,8 @@ pub enum Event {
     Listed(Kind),
     /// Objects of this kind may not be read, and everything else goes on without them until they may.
     Refused(Kind),
+    /// Whether the source can be asked about objects of this kind; until it cannot, it can.
+    Answers(Kind, bool),
     /// So many objects of this kind cannot be read now; what was known of them stays.
     Unreadable(Kind, usize),
 }

@@ -3,6 +3,10 @@
 //! Needs root. Every test has a network namespace, a BPF file system and a cgroup of its own.
 #![expect(clippy::unwrap_used, reason = "in tests, helpers included, a panic is the report")]
 
+#[expect(dead_code, reason = "the double misbehaves in other tests")]
+#[path = "../kubernetes/double.rs"]
+mod double;
+mod kept;
 mod node;
 
 use std::collections::BTreeSet;

@@ -104,13 +104,19 @@ impl Node {
 
     /// Starts `fairlead run`.
     pub(crate) fn spawn(&self, arguments: &[&str]) -> Agent {
+        let manifests = self.path("manifests");
+        self.spawn_following(&[&["--manifests", manifests.to_str().unwrap()], arguments].concat())
+    }
+
+    /// Starts `fairlead run` as a process whose connections it translates itself, with this source.
+    pub(crate) fn spawn_following(&self, arguments: &[&str]) -> Agent {
         let log = self.path("log");
         let file = File::options().create(true).append(true).open(&log).unwrap();
-        let child = fairlead()
-            .arg("run")
+        let enter = format!("echo $$ > {} && exec \"$@\"", self.cgroup.join("cgroup.procs").display());
+        let child = command("bash")
+            .args(["-c", &enter, "bash", env!("CARGO_BIN_EXE_fairlead"), "run"])
             .args(["--node-name", "node-a", "--max-flows", "1024", "--max-services", "256"])
-            .args(["--max-backends", "256", "--manifests"])
-            .arg(self.path("manifests"))
+            .args(["--max-backends", "256"])
             .arg("--bpffs")
             .arg(self.pins())
             .arg("--cgroup-root")
@@ -162,7 +168,11 @@ impl Drop for Node {
 }
 
 pub(crate) fn fairlead() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fairlead"));
+    command(env!("CARGO_BIN_EXE_fairlead"))
+}
+
+fn command(program: &str) -> Command {
+    let mut command = Command::new(program);
     for name in ["NODE_NAME", "KUBECONFIG", "RUST_LOG"] {
         command.env_remove(name);
     }

@@ -1,7 +1,9 @@
 //! What a large cluster costs. The follower is a process of its own: this program, started once more.
 
+use std::path::PathBuf;
 use std::process::Command;
 
+use fairlead::kept::{Identity, Kept, file};
 use serde_json::{Value, json};
 
 use super::double::{Double, NODES, SERVICES, SLICES};
@@ -10,6 +12,8 @@ use super::scenarios::Follower;
 /// Tells this program to be the follower, and of which API server.
 pub(crate) const MASTER: &str = "FAIRLEAD_TEST_MASTER";
 const SERVICES_HELD: usize = 10_000;
+/// Tells the follower where it keeps what it knows.
+const STATE: &str = "FAIRLEAD_TEST_STATE";
 /// In KiB; the maps in memory that stand for the kernel's are among it.
 const LIMIT: u64 = 128 * 1024;
 
@@ -55,19 +59,27 @@ pub(crate) async fn of_a_large_cluster_is_bounded() {
         double.set(SERVICES, service(n));
         double.set(SLICES, slice(n));
     }
-    let mut follower = Command::new(std::env::current_exe().unwrap());
-    follower.env(MASTER, format!("http://{}", double.addr));
-    let output = tokio::task::spawn_blocking(move || follower.output()).await.unwrap().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let kib: u64 = text.trim().parse().unwrap_or_else(|_| panic!("{output:?}"));
-    println!("{kib} KiB at most");
-    assert!(kib < LIMIT, "{kib} KiB");
+    let dir = tempfile::tempdir().unwrap();
+    // The second begins with what the first has kept.
+    for _ in 0..2 {
+        let mut follower = Command::new(std::env::current_exe().unwrap());
+        follower.env(MASTER, format!("http://{}", double.addr)).env(STATE, dir.path().join("state"));
+        let output = tokio::task::spawn_blocking(move || follower.output()).await.unwrap().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let kib: u64 = text.trim().parse().unwrap_or_else(|_| panic!("{output:?}"));
+        println!("{kib} KiB at most");
+        assert!(kib < LIMIT, "{kib} KiB");
+    }
 }
 
 /// The follower: prints the most memory that it ever had, in KiB.
 pub(crate) async fn follow(master: String) {
-    let mut follower = Follower::start_large(master).await;
+    let path = PathBuf::from(std::env::var_os(STATE).unwrap());
+    let identity = Identity { node: "node-a".into(), cluster: None };
+    let mut follower = Follower::start_large(master, file::read(&path, &identity).unwrap()).await;
     follower.until_frontends(SERVICES_HELD as u64).await;
+    let objects = follower.state().expect("everything is known");
+    file::write(&path, &Kept { identity, saved: 0, objects }).unwrap();
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     println!("{}", peak.trim().trim_end_matches(" kB"));

@@ -9,8 +9,11 @@ use fairlead::compile::Facts;
 use fairlead::datapath::fake::FakeMaps;
 use fairlead::entries::{Algorithm, Family, Limits};
 use fairlead::health::Health;
+use fairlead::kept::Kept;
+use fairlead::model::Objects;
 use fairlead::source::kubernetes::{Options, client, follow};
 use fairlead::source::{CHANNEL, Event};
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::{Client, ResourceExt};
@@ -137,24 +140,35 @@ pub(crate) struct Follower {
 
 impl Follower {
     async fn start(server: &Server) -> Self {
-        Self::with(&server.options(), LIMITS).await
+        Self::with(&server.options(), LIMITS, None).await
     }
 
-    /// With room for a large cluster.
-    pub(crate) async fn start_large(master: String) -> Self {
+    /// With room for a large cluster, and what an earlier one has kept.
+    pub(crate) async fn start_large(master: String, kept: Option<Kept>) -> Self {
         let limits =
             Limits { services: 20_000, backends: 120_000, slots: 400_000, addresses: 20_000, ..LIMITS };
         let options = Options { master: Some(master), node_name: "node-a".into(), kubeconfig: None };
-        Self::with(&options, limits).await
+        Self::with(&options, limits, kept).await
     }
 
-    async fn with(options: &Options, limits: Limits) -> Self {
+    async fn with(options: &Options, limits: Limits, kept: Option<Kept>) -> Self {
         let (sender, events) = mpsc::channel(CHANNEL);
-        let tasks = follow(&client(options).await.unwrap(), "node-a", &sender);
+        let objects = kept.map(|kept| kept.objects);
+        let nothing = Objects::default();
+        let told = objects.as_ref().unwrap_or(&nothing);
+        let tasks = follow(&client(options).await.unwrap(), "node-a", &sender, told);
         let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
         let mut agent = Agent::new(facts, FakeMaps::new(limits), Health::new(true)).unwrap();
+        if let Some(objects) = objects {
+            agent.restore(&objects, Timestamp::UNIX_EPOCH, Instant::now() + PATIENCE);
+        }
         agent.set_addresses(BTreeMap::new());
         Self { agent, events, _tasks: tasks }
+    }
+
+    /// What the agent would keep.
+    pub(crate) fn state(&self) -> Option<Objects> {
+        self.agent.state().map(|(objects, _)| objects)
     }
 
     /// Lets the agent work until the frontends but the API server's own, and their backends, are these.

@@ -142,7 +142,12 @@ impl Double {
 
     /// With so many objects in one answer of a list, whatever is asked for.
     pub(crate) async fn with_pages(page: usize) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::at("127.0.0.1:0", page).await
+    }
+
+    /// The same at this address.
+    pub(crate) async fn at(addr: &str, page: usize) -> Self {
+        let listener = TcpListener::bind(addr).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let double = Self { addr, store: Arc::default(), server: Arc::default() };
         double.store().page = page;
@@ -250,6 +255,21 @@ impl Double {
         self.store().refuses_events = refuse;
     }
 
+    /// What a backup of the server's store has.
+    pub(crate) fn back_up(&self) -> Backup {
+        let store = self.store();
+        Backup { version: store.version, objects: store.objects.clone() }
+    }
+
+    /// Another server in the place of this one, with what the backup has: whatever came after it has never been.
+    pub(crate) fn restore(&self, backup: Backup) {
+        let mut store = self.store();
+        (store.version, store.forgotten) = (backup.version, backup.version);
+        store.objects = backup.objects;
+        store.history.clear();
+        store.watchers.clear();
+    }
+
     /// Lets in nobody without this token.
     pub(crate) fn demand(&self, token: &str) {
         self.store().token = Some(token.to_owned());
@@ -265,6 +285,12 @@ impl Double {
         store.watchers.retain(|watcher| !watcher.sender.is_closed());
         store.watchers.iter().filter(|watcher| watcher.path == path).count()
     }
+}
+
+/// The store of a server at one moment.
+pub(crate) struct Backup {
+    version: u64,
+    objects: BTreeMap<String, BTreeMap<String, Value>>,
 }
 
 /// Who is to be told what.
@@ -362,6 +388,10 @@ async fn answer(
         return list(&store, &path, &parameters);
     }
     let since: u64 = parameters["resourceVersion"].parse().unwrap();
+    if since > store.version {
+        let message = format!("Too large resource version: {since}, current: {}", store.version);
+        return refuse(StatusCode::GATEWAY_TIMEOUT, "Timeout", &message);
+    }
     if since < store.forgotten {
         return refuse(StatusCode::GONE, "Expired", gone);
     }

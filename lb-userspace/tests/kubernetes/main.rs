@@ -5,6 +5,7 @@ mod bad;
 mod double;
 mod events;
 mod interruptions;
+mod kept;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use fairlead::compile::Facts;
 use fairlead::datapath::fake::FakeMaps;
 use fairlead::entries::{Algorithm, Family, Limits};
 use fairlead::health::Health;
-use fairlead::model::Change;
+use fairlead::model::{Change, Objects};
 use fairlead::source::kubernetes::{Options, client, follow, follow_with};
 use fairlead::source::{CHANNEL, Event};
 use kube::runtime::utils::Backoff;
@@ -50,9 +51,14 @@ struct World {
 
 impl World {
     async fn start(double: Double) -> Self {
+        Self::start_with(double, &Objects::default()).await
+    }
+
+    /// With what an earlier agent has kept.
+    async fn start_with(double: Double, kept: &Objects) -> Self {
         let client = client(&options(&double)).await.unwrap();
         let (sender, events) = mpsc::channel(CHANNEL);
-        let tasks = follow_with(&client, "node-a", &sender, || Box::new(Impatient));
+        let tasks = follow_with(&client, "node-a", &sender, kept, || Box::new(Impatient));
         Self { double, events, tasks, patience: PATIENCE }
     }
 
@@ -60,16 +66,26 @@ impl World {
     async fn start_patiently(double: Double) -> Self {
         let client = client(&options(&double)).await.unwrap();
         let (sender, events) = mpsc::channel(CHANNEL);
-        let tasks = follow(&client, "node-a", &sender);
+        let tasks = follow(&client, "node-a", &sender, &Objects::default());
         Self { double, events, tasks, patience: Duration::from_hours(24) }
+    }
+
+    /// The next event that is not about whether the server answers.
+    async fn next(&mut self) -> Event {
+        loop {
+            match self.events.recv().await.unwrap() {
+                Event::Answers(..) => {}
+                event => return event,
+            }
+        }
     }
 
     /// Takes events until all of `expected` came, in whatever order; nothing else may come.
     async fn expect(&mut self, expected: &[&str]) {
         let mut left: Vec<&str> = expected.to_vec();
         while !left.is_empty() {
-            let event = tokio::time::timeout(self.patience, self.events.recv()).await;
-            let event = show(&event.unwrap_or_else(|_| panic!("{left:?} did not come")).unwrap());
+            let event = tokio::time::timeout(self.patience, self.next()).await;
+            let event = show(&event.unwrap_or_else(|_| panic!("{left:?} did not come")));
             let place = left.iter().position(|expected| *expected == event);
             left.remove(place.unwrap_or_else(|| panic!("{event} came, of {left:?}")));
         }
@@ -101,6 +117,9 @@ fn options(double: &Double) -> Options {
 fn show(event: &Event) -> String {
     match event {
         Event::Listed(kind) => format!("listed {kind}"),
+        Event::Answers(kind, answers) => {
+            format!("{kind} {}", if *answers { "answer" } else { "do not answer" })
+        }
         Event::Refused(kind) => format!("refused {kind}"),
         Event::Unreadable(kind, count) => format!("{count} unreadable {kind}"),
         Event::Changed(Change::Service(service)) => match service.ports.first() {

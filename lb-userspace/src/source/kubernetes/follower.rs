@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout};
 
 use super::slim::{Slim, Unreadable};
 use super::{PAGE, WATCH_SECONDS, Watched};
+use crate::model::Objects;
 use crate::source::known::Known;
 use crate::source::{Closed, Event, Sender};
 
@@ -98,9 +99,10 @@ impl<W: Watched> Follower<W> {
         config: watcher::Config,
         events: &Sender,
         backoff: Box<dyn Backoff>,
+        kept: &Objects,
     ) -> Self {
         let (api, events) = (Api::all(client.clone()), events.clone());
-        let (known, unreadable) = (Known::default(), BTreeMap::new());
+        let (known, unreadable) = (Known::with(W::names(kept)), BTreeMap::new());
         Self { api, config, events, known, backoff, trouble: None, unreadable }
     }
 
@@ -147,7 +149,7 @@ impl<W: Watched> Follower<W> {
             for name in self.known.finish() {
                 self.gone(name).await?;
             }
-            self.works();
+            self.works().await?;
             self.send(Event::Listed(W::KIND)).await?;
             return Ok(version);
         }
@@ -186,9 +188,12 @@ impl<W: Watched> Follower<W> {
                 *version = now;
             }
             useful = true;
-            self.works();
+            self.works().await?;
         }
-        if useful || begun.elapsed() >= SHORT { Ok(()) } else { Err(Ended::Short) }
+        if !useful && begun.elapsed() < SHORT {
+            return Err(Ended::Short);
+        }
+        Ok(self.works().await?)
     }
 
     async fn exists(&mut self, object: Slim<W>) -> Result<(), Closed> {
@@ -231,10 +236,12 @@ impl<W: Watched> Follower<W> {
         self.events.send(event).await.map_err(|_| Closed)
     }
 
-    fn works(&mut self) {
-        if self.trouble.take().is_some() {
-            tracing::info!(kind = %W::KIND, "the API server answers again");
+    async fn works(&mut self) -> Result<(), Closed> {
+        if self.trouble.take().is_none() {
+            return Ok(());
         }
+        tracing::info!(kind = %W::KIND, "the API server answers again");
+        self.send(Event::Answers(W::KIND, true)).await
     }
 
     /// Says what is wrong, once for as long as it stays the same, and waits.
@@ -255,6 +262,8 @@ impl<W: Watched> Follower<W> {
             };
             tracing::warn!(kind = %W::KIND, "{text}; {meanwhile}, and the server is asked again");
             self.trouble = Some(text);
+            // What is done without is not missed.
+            self.send(Event::Answers(W::KIND, does_without)).await?;
         }
         let pause = self.backoff.next().unwrap_or(PAUSE);
         tokio::select! {
