@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read};
 use std::net::IpAddr;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use socket2::{Domain, Protocol as Number, Socket, Type};
 use xtask::lab::netns::Netns;
 use xtask::lab::{AgentOptions, Call, Caller, Family, Protocol, Xdp};
 
-use crate::world::{PORT, TARGET_PORT, World, at_vip, node_port, options, service, vip};
+use crate::world::{PORT, TARGET_PORT, World, at_vip, node_port, options, service, set_offload, vip};
 
 /// Every Ethernet type.
 const ETH_P_ALL: u16 = 3;
@@ -56,13 +55,13 @@ fn capture(options: AgentOptions) -> Result<()> {
     let lab = world.lab();
     // Whose own device computes no checksum sends them complete; what receivers put together is no packet of the wire.
     for ns in [&world.a1, &world.a2, &world.b1, &world.b2].map(|pod| &pod.ns) {
-        offload(ns, "eth0")?;
+        set_offload(ns, "eth0", "tx", "off")?;
     }
     for (node, pods) in [(world.node_a(), [&world.a1, &world.a2]), (world.node_b(), [&world.b1, &world.b2])] {
-        pods.into_iter().try_for_each(|pod| offload(&node.ns, &pod.device))?;
+        pods.into_iter().try_for_each(|pod| set_offload(&node.ns, &pod.device, "tx", "off"))?;
     }
     for machine in [&lab.outside, &lab.far] {
-        offload(&machine.ns, "eth0")?;
+        set_offload(&machine.ns, "eth0", "tx", "off")?;
     }
     let places: [(&Netns, [IpAddr; 2]); 6] = [
         (&lab.outside.ns, lab.outside.addrs.both()),
@@ -160,13 +159,6 @@ fn talk(world: &World) -> Result<()> {
             }
         }
     }
-    Ok(())
-}
-
-fn offload(ns: &Netns, device: &str) -> Result<()> {
-    let args = ["-K", device, "tx", "off", "gro", "off"];
-    let output = ns.run(|| Command::new("ethtool").args(args).output())??;
-    ensure!(output.status.success(), "ethtool {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
 
