@@ -13,7 +13,7 @@ use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Protocol, Xdp, eve
 
 use crate::world::{
     AT_ONCE, Findings, PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service,
-    set_offload, until,
+    set_offloads, until,
 };
 
 fn families_and_protocols() -> impl Iterator<Item = (Family, Protocol)> {
@@ -189,10 +189,10 @@ fn frontends_without_endpoints_are_refused_at_once_by_tc() -> Result<()> {
 fn refusals_of_packets_with_unfinished_checksums_arrive() -> Result<()> {
     let world = World::with_services(AgentOptions { xdp: Xdp::Off, ..options() }, |_| vec![service(1, [])])?;
     let lab = world.lab();
-    set_offload(&lab.outside.ns, "eth0", "tx", "on")?;
+    set_offloads(&lab.outside.ns, "eth0", &["tx", "on"])?;
     for (node, pod) in [(world.node_a(), &world.a1), (world.node_b(), &world.b1)] {
-        set_offload(&lab.router, &node.name, "tx", "on")?;
-        set_offload(&node.ns, &pod.device, "tx", "off")?;
+        set_offloads(&lab.router, &node.name, &["tx", "on"])?;
+        set_offloads(&node.ns, &pod.device, &["tx", "off"])?;
     }
     let mut findings = Findings::default();
     for (family, protocol) in families_and_protocols() {

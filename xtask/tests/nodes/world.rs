@@ -176,10 +176,10 @@ impl World {
     }
 }
 
-/// Switches an offload of a device: `feature` is ethtool's word.
-pub(crate) fn set_offload(ns: &Netns, device: &str, feature: &str, state: &str) -> Result<()> {
-    let args = ["-K", device, feature, state];
-    let output = ns.run(|| Command::new("ethtool").args(args).output())??;
+/// Switches offloads of a device, in ethtool's words.
+pub(crate) fn set_offloads(ns: &Netns, device: &str, features: &[&str]) -> Result<()> {
+    let args = [&["-K", device], features].concat();
+    let output = ns.run(|| Command::new("ethtool").args(&args).output())??;
     ensure!(output.status.success(), "ethtool {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
