@@ -89,6 +89,9 @@ pub trait Family: Copy + Eq + Debug + 'static {
     /// somebody may wait for, nor what neighbours tell each other (RFC 1122 section 3.2.2, RFC 4443 section 2.4).
     fn may_refuse(kind: u8) -> bool;
 
+    /// Whether an address can be one host's on the wire.
+    fn is_host(addr: &Self::Addr) -> bool;
+
     /// Sum of the pseudo-header's words that an ICMP message of this family covers.
     fn icmp_pseudo(src: &Self::Addr, dst: &Self::Addr, len: u16) -> u32;
 
@@ -136,8 +139,8 @@ const OWN_TTL: u8 = 64;
 
 /// Extension headers we walk at most; the kernel's own limit for options is of that order.
 const MAX_EXTENSION_HEADERS: usize = 4;
-/// Where a transport header behind extension headers may start at the latest.
-const MAX_TRANSPORT: usize = 512;
+/// Where a transport header behind extension headers may start at the latest; a fragment header may come on top.
+pub const MAX_TRANSPORT: usize = 512;
 
 impl Family for V4 {
     type Addr = Addr4;
@@ -283,6 +286,12 @@ impl Family for V4 {
     #[inline(always)]
     fn may_refuse(kind: u8) -> bool {
         !matches!(kind, 3 | 4 | 5 | 11 | 12)
+    }
+
+    /// Not of "this network", loopback, multicast, or what was class E, broadcast among it (RFC 1122, section 3.2.1.3).
+    #[inline(always)]
+    fn is_host(addr: &Addr4) -> bool {
+        !matches!(addr.octets[0], 0 | 127 | 224..)
     }
 
     #[inline(always)]
@@ -471,6 +480,13 @@ impl Family for V6 {
     #[inline(always)]
     fn may_refuse(kind: u8) -> bool {
         kind >= 128 && !matches!(kind, 133..=137)
+    }
+
+    /// Not multicast, nor of `::/16`: unspecified, loopback, and IPv4 addresses that are written as IPv6 (RFC 4291,
+    /// sections 2.5 and 2.7).
+    #[inline(always)]
+    fn is_host(addr: &Addr6) -> bool {
+        addr.octets[0] != 0xff && (addr.octets[0] | addr.octets[1]) != 0
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@ use crate::icmp;
 use crate::packet::{NETWORK, Packet};
 use crate::parse::Parsed;
 use crate::reason::{Action, Reason};
-use crate::wire::{Be16, Be32, EthHdr, IcmpHdr, IpProto, Ports, TcpHdr, tcp_flags};
+use crate::wire::{Be16, Be32, EthHdr, IcmpHdr, IpProto, Mac, Ports, TcpHdr, tcp_flags};
 
 /// Turns the packet into the answer that `action` asks for.
 ///
@@ -23,8 +23,9 @@ pub fn respond<F: Family, P: Packet>(
     parsed: &Parsed<F>,
     reason: Reason,
 ) -> Result<(), Reason> {
-    // Errors are not answered, and of fragments the first was (RFC 1122, section 3.2.2).
-    if parsed.is_later_fragment() || icmp::is_error(packet, parsed) {
+    // Errors are not answered, of fragments the first was, and who is not one host is nobody (RFC 1122, sections 3.2.2
+    // and 4.2.3.10; RFC 4443, section 2.4).
+    if parsed.is_later_fragment() || icmp::is_error(packet, parsed) || !is_between_hosts(packet, parsed) {
         return Err(reason);
     }
     match reason.action() {
@@ -32,6 +33,15 @@ pub fn respond<F: Family, P: Packet>(
         Action::Shrink if !F::wants_too_big(packet)? => Err(reason),
         action => icmp_error::<F, P>(packet, parsed, action),
     }
+}
+
+/// Whether one host has sent the packet to one other, on its link and from end to end. A network's own broadcast address
+/// looks like a host's.
+#[inline(always)]
+fn is_between_hosts<F: Family, P: Packet>(packet: &P, parsed: &Parsed<F>) -> bool {
+    let is_one = |mac: Mac| mac.octets[0] & 1 == 0;
+    F::is_host(&parsed.key.src)
+        && packet.view::<EthHdr>(0).is_ok_and(|eth| is_one(eth.src) && is_one(eth.dst))
 }
 
 /// A RST for a segment that no connection takes (RFC 9293, section 3.10.7.1).

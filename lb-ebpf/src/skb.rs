@@ -2,14 +2,15 @@
 
 use core::ptr::{addr_of, null_mut, read_volatile};
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode};
 use aya_ebpf::helpers::generated::{
-    bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail,
-    bpf_skb_pull_data,
+    bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room,
+    bpf_skb_change_tail, bpf_skb_pull_data,
 };
 use lb_common::checksum::Diff;
+use lb_common::family::MAX_TRANSPORT;
 use lb_common::packet::{ChecksumField, NETWORK, Route};
-use lb_common::wire::{EthHdr, Wire};
+use lb_common::wire::{EthHdr, Ipv6FragHdr, Wire};
 use lb_common::{Family, Packet, Reason};
 
 use crate::bounds::locate;
@@ -30,6 +31,9 @@ const BY_FRAGS: u32 = 0xffff;
 
 /// Headers we look at without extension headers: Ethernet, IPv6, TCP.
 const HEADERS: usize = NETWORK + 40 + 20;
+
+/// More than stands before a transport header that was parsed; a multiple of 4, as headers are aligned.
+const HEAD: u32 = (MAX_TRANSPORT + Ipv6FragHdr::LEN + 4) as u32;
 
 pub struct Skb {
     skb: *mut __sk_buff,
@@ -132,13 +136,20 @@ impl Packet for Skb {
         }
     }
 
+    /// Frees the packet from what is noted of its checksum, too. Only one thing ends `CHECKSUM_PARTIAL`: to take away, at
+    /// the packet's head, the place from which the device would sum up (`skb_postpull_rcsum`, as of kernel commit
+    /// 54c3f1a81421 of 6.2, which 5.10 and later were given, too). So the packet is made longer by that much before; in
+    /// two steps, as any change of its length, but only a change, ends `CHECKSUM_COMPLETE`.
     #[inline(always)]
     fn resize(&mut self, len: u16) -> Result<(), Reason> {
+        let longer = u32::from(len) + HEAD;
         // SAFETY: the context is valid; all pointers into the packet are read anew afterwards.
-        match unsafe { bpf_skb_change_tail(self.skb, u32::from(len), 0) } {
-            0 => Ok(()),
-            _ => Err(Reason::RewriteFailed),
-        }
+        let changed = unsafe {
+            bpf_skb_change_tail(self.skb, longer + 4, 0) == 0
+                && bpf_skb_change_tail(self.skb, longer, 0) == 0
+                && bpf_skb_adjust_room(self.skb, -(HEAD as i32), bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0) == 0
+        };
+        if changed { Ok(()) } else { Err(Reason::RewriteFailed) }
     }
 
     #[inline(always)]

@@ -32,6 +32,11 @@ use lb_common::wire::sctp_chunk::{ABORT, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Hook, Reason, V4, V6};
 
+#[path = "packets/frames.rs"]
+mod frames;
+#[path = "packets/preserved.rs"]
+mod preserved;
+
 /// The node's device and the Ethernet addresses on its link.
 const DEVICE: &str = "up0";
 const DEVICE_MAC: [u8; 6] = [2, 0, 0, 0, 1, 1];
@@ -52,6 +57,11 @@ const PLACES: [Program; 5] = [
     (Place::PodIn, Side::PodIn, Hook::PodIn),
     (Place::PodOut, Side::PodOut, Hook::PodOut),
 ];
+
+/// The program of a place.
+fn program(place: Place) -> Program {
+    PLACES.into_iter().find(|program| program.0 == place).expect("every place is in it")
+}
 
 /// A family and its maps in the kernel.
 trait KernelFamily: TestFamily<Addr: Pod> {
@@ -529,7 +539,7 @@ fn where_answers_come(
         Place::PodIn => Place::PodOut,
         Place::PodOut => Place::PodIn,
     };
-    PLACES.into_iter().find(|place| place.0 == answer).expect("every place is in it")
+    program(answer)
 }
 
 /// Random conversations at every hook, which share their flows: what goes in at one place is answered at another.

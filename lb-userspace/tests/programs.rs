@@ -1,10 +1,11 @@
 //! Budgets of the kernel programs, and that they load in every configuration. Needs root.
 
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Mutex;
 
 use fairlead::datapath::test_run::{Input, test_run};
 use fairlead::datapath::{Datapath, Options, Place, Sizes, program_names};
-use lb_common::maps::{Capacity, MAPS, programs};
+use lb_common::maps::{MAPS, MapKind, MapSpec, programs};
 
 fn options() -> Options {
     let sizes = Sizes { flows: Some(1024), services: Some(1024), backends: Some(1024) };
@@ -75,18 +76,56 @@ fn programs_log_when_they_are_told_to() {
     assert_eq!(*KEPT.0.lock().expect("no panic inside"), ["xdp: reason 4"]);
 }
 
+/// What the kernel says a map takes, bytes: since 6.4 what it has, before what it may come to.
+fn memory(datapath: &Datapath, spec: &'static MapSpec) -> u64 {
+    let map = datapath.map_data(spec).expect(spec.name);
+    let path = format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd());
+    let info = std::fs::read_to_string(path).expect("what the kernel says of a file of ours");
+    let bytes = info.lines().find_map(|line| line.strip_prefix("memlock:")).expect("of every map");
+    bytes.trim().parse().expect("a number")
+}
+
+/// What the kernel gives for so many bytes (`kmalloc`).
+const fn allotted(bytes: u64) -> u64 {
+    let power = bytes.next_power_of_two();
+    if power <= 256 && bytes <= power / 4 * 3 { power / 4 * 3 } else { power }
+}
+
+/// What a map takes at most, bytes, on so many CPUs: what the kernel keeps for each entry, and for hashes a bucket of 16
+/// bytes for each in the next power of two.
+fn most(spec: &MapSpec, entries: u32, cpus: u64) -> u64 {
+    let [key, value] = [spec.key_size, spec.value_size].map(|size| u64::from(size.next_multiple_of(8)));
+    let entry = match spec.kind {
+        MapKind::Array => value,
+        MapKind::PerCpuArray => 8 + value * cpus,
+        // A node for each prefix, and one where prefixes part.
+        MapKind::LpmTrie => 2 * allotted(48 + key + value),
+        MapKind::Hash => allotted(56 + key + value),
+        MapKind::LruHash => 48 + key + value,
+    };
+    let buckets = match spec.kind {
+        MapKind::Hash | MapKind::LruHash => 16 * u64::from(entries.next_power_of_two()),
+        _ => 0,
+    };
+    // The map itself, and what it keeps ready for each CPU.
+    u64::from(entries) * entry + buckets + (8 << 10) + cpus * (1 << 10)
+}
+
 #[test]
-fn maps_at_default_sizes_stay_below_their_memory() {
-    let sizes = Sizes::default();
-    let bytes: u64 = MAPS
-        .iter()
-        .map(|spec| {
-            let entries = u64::from(sizes.wanted(spec.capacity).entries);
-            // What the kernel adds to each entry: a hash element's header (48 bytes, 56 with its LRU node).
-            let overhead = if matches!(spec.capacity, Capacity::Backends | Capacity::Slots) { 0 } else { 56 };
-            let element = u64::from(spec.key_size.next_multiple_of(8) + spec.value_size.next_multiple_of(8));
-            entries * (element + overhead)
-        })
-        .sum();
-    assert!(bytes < 376 << 20, "{} MiB", bytes >> 20);
+fn maps_at_default_sizes_keep_their_budget() {
+    const MIB: u64 = 1 << 20;
+    let datapath = Datapath::isolated(&Options::default()).expect("the programs load");
+    let cpus = std::fs::read_to_string("/sys/devices/system/cpu/possible").expect("which CPUs there may be");
+    let last = cpus.trim().rsplit(['-', ',']).next().and_then(|last| last.parse::<u64>().ok());
+    let cpus = last.expect("a number") + 1;
+    let (mut at_start, mut full) = (0, 0);
+    for spec in &MAPS {
+        let entries = Sizes::default().wanted(spec.capacity).entries;
+        let (has, most) = (memory(&datapath, spec), most(spec, entries, cpus));
+        println!("| `{}` | {entries} | {} | {} |", spec.name, has >> 10, most >> 10);
+        assert!(has <= most, "{}: {has} bytes, of {most} at most", spec.name);
+        (at_start, full) = (at_start + has, full + most);
+    }
+    println!("{} MiB at the start, {} MiB at most, on {cpus} CPUs", at_start / MIB, full / MIB);
+    assert!(full < 400 * MIB + cpus * MIB, "{} MiB", full / MIB);
 }

@@ -1,6 +1,8 @@
 //! What holds for every packet that went through the pipeline, whatever it was: written from the RFCs, not from the
 //! pipeline.
 
+use std::net::IpAddr;
+
 use super::{Seen, read};
 use crate::pipeline::Verdict;
 use crate::reason::Reason;
@@ -195,6 +197,14 @@ fn check_answer(before: &[u8], after: &[u8]) {
     assert_eq!(turned, after[answer.addresses()], "{seen:?}");
     assert_eq!((&before[..6], &before[6..12]), (&after[6..12], &after[..6]), "{seen:?}");
     assert!(!asked.later, "a later fragment was answered");
+    assert!(before[0] & 1 == 0 && before[6] & 1 == 0, "a group of the link was answered");
+    let nobody = match seen.ends().1.ip() {
+        IpAddr::V4(addr) => {
+            addr.is_unspecified() || addr.is_loopback() || addr.is_multicast() || addr.is_broadcast()
+        }
+        IpAddr::V6(addr) => addr.is_unspecified() || addr.is_loopback() || addr.is_multicast(),
+    };
+    assert!(!nobody, "{seen:?} was told to nobody");
     match seen {
         Seen::Tcp { flags, payload, .. } => {
             assert!(flags & tcp_flags::RST != 0 && payload.is_empty());

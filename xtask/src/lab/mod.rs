@@ -133,7 +133,7 @@ pub struct Lab {
     /// A client behind a router.
     pub far: Machine,
     /// The switch that everybody is connected to, and the router between its networks.
-    router: Netns,
+    pub router: Netns,
     /// Agents and servers: not below the nodes' cgroups.
     processes: Cgroup,
     stop: Stop,

@@ -12,7 +12,8 @@ use xtask::lab::counters::Edge;
 use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Protocol, Xdp, eventually};
 
 use crate::world::{
-    AT_ONCE, Findings, PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service, until,
+    AT_ONCE, Findings, PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service,
+    set_offloads, until,
 };
 
 fn families_and_protocols() -> impl Iterator<Item = (Family, Protocol)> {
@@ -180,6 +181,32 @@ fn frontends_without_endpoints_are_refused_at_once() -> Result<()> {
 #[test]
 fn frontends_without_endpoints_are_refused_at_once_by_tc() -> Result<()> {
     frontends_without_endpoints_are_refused(AgentOptions { xdp: Xdp::Off, ..options() })
+}
+
+/// A sender that leaves the checksum to a device behind, and an answer that is made of its packet and gets its own from
+/// the device it goes back through: what a virtual machine's network card does.
+#[test]
+fn refusals_of_packets_with_unfinished_checksums_arrive() -> Result<()> {
+    let world = World::with_services(AgentOptions { xdp: Xdp::Off, ..options() }, |_| vec![service(1, [])])?;
+    let lab = world.lab();
+    set_offloads(&lab.outside.ns, "eth0", &["tx", "on"])?;
+    for (node, pod) in [(world.node_a(), &world.a1), (world.node_b(), &world.b1)] {
+        set_offloads(&lab.router, &node.name, &["tx", "on"])?;
+        set_offloads(&node.ns, &pod.device, &["tx", "off"])?;
+    }
+    let mut findings = Findings::default();
+    for (family, protocol) in families_and_protocols() {
+        for node in lab.nodes() {
+            let call = Call::new(protocol, node.at(family, node_port(1)));
+            refused_at_once(&mut findings, (&lab.outside, "outside"), call.patience(SILENCE));
+        }
+        for pod in [&world.a1, &world.b1] {
+            let call = Call::new(protocol, at_vip(1, family, PORT));
+            refused_at_once(&mut findings, (pod, pod.name()), call.patience(SILENCE));
+        }
+    }
+    findings.report();
+    Ok(())
 }
 
 #[test]

@@ -22,4 +22,5 @@ mod source_ranges;
 mod takeover;
 mod tuples;
 mod udp;
+mod vlan;
 mod world;

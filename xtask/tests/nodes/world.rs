@@ -2,10 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use serde_json::json;
+use xtask::lab::netns::Netns;
 use xtask::lab::{
     AgentOptions, Call, Caller, Cluster, Endpoint, Family, Lab, Node, Outcome, Pod, Port, Protocol, Service,
     eventually,
@@ -172,6 +174,14 @@ impl World {
     pub(crate) fn route_services_through(&self, node: &Node) -> Result<()> {
         self.lab().route_through(node, &SERVICE_NETWORKS)
     }
+}
+
+/// Switches offloads of a device, in ethtool's words.
+pub(crate) fn set_offloads(ns: &Netns, device: &str, features: &[&str]) -> Result<()> {
+    let args = [&["-K", device], features].concat();
+    let output = ns.run(|| Command::new("ethtool").args(&args).output())??;
+    ensure!(output.status.success(), "ethtool {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
 }
 
 /// Calls until `expected` is what comes back.
