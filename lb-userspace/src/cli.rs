@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nix::sys::stat::{Mode, umask};
 
 use crate::datapath::{self, DEFAULT_BPFFS};
 use crate::settings::Settings;
@@ -103,6 +104,8 @@ impl Run {
         };
         logging::start(settings.log_level(), settings.log_format())?;
         let config = settings.config()?;
+        // What the agent leaves on the node is its owner's only.
+        umask(Mode::S_IRWXG | Mode::S_IRWXO);
         // Sources and health beside the loop, which does its system calls itself.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
         let runtime = runtime.context("cannot start the runtime")?;

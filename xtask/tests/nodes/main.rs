@@ -5,6 +5,7 @@ mod affinity;
 mod agent;
 mod captures;
 mod cells;
+mod confined;
 mod edges;
 mod fragments;
 mod health;
