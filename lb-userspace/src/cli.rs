@@ -9,7 +9,7 @@ use nix::sys::stat::{Mode, umask};
 
 use crate::datapath::{self, DEFAULT_BPFFS};
 use crate::settings::Settings;
-use crate::{agent, logging, show};
+use crate::{agent, kube_proxy, logging, show};
 
 /// A Service load balancer for Kubernetes nodes, on eBPF.
 #[derive(Parser)]
@@ -66,6 +66,12 @@ struct Backends {
 struct Cleanup {
     #[command(flatten)]
     pins: Pins,
+    /// Removes what kube-proxy has left (iptables, nftables, IPVS), and nothing else
+    #[arg(long, conflicts_with = "bpffs")]
+    kube_proxy: bool,
+    /// Only says what would be removed
+    #[arg(long, requires = "kube_proxy")]
+    dry_run: bool,
 }
 
 #[derive(Args)]
@@ -91,7 +97,7 @@ impl Cli {
             Command::Services(read) => read.show(show::services),
             Command::Backends(Backends { read, all }) => read.show(|to| show::backends(to, all)),
             Command::Flows(read) => read.show(show::flows),
-            Command::Cleanup(Cleanup { pins }) => cleanup(&pins),
+            Command::Cleanup(cleanup) => cleanup.run(),
         }
     }
 }
@@ -130,23 +136,35 @@ impl Read {
     }
 }
 
+impl Cleanup {
+    fn run(&self) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.context("cannot start the runtime")?;
+        let (removed, notes) = if self.kube_proxy {
+            let found = runtime.block_on(kube_proxy::cleanup(self.dry_run))?;
+            (found.removed, found.notes)
+        } else {
+            (runtime.block_on(datapath::cleanup(&self.pins.bpffs))?, vec![])
+        };
+        let does = if self.dry_run { "would remove" } else { "removed" };
+        for line in &removed {
+            println!("{does} {line}");
+        }
+        if removed.is_empty() {
+            println!("nothing to remove");
+        }
+        for line in &notes {
+            println!("{line}");
+        }
+        Ok(())
+    }
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let kind = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
     error.downcast_ref::<io::Error>().is_some_and(kind)
         || error.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind)
             == Some(io::ErrorKind::BrokenPipe)
-}
-
-fn cleanup(pins: &Pins) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let removed = runtime.context("cannot start the runtime")?.block_on(datapath::cleanup(&pins.bpffs))?;
-    for line in &removed {
-        println!("removed {line}");
-    }
-    if removed.is_empty() {
-        println!("nothing to remove");
-    }
-    Ok(())
 }
 
 /// An error and its causes in one line. Many errors say their cause themselves.

@@ -11,6 +11,7 @@ pub mod events;
 pub mod finding;
 pub mod health;
 pub mod inspect;
+pub mod kube_proxy;
 pub mod logging;
 pub mod metrics;
 pub mod model;

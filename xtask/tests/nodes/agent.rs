@@ -137,6 +137,29 @@ fn cleanup_leaves_nothing_of_clsact() -> Result<()> {
     cleanup_leaves_a_plain_node(AgentOptions { clsact: true, ..options() })
 }
 
+#[test]
+fn cleanup_gives_back_the_reserved_ports_of_others() -> Result<()> {
+    let world = World::new(options())?;
+    let node = world.node_a();
+    // In the range of ours, and beside it.
+    node.ns.sysctl(&[("ipv4/ip_local_reserved_ports", "5000,12300,20000-20010")])?;
+    world.cluster.start()?;
+    ensure!(reserved_ports(node)? == "5000,12288-28671", "{}", reserved_ports(node)?);
+    let refused = world.cluster.fairlead(node, &["cleanup"]).unwrap_or_else(|error| error.to_string());
+    ensure!(refused.contains("failed: fairlead: an agent is running with --bpffs "), "{refused}");
+    ensure!(refused.lines().count() == 1, "{refused}");
+    for agent in world.cluster.take_agents() {
+        agent.stop()?;
+    }
+    // Somebody else has reserved more meanwhile.
+    node.ns.sysctl(&[("ipv4/ip_local_reserved_ports", "5000,12288-28671,40000")])?;
+    world.cluster.fairlead(node, &["cleanup"])?;
+    ensure!(reserved_ports(node)? == "5000,12300,20000-20010,40000", "{}", reserved_ports(node)?);
+    ensure!(world.cluster.fairlead(node, &["cleanup"])? == "nothing to remove\n", "a second time");
+    ensure!(reserved_ports(node)? == "5000,12300,20000-20010,40000", "{}", reserved_ports(node)?);
+    Ok(())
+}
+
 fn cleanup_leaves_a_plain_node(options: AgentOptions) -> Result<()> {
     let clsact = options.clsact;
     let world = World::with_services(options, two_services)?;

@@ -11,6 +11,7 @@ mod fragments;
 mod health;
 mod hostports;
 mod icmp;
+mod kube_proxy;
 mod lab;
 mod masquerade;
 mod matrix;
