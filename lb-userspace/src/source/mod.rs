@@ -24,8 +24,9 @@ pub enum Event {
     Listed(Kind),
     /// Objects of this kind may not be read, and everything else goes on without them until they may.
     Refused(Kind),
-    /// So many objects of this kind cannot be read now; what was known of them stays.
-    Unreadable(Kind, usize),
+    /// So many objects of this kind cannot be read now, or documents in manifests, whatever their kind; what was
+    /// known of them stays.
+    Unreadable(Option<Kind>, usize),
 }
 
 /// A kind of objects that is listed and watched.
