@@ -5,6 +5,7 @@
 //! it is read: no list of whole objects is ever held. An API server that cannot be reached, refuses, or has
 //! forgotten where we were is asked again, ever less often; until then everything stays as it was.
 
+mod bounded;
 mod follower;
 mod slim;
 
@@ -16,13 +17,16 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
+use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, DefaultBackoff};
 use kube::{Client, Config, Resource};
 use serde::Deserialize;
 use tokio::task::JoinSet;
+use tower_http::map_response_body::MapResponseBodyLayer;
 
+use self::bounded::Bounded;
 use self::follower::Follower;
 use super::convert::ServiceCidr;
 use super::{Kind, Sender, convert};
@@ -82,7 +86,8 @@ pub async fn client(options: &Options) -> Result<Client, Error> {
     config.reset_reader_on_write = true;
     // Whoever asks waits and asks again.
     config.default_retry = false;
-    Client::try_from(config).map_err(Error::Client)
+    let builder = ClientBuilder::try_from(config).map_err(Error::Client)?;
+    Ok(builder.with_layer(&MapResponseBodyLayer::new(Bounded::new)).build())
 }
 
 async fn from_kubeconfig(paths: &PathBuf) -> Result<Config, Error> {
