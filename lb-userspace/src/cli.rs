@@ -3,11 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use nix::sys::stat::{Mode, umask};
 
+use crate::check::{self, State};
 use crate::datapath::{self, DEFAULT_BPFFS};
+use crate::edges::Rules;
 use crate::settings::Settings;
 use crate::{agent, kube_proxy, logging, show};
 
@@ -31,6 +33,8 @@ enum Command {
     Backends(Backends),
     /// Translated connections, both directions
     Flows(Read),
+    /// Looks at whether this node can run the agent, and who else is on its hooks; changes nothing
+    Check(Check),
     /// Removes every program, link, map and setting that the agent made on this node
     Cleanup(Cleanup),
 }
@@ -60,6 +64,21 @@ struct Backends {
     /// Also ids that are not in use
     #[arg(long)]
     all: bool,
+}
+
+#[derive(Args)]
+struct Check {
+    #[command(flatten)]
+    read: Read,
+    /// As of `fairlead run`
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    /// As of `fairlead run`
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    device: Vec<String>,
+    /// As of `fairlead run`
+    #[arg(long, value_name = "GLOB", value_delimiter = ',')]
+    pod_device: Vec<String>,
 }
 
 #[derive(Args)]
@@ -97,6 +116,7 @@ impl Cli {
             Command::Services(read) => read.show(show::services),
             Command::Backends(Backends { read, all }) => read.show(|to| show::backends(to, all)),
             Command::Flows(read) => read.show(show::flows),
+            Command::Check(check) => check.run(),
             Command::Cleanup(cleanup) => cleanup.run(),
         }
     }
@@ -133,6 +153,24 @@ impl Read {
             Err(error) if is_broken_pipe(&error) => Ok(()),
             outcome => outcome,
         }
+    }
+}
+
+impl Check {
+    fn run(&self) -> Result<()> {
+        let node = check::Node {
+            bpffs: self.read.pins.bpffs.clone(),
+            cgroup_root: self.cgroup_root.clone(),
+            rules: Rules::new(&self.device, &self.pod_device)?,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let findings = runtime.context("cannot start the runtime")?.block_on(check::look(&node));
+        self.read.show(|to| show::check(to, &findings))?;
+        let wrong = findings.iter().filter(|finding| finding.state == State::Fail).count();
+        if wrong > 0 {
+            bail!("the agent cannot run here: {wrong} of these must be mended before");
+        }
+        Ok(())
     }
 }
 

@@ -42,6 +42,12 @@ pub fn missing() -> Vec<Capability> {
     effective(&status).map(missing_of).unwrap_or_default()
 }
 
+/// Whether the calling thread may mount file systems.
+pub fn may_mount() -> bool {
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    effective(&status).is_some_and(|effective| effective & (1 << SYS_ADMIN) != 0)
+}
+
 /// `CAP_A, CAP_B`.
 pub fn names(capabilities: &[Capability]) -> String {
     capabilities.iter().map(|capability| format!("CAP_{}", capability.name)).collect::<Vec<_>>().join(", ")

@@ -5,6 +5,7 @@ mod affinity;
 mod agent;
 mod captures;
 mod cells;
+mod check;
 mod confined;
 mod edges;
 mod fragments;
