@@ -3,12 +3,15 @@
 use std::io;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nix::sys::stat::{Mode, umask};
 
+use crate::check::{self, State};
 use crate::datapath::{self, DEFAULT_BPFFS};
+use crate::edges::Rules;
 use crate::settings::Settings;
-use crate::{agent, kept, logging, show};
+use crate::{agent, kept, kube_proxy, logging, show};
 
 /// A Service load balancer for Kubernetes nodes, on eBPF.
 #[derive(Parser)]
@@ -30,6 +33,8 @@ enum Command {
     Backends(Backends),
     /// Translated connections, both directions
     Flows(Read),
+    /// Looks at whether this node can run the agent, and who else is on its hooks; changes nothing
+    Check(Check),
     /// Removes every program, link, map and setting that the agent made on this node
     Cleanup(Cleanup),
 }
@@ -62,12 +67,33 @@ struct Backends {
 }
 
 #[derive(Args)]
+struct Check {
+    #[command(flatten)]
+    read: Read,
+    /// As of `fairlead run`
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    /// As of `fairlead run`
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    device: Vec<String>,
+    /// As of `fairlead run`
+    #[arg(long, value_name = "GLOB", value_delimiter = ',')]
+    pod_device: Vec<String>,
+}
+
+#[derive(Args)]
 struct Cleanup {
     #[command(flatten)]
     pins: Pins,
     /// Where the agent keeps its state [default: /var/lib/fairlead/ and the path of --bpffs, with - for /]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "kube_proxy")]
     state_file: Option<PathBuf>,
+    /// Removes what kube-proxy has left (iptables, nftables, IPVS), and nothing else
+    #[arg(long, conflicts_with = "bpffs")]
+    kube_proxy: bool,
+    /// Only says what would be removed
+    #[arg(long, requires = "kube_proxy")]
+    dry_run: bool,
 }
 
 #[derive(Args)]
@@ -93,7 +119,8 @@ impl Cli {
             Command::Services(read) => read.show(show::services),
             Command::Backends(Backends { read, all }) => read.show(|to| show::backends(to, all)),
             Command::Flows(read) => read.show(show::flows),
-            Command::Cleanup(asked) => cleanup(&asked),
+            Command::Check(check) => check.run(),
+            Command::Cleanup(cleanup) => cleanup.run(),
         }
     }
 }
@@ -106,6 +133,8 @@ impl Run {
         };
         logging::start(settings.log_level(), settings.log_format())?;
         let config = settings.config()?;
+        // What the agent leaves on the node is its owner's only.
+        umask(Mode::S_IRWXG | Mode::S_IRWXO);
         // Sources and health beside the loop, which does its system calls itself.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
         let runtime = runtime.context("cannot start the runtime")?;
@@ -130,28 +159,58 @@ impl Read {
     }
 }
 
+impl Check {
+    fn run(&self) -> Result<()> {
+        let node = check::Node {
+            bpffs: self.read.pins.bpffs.clone(),
+            cgroup_root: self.cgroup_root.clone(),
+            rules: Rules::new(&self.device, &self.pod_device)?,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let findings = runtime.context("cannot start the runtime")?.block_on(check::look(&node));
+        self.read.show(|to| show::check(to, &findings))?;
+        let wrong = findings.iter().filter(|finding| finding.state == State::Fail).count();
+        if wrong > 0 {
+            bail!("the agent cannot run here: {wrong} of these must be mended before");
+        }
+        Ok(())
+    }
+}
+
+impl Cleanup {
+    fn run(&self) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.context("cannot start the runtime")?;
+        let (removed, notes) = if self.kube_proxy {
+            let found = runtime.block_on(kube_proxy::cleanup(self.dry_run))?;
+            (found.removed, found.notes)
+        } else {
+            let mut removed = runtime.block_on(datapath::cleanup(&self.pins.bpffs))?;
+            let state = self.state_file.clone().unwrap_or_else(|| kept::default_path(&self.pins.bpffs));
+            if kept::file::remove(&state).with_context(|| format!("cannot remove {}", state.display()))? {
+                removed.push(format!("state {}", state.display()));
+            }
+            (removed, vec![])
+        };
+        let does = if self.dry_run { "would remove" } else { "removed" };
+        for line in &removed {
+            println!("{does} {line}");
+        }
+        if removed.is_empty() {
+            println!("nothing to remove");
+        }
+        for line in &notes {
+            println!("{line}");
+        }
+        Ok(())
+    }
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let kind = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
     error.downcast_ref::<io::Error>().is_some_and(kind)
         || error.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind)
             == Some(io::ErrorKind::BrokenPipe)
-}
-
-fn cleanup(Cleanup { pins, state_file }: &Cleanup) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let mut removed =
-        runtime.context("cannot start the runtime")?.block_on(datapath::cleanup(&pins.bpffs))?;
-    let state = state_file.clone().unwrap_or_else(|| kept::default_path(&pins.bpffs));
-    if kept::file::remove(&state).with_context(|| format!("cannot remove {}", state.display()))? {
-        removed.push(format!("state {}", state.display()));
-    }
-    for line in &removed {
-        println!("removed {line}");
-    }
-    if removed.is_empty() {
-        println!("nothing to remove");
-    }
-    Ok(())
 }
 
 /// An error and its causes in one line. Many errors say their cause themselves.

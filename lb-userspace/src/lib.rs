@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod agent;
+pub mod check;
 pub mod cli;
 pub mod compile;
 pub mod datapath;
@@ -13,6 +14,7 @@ pub mod flows;
 pub mod health;
 pub mod inspect;
 pub mod kept;
+pub mod kube_proxy;
 pub mod logging;
 pub mod metrics;
 pub mod model;

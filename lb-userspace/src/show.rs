@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::check::Finding;
 use crate::entries::Protocol;
 use crate::flows;
 use crate::inspect::{
@@ -30,6 +31,19 @@ impl To<'_> {
         serde_json::to_writer_pretty(&mut self.out, value)?;
         Ok(writeln!(self.out)?)
     }
+}
+
+/// `fairlead check`.
+pub fn check(to: &mut To<'_>, findings: &[Finding]) -> Result<()> {
+    if to.json {
+        return to.json(&findings);
+    }
+    let mut table = Table::new(["STATE", "CHECK", "FOUND"]);
+    for finding in findings {
+        let fix = finding.fix.as_ref().map(|fix| format!("; {fix}")).unwrap_or_default();
+        table.row([finding.state.to_string(), finding.check.to_owned(), format!("{}{fix}", finding.found)]);
+    }
+    Ok(table.print(&mut to.out)?)
 }
 
 /// `fairlead status`.

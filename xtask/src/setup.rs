@@ -16,12 +16,13 @@ pub struct Tool {
 }
 
 /// What the network lab and the tests call.
-pub const TOOLS: [Tool; 5] = [
+pub const TOOLS: [Tool; 6] = [
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "ethtool", package: "ethtool" },
     Tool { program: "tcpdump", package: "tcpdump" },
     Tool { program: "nft", package: "nftables" },
+    Tool { program: "iptables", package: "iptables" },
 ];
 
 /// Where bpffs belongs.

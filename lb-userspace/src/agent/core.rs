@@ -74,7 +74,7 @@ pub struct Agent<M> {
     /// Grows with every change of the model.
     revision: u64,
     /// How many objects of a kind cannot be read.
-    unreadable: BTreeMap<Kind, usize>,
+    unreadable: BTreeMap<Option<Kind>, usize>,
     /// Flags of the node's own addresses; `None`: not known yet.
     addresses: Option<BTreeMap<IpAddr, u32>>,
     /// The addresses are not what the maps have.

@@ -24,7 +24,7 @@ use super::layout::{self, Verdict};
 use super::options::{Options, SocketLb, TcMode};
 use super::pins::{self, Lock, Pins};
 use crate::sys::poll::Readable;
-use crate::sys::{bpf, netns};
+use crate::sys::{bpf, capabilities, kernel, netns};
 
 /// The kernel's own types.
 pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -410,53 +410,27 @@ fn check_kernel() -> Result<(), OpenError> {
         nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, unlimited, unlimited)
     {
         tracing::debug!(%error, "the limit of locked memory stays as it is");
+        if kernel::release().is_some_and(|release| release < (5, 11)) {
+            tracing::warn!(
+                "on kernels before 5.11 maps count against the limit of locked memory, which cannot be raised: \
+                 give the process CAP_{}, or no such limit",
+                capabilities::BEFORE_5_11
+            );
+        }
     }
     Ok(())
 }
 
 fn check_privileges() -> Result<(), OpenError> {
-    // Where it cannot be read, the first bpf(2) says it.
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    match missing_capabilities(&status) {
-        Some(missing) => Err(OpenError::Privileges { missing }),
-        None => Ok(()),
+    match capabilities::missing().as_slice() {
+        [] => Ok(()),
+        missing => Err(OpenError::Privileges { missing: capabilities::names(missing) }),
     }
-}
-
-fn missing_capabilities(status: &str) -> Option<String> {
-    const NET_ADMIN: u64 = 1 << 12;
-    const SYS_ADMIN: u64 = 1 << 21;
-    const PERFMON: u64 = 1 << 38;
-    const BPF: u64 = 1 << 39;
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-    let effective = u64::from_str_radix(line.trim(), 16).ok()?;
-    let admin = effective & SYS_ADMIN != 0;
-    let missing: Vec<&str> = [
-        ("CAP_NET_ADMIN", effective & NET_ADMIN != 0),
-        ("CAP_BPF", admin || effective & BPF != 0),
-        ("CAP_PERFMON", admin || effective & PERFMON != 0),
-    ]
-    .into_iter()
-    .filter_map(|(name, held)| (!held).then_some(name))
-    .collect();
-    (!missing.is_empty()).then(|| missing.join(", "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn capabilities_are_named() {
-        let status = |caps: u64| format!("Name:\tx\nCapInh:\t0000000000000000\nCapEff:\t{caps:016x}\n");
-        assert_eq!(missing_capabilities(&status(u64::MAX)), None);
-        assert_eq!(missing_capabilities(&status(1 << 12 | 1 << 21)), None);
-        assert_eq!(missing_capabilities(&status(1 << 12 | 1 << 38 | 1 << 39)), None);
-        let missing = missing_capabilities(&status(0)).unwrap();
-        assert_eq!(missing, "CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON");
-        assert_eq!(missing_capabilities(&status(1 << 21)).unwrap(), "CAP_NET_ADMIN");
-        assert_eq!(missing_capabilities("no such line"), None);
-    }
 
     #[test]
     fn a_verdict_is_the_last_line_that_says_something() {

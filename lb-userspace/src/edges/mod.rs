@@ -8,6 +8,7 @@
 
 mod classify;
 mod dump;
+mod survey;
 mod xdp_features;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,6 +27,7 @@ use serde::Serialize;
 use tokio::sync::{oneshot, watch};
 
 pub use classify::{Address, DEFAULT_POD_DEVICES, Device, Role, Rules, Why, classify};
+pub use survey::{Surveyed, survey};
 
 use self::classify::ways_to_pods;
 use self::xdp_features::{Netdev, XdpFeatures};

@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
-use super::{CONNECTIONS, Health, NOSNIFF, Places, accept};
+use super::{CONNECTIONS, Health, NOSNIFF, accept};
 use crate::entries::{HealthCheck, ServiceName};
 use crate::finding::Finding;
 
@@ -205,8 +205,7 @@ impl Listener {
         // Whatever they ask for, as kube-proxy.
         let router = Router::new().fallback(answer).with_state(Arc::clone(asked));
         let socket = Arc::new(socket);
-        let places = Places::beside(Arc::clone(all));
-        let task = tokio::spawn(accept(Arc::clone(&socket), router, places)).abort_handle();
+        let task = tokio::spawn(accept(Arc::clone(&socket), router, Arc::clone(all))).abort_handle();
         Self { socket, task }
     }
 }

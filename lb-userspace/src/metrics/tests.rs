@@ -372,10 +372,10 @@ fn findings_come_and_go() {
     world.remove(1);
     assert_eq!(world.value("fairlead_findings"), Some(0.0));
     // Objects that are not even read.
-    world.take(Event::Unreadable(Kind::Services, 2));
-    world.take(Event::Unreadable(Kind::Pods, 1));
+    world.take(Event::Unreadable(Some(Kind::Services), 2));
+    world.take(Event::Unreadable(None, 1));
     assert_eq!(world.value("fairlead_findings"), Some(3.0));
-    world.take(Event::Unreadable(Kind::Services, 0));
+    world.take(Event::Unreadable(Some(Kind::Services), 0));
     assert_eq!(world.value("fairlead_findings"), Some(1.0));
 }
 

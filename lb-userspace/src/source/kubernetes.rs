@@ -5,6 +5,7 @@
 //! it is read: no list of whole objects is ever held. An API server that cannot be reached, refuses, or has
 //! forgotten where we were is asked again, ever less often; until then everything stays as it was.
 
+mod bounded;
 mod follower;
 mod slim;
 
@@ -18,13 +19,16 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
+use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, DefaultBackoff};
 use kube::{Client, Config, Resource};
 use serde::Deserialize;
 use tokio::task::JoinSet;
+use tower_http::map_response_body::MapResponseBodyLayer;
 
+use self::bounded::Bounded;
 use self::follower::Follower;
 use super::convert::ServiceCidr;
 use super::{Kind, Sender, convert};
@@ -77,7 +81,8 @@ pub async fn client(options: &Options) -> Result<Client, Error> {
 
 /// A client of this configuration.
 pub fn connect(config: Config) -> Result<Client, Error> {
-    Client::try_from(config).map_err(Error::Client)
+    let builder = ClientBuilder::try_from(config).map_err(Error::Client)?;
+    Ok(builder.with_layer(&MapResponseBodyLayer::new(Bounded::new)).build())
 }
 
 /// Where the API server is, and who we are to it.

@@ -26,8 +26,9 @@ pub enum Event {
     Refused(Kind),
     /// Whether the source can be asked about objects of this kind; until it cannot, it can.
     Answers(Kind, bool),
-    /// So many objects of this kind cannot be read now; what was known of them stays.
-    Unreadable(Kind, usize),
+    /// So many objects of this kind cannot be read now, or documents in manifests, whatever their kind; what was
+    /// known of them stays.
+    Unreadable(Option<Kind>, usize),
 }
 
 /// A kind of objects that is listed and watched.

@@ -3,6 +3,8 @@
 //! The only room of this crate where `unsafe` is allowed; everything it exports is safe to call.
 
 pub mod bpf;
+pub mod capabilities;
+pub mod kernel;
 pub mod mount;
 pub mod netns;
 pub mod poll;

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags};
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
 /// Where bpffs is mounted on every distribution.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -13,6 +13,11 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 /// Whether `path` lies on a BPF file system.
 pub fn is_bpffs(path: &Path) -> io::Result<bool> {
     Ok(statfs(path)?.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Whether `path` lies in a cgroup2 hierarchy.
+pub fn is_cgroup2(path: &Path) -> io::Result<bool> {
+    Ok(statfs(path)?.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
 /// Mounts a BPF file system, for root only.

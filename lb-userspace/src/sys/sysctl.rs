@@ -5,10 +5,14 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Ports that `bind()` and `connect()` do not choose by themselves.
 pub const RESERVED_PORTS: &str = "net.ipv4.ip_local_reserved_ports";
+
+const ROOT: &str = "/proc/sys";
+/// Where a container sees the node's [`ROOT`].
+pub const HOST: &str = "/host/proc/sys";
 
 /// Reads a sysctl by its dotted name, without the newline.
 pub fn read(name: &str) -> io::Result<String> {
@@ -18,11 +22,34 @@ pub fn read(name: &str) -> io::Result<String> {
 /// Writes a sysctl by its dotted name.
 pub fn write(name: &str, value: &str) -> io::Result<()> {
     // A lone newline is how an empty list is written: a write of no bytes changes nothing.
-    fs::write(path(name), format!("{value}\n"))
+    let value = format!("{value}\n");
+    match fs::write(path(name), &value) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => write_through_host(name, &value),
+        done => done,
+    }
+}
+
+/// Container runtimes show `/proc/sys` read-only; `deploy/` mounts the node's own beside it.
+fn write_through_host(name: &str, value: &str) -> io::Result<()> {
+    match fs::write(below(HOST, name), value) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(io::Error::new(
+            io::ErrorKind::ReadOnlyFilesystem,
+            format!(
+                "{ROOT} is read-only here; mount the node's {ROOT}/net at {HOST}/net, or run before: \
+                 sysctl -w {name}={}",
+                value.trim_end()
+            ),
+        )),
+        done => done,
+    }
 }
 
 fn path(name: &str) -> PathBuf {
-    PathBuf::from(format!("/proc/sys/{}", name.replace('.', "/")))
+    below(ROOT, name)
+}
+
+fn below(root: &str, name: &str) -> PathBuf {
+    Path::new(root).join(name.replace('.', "/"))
 }
 
 /// A set of ports in the kernel's notation: `8080,12288-28671`.

@@ -3,6 +3,7 @@
 //! Needs root. Every test has a network namespace and a BPF file system of its own.
 #![expect(clippy::unwrap_used, reason = "in tests, helpers included, a panic is the report")]
 
+mod check;
 mod edges;
 mod inspect;
 mod kernel;

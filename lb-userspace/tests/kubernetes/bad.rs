@@ -235,3 +235,36 @@ async fn one_bad_object_never_stops_another() {
     assert_eq!(by_service, BTreeMap::from([("good-1".to_owned(), 6), ("late".to_owned(), 1)]));
     assert_eq!(found(&metrics), wrong + 1);
 }
+
+/// A server that sends one line without an end fills nothing, and is asked again.
+#[tokio::test]
+async fn an_answer_without_end_is_broken_off() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let master = Some(format!("http://{}", listener.local_addr().unwrap()));
+    let options = Options { kubeconfig: None, master, node_name: "node-a".into() };
+    let client = fairlead::source::kubernetes::client(&options).await.unwrap();
+    let server = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let _request = stream.read(&mut [0; 4096]).await.unwrap();
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", 1_u64 << 30);
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut sent = 0_u64;
+        while stream.write_all(&[b'x'; 1 << 14]).await.is_ok() {
+            sent += 1 << 14;
+        }
+        sent
+    });
+    let request = http::Request::get("/api/v1/services").body(vec![]).unwrap();
+    let error = client.request_text(request).await.unwrap_err();
+    let mut said = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        said += &error.to_string();
+        cause = error.source();
+    }
+    assert!(said.contains("a line of the answer is longer than 128 MiB"), "{said}");
+    drop(client);
+    assert!(server.await.unwrap() < 256 << 20);
+}

@@ -121,7 +121,12 @@ fn show(event: &Event) -> String {
             format!("{kind} {}", if *answers { "answer" } else { "do not answer" })
         }
         Event::Refused(kind) => format!("refused {kind}"),
-        Event::Unreadable(kind, count) => format!("{count} unreadable {kind}"),
+        Event::Unreadable(kind, count) => {
+            format!(
+                "{count} unreadable {}",
+                kind.map_or_else(|| "documents".to_owned(), |kind| kind.to_string())
+            )
+        }
         Event::Changed(Change::Service(service)) => match service.ports.first() {
             Some(port) => format!("{}:{}", service.name.name, port.port),
             None => service.name.name.to_string(),

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use super::custody::making;
 use super::netns::Netns;
-use super::{Counters, Lab, Manifests, Node};
+use super::{Counters, Jail, Lab, Manifests, Node};
 
 /// How long an agent may take to be ready or to end. Machines are shared and slow.
 const PATIENCE: Duration = Duration::from_mins(3);
@@ -33,6 +33,8 @@ pub struct AgentOptions {
     pub xdp: Xdp,
     /// Attach by clsact also where the kernel has tcx.
     pub clsact: bool,
+    /// In a container; otherwise with everything that this process has.
+    pub jail: Option<Jail>,
     /// More arguments.
     pub args: Vec<String>,
 }
@@ -63,7 +65,14 @@ impl Agent {
             .open(&log)
             .with_context(|| format!("cannot write {}", log.display()))?;
         let pins = lab.pins(node);
-        let mut command = Command::new(program);
+        let mut command = match &options.jail {
+            Some(jail) => {
+                let root = lab.dir().join(format!("{}-root", node.name));
+                fs::create_dir_all(&root).with_context(|| format!("cannot make {}", root.display()))?;
+                jail.command(&root, manifests.dir(), program)
+            }
+            None => Command::new(program),
+        };
         command
             .arg("run")
             .args(["--node-name", &node.name])
@@ -154,6 +163,11 @@ impl Agent {
 
     pub fn log_path(&self) -> &Path {
         &self.log
+    }
+
+    /// Its process; `None`: it has ended.
+    pub fn id(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
     }
 
     pub fn pins(&self) -> &Path {

@@ -25,6 +25,7 @@ pub mod client;
 pub mod cluster;
 pub mod counters;
 pub mod custody;
+pub mod jail;
 pub mod manifests;
 pub mod netns;
 mod sctp;
@@ -49,6 +50,7 @@ pub use self::agent::{Agent, AgentOptions, Xdp};
 pub use self::client::{Call, Caller, Outcome};
 pub use self::cluster::Cluster;
 pub use self::counters::Counters;
+pub use self::jail::Jail;
 pub use self::manifests::{Endpoint, Manifests, Port, Service};
 pub use self::wire::Protocol;
 

@@ -11,7 +11,7 @@ use xtask::lab::{Agent, AgentOptions, Call, Caller, Family, Node, Outcome, count
 use crate::world::{PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service, until};
 
 /// Calls of every edge that stay open: outside here and there, pod, process.
-fn open_calls(world: &World) -> Result<Vec<(&'static str, OpenCall<'_>, Outcome)>> {
+pub(crate) fn open_calls(world: &World) -> Result<Vec<(&'static str, OpenCall<'_>, Outcome)>> {
     let lab = world.lab();
     let calls: [(&str, &Caller, Call); 8] = [
         ("outside, backend here", &lab.outside, Call::tcp(lab.node_a.at(Family::V4, node_port(1)))),
@@ -33,14 +33,14 @@ fn open_calls(world: &World) -> Result<Vec<(&'static str, OpenCall<'_>, Outcome)
 }
 
 /// Open calls go on as they were, and new ones are answered.
-fn traffic_goes_on(world: &World, open: &[(&str, OpenCall<'_>, Outcome)]) -> Result<()> {
+pub(crate) fn traffic_goes_on(world: &World, open: &[(&str, OpenCall<'_>, Outcome)]) -> Result<()> {
     for (name, call, first) in open {
         ensure!(call.again()? == *first, "{name}: {}", call.again()?);
     }
     open_calls(world).map(drop).context("new calls")
 }
 
-fn two_services(world: &World) -> Vec<xtask::lab::Service> {
+pub(crate) fn two_services(world: &World) -> Vec<xtask::lab::Service> {
     vec![service(1, [&world.a1]), service(2, [&world.b1])]
 }
 
@@ -137,6 +137,29 @@ fn cleanup_leaves_nothing_of_clsact() -> Result<()> {
     cleanup_leaves_a_plain_node(AgentOptions { clsact: true, ..options() })
 }
 
+#[test]
+fn cleanup_gives_back_the_reserved_ports_of_others() -> Result<()> {
+    let world = World::new(options())?;
+    let node = world.node_a();
+    // In the range of ours, and beside it.
+    node.ns.sysctl(&[("ipv4/ip_local_reserved_ports", "5000,12300,20000-20010")])?;
+    world.cluster.start()?;
+    ensure!(reserved_ports(node)? == "5000,12288-28671", "{}", reserved_ports(node)?);
+    let refused = world.cluster.fairlead(node, &["cleanup"]).unwrap_or_else(|error| error.to_string());
+    ensure!(refused.contains("failed: fairlead: an agent is running with --bpffs "), "{refused}");
+    ensure!(refused.lines().count() == 1, "{refused}");
+    for agent in world.cluster.take_agents() {
+        agent.stop()?;
+    }
+    // Somebody else has reserved more meanwhile.
+    node.ns.sysctl(&[("ipv4/ip_local_reserved_ports", "5000,12288-28671,40000")])?;
+    world.cluster.fairlead(node, &["cleanup"])?;
+    ensure!(reserved_ports(node)? == "5000,12300,20000-20010,40000", "{}", reserved_ports(node)?);
+    ensure!(world.cluster.fairlead(node, &["cleanup"])? == "nothing to remove\n", "a second time");
+    ensure!(reserved_ports(node)? == "5000,12300,20000-20010,40000", "{}", reserved_ports(node)?);
+    Ok(())
+}
+
 fn cleanup_leaves_a_plain_node(options: AgentOptions) -> Result<()> {
     let clsact = options.clsact;
     let world = World::with_services(options, two_services)?;
@@ -181,7 +204,7 @@ fn clsact_qdiscs(node: &Node) -> Result<usize> {
     Ok(String::from_utf8_lossy(&output.stdout).matches("clsact").count())
 }
 
-fn reserved_ports(node: &Node) -> Result<String> {
+pub(crate) fn reserved_ports(node: &Node) -> Result<String> {
     let read = || std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
     Ok(node.ns.run(read)??.trim().to_owned())
 }

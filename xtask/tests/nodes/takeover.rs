@@ -12,7 +12,7 @@ use xtask::lab::{Agent, AgentOptions, Call, Caller, Family, Node, Outcome};
 use crate::world::{PORT, TARGET_PORT, World, agent, at_vip, node_port, options, service};
 
 /// Runs `nft` on a node.
-fn nft(node: &Node, script: &str) -> Result<()> {
+pub(crate) fn nft(node: &Node, script: &str) -> Result<()> {
     let output = node.ns.run(|| -> Result<_> {
         let mut nft = Command::new("nft");
         let mut child = nft.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;

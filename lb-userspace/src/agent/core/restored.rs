@@ -32,7 +32,7 @@ enum Subject {
     Object(Kind, Arc<str>, Arc<str>),
     /// Whether a kind has been listed, or may not be.
     List(Kind),
-    Unreadable(Kind),
+    Unreadable(Option<Kind>),
     Answers(Kind),
 }
 

@@ -227,7 +227,7 @@ impl<W: Watched> Follower<W> {
             self.unreadable.remove(name);
         }
         if self.unreadable.len() != before {
-            self.send(Event::Unreadable(W::KIND, self.unreadable.len())).await?;
+            self.send(Event::Unreadable(Some(W::KIND), self.unreadable.len())).await?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@
 //! file said before and does not say now stays as it was until all of it can be read again. A deleted
 //! file takes its objects along. Of an object that two files define the first file by name counts.
 
+mod bounded;
 mod parse;
 mod table;
 mod watch;
@@ -21,7 +22,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-use self::parse::Parsed;
+use self::parse::{Parsed, Problems};
 use self::table::Table;
 use self::watch::{Look, Watch};
 use super::{Closed, Event, Kind, Sender};
@@ -46,6 +47,7 @@ pub fn follow(path: &Path, events: Sender) -> Result<JoinHandle<()>, Error> {
         table: Table::default(),
         events,
         unreadable: None,
+        problems: BTreeMap::new(),
     };
     let thread = std::thread::Builder::new().name("manifests".into());
     // Ends only when nobody listens any more.
@@ -64,6 +66,8 @@ struct Follower {
     events: Sender,
     /// Why the directory could not be read, as was said.
     unreadable: Option<String>,
+    /// What is wrong with files, as was said.
+    problems: BTreeMap<OsString, Problems>,
 }
 
 /// Tells whether a file is what it was.
@@ -77,9 +81,12 @@ struct Stamp {
 }
 
 impl Stamp {
-    /// Of the file that a symbolic link leads to.
+    /// Of the file that a symbolic link leads to; `None`: a directory.
     fn of(path: &Path) -> io::Result<Option<Self>> {
         let meta = fs::metadata(path)?;
+        if !meta.is_file() && !meta.is_dir() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a file"));
+        }
         Ok(meta.is_file().then(|| Self {
             device: meta.dev(),
             inode: meta.ino(),
@@ -144,28 +151,49 @@ impl Follower {
             let others = self.names().unwrap_or_default().into_iter().filter(|name| !names.contains(name));
             said.extend(others.filter_map(|name| self.read(&name, false).map(|parsed| (name, parsed))));
         }
+        let before = self.count_problems();
+        for (name, parsed) in &said {
+            self.note_problems(name, &parsed.problems);
+        }
         for change in self.table.update(said) {
             self.send(Event::Changed(change))?;
         }
-        Ok(())
+        match self.count_problems() {
+            now if now != before => self.send(Event::Unreadable(None, now)),
+            _ => Ok(()),
+        }
+    }
+
+    fn count_problems(&self) -> usize {
+        self.problems.values().map(|problems| problems.count).sum()
+    }
+
+    /// Says what is wrong with a file, once for as long as it stays the same.
+    fn note_problems(&mut self, name: &OsString, problems: &Problems) {
+        if problems.count == 0 {
+            self.problems.remove(name);
+        } else if self.problems.get(name) != Some(problems) {
+            problems.log(&self.path.join(name));
+            self.problems.insert(name.clone(), problems.clone());
+        }
     }
 
     /// What the file says; `None`: what it said before.
     fn read(&mut self, name: &OsString, anyway: bool) -> Option<Parsed> {
         let path = self.path.join(name);
         // The stamp first: what is written while the file is read makes another stamp.
-        let (stamp, content) = match Stamp::of(&path) {
+        let (stamp, parsed) = match Stamp::of(&path) {
             Ok(Some(stamp)) if !anyway && self.files.get(name) == Some(&stamp) => return None,
-            Ok(Some(stamp)) => (Some(stamp), Some(fs::read_to_string(&path))),
-            Ok(None) => (None, None),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (None, None),
-            Err(error) => (None, Some(Err(error))),
+            Ok(Some(stamp)) => (Some(stamp), parse::file(&path)),
+            Ok(None) => (None, Parsed::default()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (None, Parsed::default()),
+            Err(error) => (None, parse::failed(&error)),
         };
         match stamp {
             Some(stamp) => self.files.insert(name.clone(), stamp),
             None => self.files.remove(name),
         };
-        Some(content.map(|content| parse::file(&path, content)).unwrap_or_default())
+        Some(parsed)
     }
 
     fn send(&self, event: Event) -> Result<(), Closed> {

@@ -1,7 +1,10 @@
 //! The objects of one file.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::iter;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,6 +12,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::bounded::Budget;
 use crate::entries::ServiceName;
 use crate::model::{Change, EndpointSlice, Node, Pod, Service, SliceName};
 use crate::owner::PodName;
@@ -82,71 +86,165 @@ impl Object {
     }
 }
 
+/// Bytes of a file, and of a YAML document: that is held several times while it is read.
+const FILE_BYTES: u64 = 32 << 20;
+const YAML_BYTES: usize = 4 << 20;
+
+/// Brackets within brackets in a YAML document: the parser looks at all that are open for every word.
+const NESTING: usize = 200;
+
+/// Documents in a file.
+const DOCUMENTS: usize = 100_000;
+
+/// Lines in the log about one file.
+const SAID: usize = 10;
+
 /// What a file says.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Parsed {
     pub(super) objects: BTreeMap<Key, Object>,
-    /// What could not be read; said already.
-    pub(super) broken: usize,
+    pub(super) problems: Problems,
 }
 
-/// Reads a file; what cannot be read is logged.
-pub(super) fn file(path: &Path, content: io::Result<String>) -> Parsed {
-    let (parsed, problems) = match content {
-        Err(error) => (Parsed { broken: 1, ..Parsed::default() }, vec![error.to_string()]),
+/// What could not be read.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Problems {
+    pub(super) count: usize,
+    first: Vec<String>,
+}
+
+impl Problems {
+    pub(super) fn push(&mut self, problem: String) {
+        self.count += 1;
+        if self.first.len() < SAID {
+            self.first.push(problem);
+        }
+    }
+
+    /// Says it in the log.
+    pub(super) fn log(&self, path: &Path) {
+        for problem in &self.first {
+            tracing::warn!(file = %path.display(), "{problem}; what it said before stays");
+        }
+        if self.count > self.first.len() {
+            let more = self.count - self.first.len();
+            tracing::warn!(file = %path.display(), "{more} more problems; what it said before stays");
+        }
+    }
+}
+
+/// Reads a file. It was a regular one a moment ago.
+pub(super) fn file(path: &Path) -> Parsed {
+    match read(path) {
+        Err(error) => failed(&error),
         Ok(text) if path.extension().is_some_and(|extension| extension == "json") => documents(json(&text)),
         Ok(text) => documents(yaml(&text)),
-    };
-    for problem in problems {
-        tracing::warn!(file = %path.display(), "{problem}; what it said before stays");
     }
+}
+
+/// What to think of a file that cannot be read.
+pub(super) fn failed(error: &io::Error) -> Parsed {
+    let mut parsed = Parsed::default();
+    parsed.problems.push(error.to_string());
     parsed
 }
 
+fn read(path: &Path) -> io::Result<String> {
+    // A pipe that is there now shall not make us wait for a writer.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let mut text = String::new();
+    // It may grow while it is read.
+    file.take(FILE_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > FILE_BYTES {
+        let error = format!("larger than {} MiB; divide it into several files", FILE_BYTES >> 20);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, error));
+    }
+    Ok(text)
+}
+
 /// The documents of a JSON file, one after the other.
-fn json(text: &str) -> Vec<Result<Value, String>> {
-    let documents = serde_json::Deserializer::from_str(text).into_iter();
-    documents.map(|document| document.map_err(|error| error.to_string())).collect()
+fn json(text: &str) -> impl Iterator<Item = Result<Value, String>> {
+    let mut document = serde_json::Deserializer::from_str(text);
+    let mut over = false;
+    iter::from_fn(move || {
+        if over || document.end().is_ok() {
+            return None;
+        }
+        let value = Budget::default().read(&mut document).map_err(|error| error.to_string());
+        // Nobody knows where the next one begins.
+        over = value.is_err();
+        Some(value)
+    })
 }
 
 /// The documents of a YAML file. They are told apart before they are parsed, so that one that is broken does
 /// not take those after it along: `---` at the start of a line is nothing else in YAML.
-fn yaml(text: &str) -> Vec<Result<Value, String>> {
-    let mut documents = vec![];
-    let mut start = (0, 1);
-    let mut offset = 0;
-    for (line, number) in text.split_inclusive('\n').zip(1..) {
-        if is_separator(line) {
-            documents.push((start.1, &text[start.0..offset]));
-            start = (offset, number);
+fn yaml(text: &str) -> impl Iterator<Item = Result<Value, String>> {
+    let mut rest = text;
+    let mut next_line = 1;
+    let texts = iter::from_fn(move || {
+        let mut lines = rest.split_inclusive('\n');
+        // A separator here belongs to this document.
+        let mut length = lines.next()?.len();
+        let mut count = 1;
+        for line in lines.take_while(|line| !is_separator(line)) {
+            length += line.len();
+            count += 1;
         }
-        offset += line.len();
+        let (document, after) = rest.split_at(length);
+        let line = next_line;
+        (rest, next_line) = (after, line + count);
+        Some((line, document))
+    });
+    let texts = texts.filter(|(_, text)| !text.trim_start_matches("---").trim().is_empty());
+    texts.map(|(line, text)| yaml_document(text).map_err(|error| format!("document at line {line}: {error}")))
+}
+
+fn yaml_document(text: &str) -> Result<Value, String> {
+    if text.len() > YAML_BYTES {
+        return Err(format!("larger than {} MiB; divide it into several documents", YAML_BYTES >> 20));
     }
-    documents.push((start.1, &text[start.0..]));
-    documents
-        .into_iter()
-        .map(|(line, text)| {
-            let value = serde_yaml_ng::Deserializer::from_str(text).next().map(Value::deserialize);
-            value.unwrap_or(Ok(Value::Null)).map_err(|error| format!("document at line {line}: {error}"))
-        })
-        .collect()
+    if nesting(text) > NESTING {
+        return Err(format!("more than {NESTING} brackets are open"));
+    }
+    let value = serde_yaml_ng::Deserializer::from_str(text).next();
+    let value = value.map(|document| Budget::default().read(document));
+    value.unwrap_or(Ok(Value::Null)).map_err(|error| error.to_string())
+}
+
+/// How many brackets are open at most, those in texts included.
+fn nesting(text: &str) -> usize {
+    let (mut open, mut most) = (0_usize, 0);
+    for byte in text.bytes() {
+        match byte {
+            b'[' | b'{' => open += 1,
+            b']' | b'}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(open);
+    }
+    most
 }
 
 fn is_separator(line: &str) -> bool {
     line.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
 }
 
-fn documents(documents: Vec<Result<Value, String>>) -> (Parsed, Vec<String>) {
+fn documents(documents: impl Iterator<Item = Result<Value, String>>) -> Parsed {
     let mut parsed = Parsed::default();
-    let mut problems = vec![];
-    for document in documents {
+    for (number, document) in documents.enumerate() {
         match document {
-            Ok(document) => object(document, &mut parsed, &mut problems),
-            Err(problem) => problems.push(problem),
+            _ if number == DOCUMENTS => {
+                parsed
+                    .problems
+                    .push(format!("more than {DOCUMENTS} documents; divide it into several files"));
+                break;
+            }
+            Ok(document) => object(document, &mut parsed),
+            Err(problem) => parsed.problems.push(problem),
         }
     }
-    parsed.broken = problems.len();
-    (parsed, problems)
+    parsed
 }
 
 #[derive(Deserialize)]
@@ -164,14 +262,14 @@ struct Meta {
     name: String,
 }
 
-fn object(document: Value, parsed: &mut Parsed, problems: &mut Vec<String>) {
+fn object(document: Value, parsed: &mut Parsed) {
     if document.is_null() {
         return;
     }
     let head = match Head::deserialize(&document) {
         Ok(head) => head,
         Err(error) => {
-            problems.push(format!("not a Kubernetes object: {error}"));
+            parsed.problems.push(format!("not a Kubernetes object: {error}"));
             return;
         }
     };
@@ -188,7 +286,7 @@ fn object(document: Value, parsed: &mut Parsed, problems: &mut Vec<String>) {
             convert(document, convert::slice).map(|slice| Object::Slice(Arc::new(slice)))
         }
         (_, kind) if kind.ends_with("List") => {
-            items(document, &head, parsed, problems);
+            items(document, &head, parsed);
             return;
         }
         (version, "Service" | "Pod" | "Node" | "EndpointSlice") => Err(format!(
@@ -205,17 +303,17 @@ fn object(document: Value, parsed: &mut Parsed, problems: &mut Vec<String>) {
         Ok(object) => {
             let key = object.key();
             if parsed.objects.insert(key.clone(), object).is_some() {
-                problems.push(format!("{key} is defined twice; the last counts"));
+                parsed.problems.push(format!("{key} is defined twice; the last counts"));
             }
         }
-        Err(error) => problems.push(format!("{} {:?}: {error}", head.kind, head.metadata.name)),
+        Err(error) => parsed.problems.push(format!("{} {:?}: {error}", head.kind, head.metadata.name)),
     }
 }
 
 /// A `List`, or a `ServiceList` and the like, whose items need not say what they are.
-fn items(mut document: Value, list: &Head, parsed: &mut Parsed, problems: &mut Vec<String>) {
+fn items(mut document: Value, list: &Head, parsed: &mut Parsed) {
     let Some(Value::Array(items)) = document.get_mut("items").map(Value::take) else {
-        problems.push(format!("{}: no items", list.kind));
+        parsed.problems.push(format!("{}: no items", list.kind));
         return;
     };
     let kind = list.kind.trim_end_matches("List");
@@ -224,7 +322,7 @@ fn items(mut document: Value, list: &Head, parsed: &mut Parsed, problems: &mut V
             item.entry("kind").or_insert_with(|| kind.into());
             item.entry("apiVersion").or_insert_with(|| list.api_version.clone().into());
         }
-        object(item, parsed, problems);
+        object(item, parsed);
     }
 }
 
@@ -237,8 +335,8 @@ mod tests {
     use super::*;
 
     fn keys(name: &str, text: &str) -> (Vec<String>, Vec<String>) {
-        let (parsed, problems) = documents(if name.ends_with("json") { json(text) } else { yaml(text) });
-        (parsed.objects.keys().map(ToString::to_string).collect(), problems)
+        let parsed = if name.ends_with("json") { documents(json(text)) } else { documents(yaml(text)) };
+        (parsed.objects.keys().map(ToString::to_string).collect(), parsed.problems.first)
     }
 
     const SERVICE: &str =

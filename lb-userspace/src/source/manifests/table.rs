@@ -38,9 +38,9 @@ impl Table {
     }
 
     fn set(&mut self, name: &OsStr, parsed: Parsed, touched: &mut BTreeSet<Key>, new: &mut BTreeSet<Key>) {
-        let Parsed { mut objects, broken } = parsed;
+        let Parsed { mut objects, problems } = parsed;
         let old: BTreeMap<Key, Object> = self.files.remove(name).unwrap_or_default().into_iter().collect();
-        if broken > 0 {
+        if problems.count > 0 {
             // Any of these may be in what could not be read.
             for (key, object) in &old {
                 objects.entry(key.clone()).or_insert_with(|| object.clone());
@@ -88,6 +88,7 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
+    use super::super::parse::Problems;
     use super::*;
     use crate::model::Node;
 
@@ -97,7 +98,9 @@ mod tests {
             let node = Node { zone: Some((*zone).into()), ..Node::named(*name) };
             (Key::Node((*name).into()), Object::Node(Box::new(node)))
         });
-        Parsed { objects: objects.collect(), broken }
+        let mut problems = Problems::default();
+        (0..broken).for_each(|_| problems.push("broken".into()));
+        Parsed { objects: objects.collect(), problems }
     }
 
     fn set(table: &mut Table, file: &str, nodes: &[(&str, &str)], broken: usize) -> Vec<String> {

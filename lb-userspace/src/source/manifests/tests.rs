@@ -21,6 +21,10 @@ impl World {
         for (name, text) in files {
             fs::write(dir.path().join(name), text).unwrap();
         }
+        Self::following(dir)
+    }
+
+    fn following(dir: tempfile::TempDir) -> Self {
         let (sender, events) = mpsc::channel(CHANNEL);
         let thread = follow(dir.path(), sender).unwrap();
         Self { dir, events, thread }
@@ -44,6 +48,7 @@ impl World {
                     return format!("{}={}", node.name, node.zone.unwrap_or_default());
                 }
                 Ok(Event::Changed(Change::NodeGone(name))) => return format!("-{name}"),
+                Ok(Event::Unreadable(None, count)) => return format!("{count} unreadable"),
                 Ok(other) => panic!("{other:?}"),
                 Err(_) => assert!(start.elapsed() < PATIENCE, "nothing came"),
             }
@@ -117,6 +122,7 @@ fn a_file_that_has_another_name_by_now_takes_nothing_along() {
         table: Table::default(),
         events,
         unreadable: None,
+        problems: BTreeMap::new(),
     };
     follower.look_at_all().unwrap();
     fs::rename(dir.path().join("a.yaml"), dir.path().join("b.yaml")).unwrap();
@@ -155,17 +161,22 @@ fn a_broken_file_keeps_what_it_said() {
     let mut world = World::new(&[("f.yaml", &both), ("bad.yaml", "kind: [")]);
     assert_eq!(world.next(), "a=1");
     assert_eq!(world.next(), "b=1");
+    assert_eq!(world.next(), "1 unreadable");
     world.listed();
     world.write("f.yaml", &format!("{}---\nkind: [", node("a", "2")));
     assert_eq!(world.next(), "a=2");
+    assert_eq!(world.next(), "2 unreadable");
     world.quiet();
     world.write("f.yaml", &node("a", "2"));
     assert_eq!(world.next(), "-b");
+    assert_eq!(world.next(), "1 unreadable");
     // Not UTF-8 is not readable, either.
     fs::write(world.path("f.yaml"), [0xff, 0xfe]).unwrap();
+    assert_eq!(world.next(), "2 unreadable");
     world.quiet();
     fs::remove_file(world.path("f.yaml")).unwrap();
     assert_eq!(world.next(), "-a");
+    assert_eq!(world.next(), "1 unreadable");
 }
 
 #[test]
@@ -206,4 +217,40 @@ fn no_directory_is_an_error() {
     let (sender, _events) = mpsc::channel(1);
     let error = follow(Path::new("/nowhere/at/all"), sender).unwrap_err();
     assert_eq!(error.to_string(), "--manifests /nowhere/at/all: No such file or directory (os error 2)");
+}
+
+/// Whoever may write into the directory can neither stop nor fill the agent.
+#[test]
+fn hostile_files_are_named_and_nothing_else_suffers() {
+    let laughs = |line: &str| {
+        let again = (1..9).map(|n| format!("n{n}: &{n} [{}]\n", vec![format!("*{}", n - 1); 20].join(", ")));
+        format!("n0: &0 [{line}]\n{}", again.collect::<String>())
+    };
+    let deep = |open: &str| format!("kind: {}\n", open.repeat(100_000));
+    let many = "---\na: 1\n".repeat(200_000);
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    nix::unistd::mkfifo(&path("pipe.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", path("device.yaml")).unwrap();
+    std::os::unix::fs::symlink("loop.yaml", path("loop.yaml")).unwrap();
+    fs::File::create(path("huge.yaml")).unwrap().set_len(1 << 30).unwrap();
+    fs::write(path("long.yaml"), format!("kind: {}\n", "x".repeat(5 << 20))).unwrap();
+    fs::write(path("laughs.yaml"), laughs("ha, ha")).unwrap();
+    fs::write(path("deep.yaml"), deep("[")).unwrap();
+    fs::write(path("deep.json"), "[".repeat(100_000)).unwrap();
+    fs::write(path("few-bytes.json"), format!("[{}0]", "0,".repeat(3_000_000))).unwrap();
+    fs::write(path("bytes.yaml"), [0xff, 0xfe, 0x80]).unwrap();
+    fs::write(path("many.yaml"), many).unwrap();
+    fs::create_dir(path("directory.yaml")).unwrap();
+    fs::write(path("zz.yaml"), node("a", "1")).unwrap();
+    let mut world = World::following(dir);
+    assert_eq!(world.next(), "a=1");
+    // One for each file, and for each of the documents that count.
+    assert_eq!(world.next(), format!("{} unreadable", 10 + 100_001));
+    world.listed();
+    for name in ["pipe.yaml", "device.yaml", "loop.yaml", "many.yaml"] {
+        fs::remove_file(world.path(name)).unwrap();
+    }
+    while world.next() != "7 unreadable" {}
+    world.quiet();
 }
