@@ -28,6 +28,7 @@ use prometheus_client::registry::Registry;
 pub use self::kernel::{Counts, KernelCounts};
 pub use self::work::{News, Size, Work};
 use crate::datapath::Features;
+use crate::edges::Reattached;
 use crate::entries::{Compiled, ServiceName};
 use crate::events::Outcomes;
 use crate::health::{self, Health};
@@ -55,6 +56,7 @@ struct Inner {
     shared: Arc<Shared>,
     features: Family<Label, Gauge>,
     events: Outcomes,
+    reattached: Reattached,
     /// One answer is made at a time.
     turn: tokio::sync::Mutex<()>,
 }
@@ -114,9 +116,15 @@ impl Metrics {
             "Events about Services, by what became of them",
             events.family().clone(),
         );
+        let reattached = Reattached::default();
+        registry.register(
+            "fairlead_reattached",
+            "Programs that somebody took off their hooks and that were put back",
+            reattached.family().clone(),
+        );
         process::register(&mut registry);
         let turn = tokio::sync::Mutex::default();
-        Self(Arc::new(Inner { registry, work, shared, features, events, turn }))
+        Self(Arc::new(Inner { registry, work, shared, features, events, reattached, turn }))
     }
 
     /// There is a datapath, with these maps.
@@ -131,6 +139,11 @@ impl Metrics {
     /// What became of Events.
     pub fn events(&self) -> &Outcomes {
         &self.0.events
+    }
+
+    /// What was put back on its hook.
+    pub fn reattached(&self) -> &Reattached {
+        &self.0.reattached
     }
 
     /// How the agent keeps up.

@@ -7,5 +7,6 @@ mod edges;
 mod inspect;
 mod kernel;
 mod maps;
+mod sharing;
 mod support;
 mod takeover;
