@@ -12,7 +12,7 @@ use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::classify::Device;
 use super::{Attached, Follower, PERIOD};
-use crate::datapath::{Place, program_names};
+use crate::datapath::{Place, device_exists, program_names};
 
 /// Whoever takes programs off again and again is answered so often.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
@@ -109,8 +109,8 @@ impl Follower {
             if let Err(error) = self.hooks.detach(ifindex, place) {
                 tracing::warn!(%error, "cannot detach");
             }
-            if left.contains(&ifindex) {
-                tracing::debug!(device = device.name, ifindex, "another device has this number now");
+            if left.contains(&ifindex) || !device_exists(ifindex) {
+                tracing::debug!(device = device.name, ifindex, "the device of this number has left");
                 continue;
             }
             taken = true;
