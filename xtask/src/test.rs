@@ -145,6 +145,9 @@ fn cargo_test(args: &Args) -> Result<Command> {
     }
     command.args(args.test.iter().flat_map(|name| ["--test", name]));
     command.args(&args.filter);
+    if args.all {
+        command.env("FAIRLEAD_PODS", "5000");
+    }
     if !host::is_root() {
         // Cargo stays the user's, so that nothing in target/ becomes root's; only test programs are root.
         command.args(["--config", "target.'cfg(all())'.runner = ['sudo', '--preserve-env']"]);

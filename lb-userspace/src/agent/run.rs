@@ -99,7 +99,7 @@ pub async fn run(config: Config) -> Result<()> {
         tokio::spawn(datapath::forward_log(logger));
     }
     tokio::spawn(Sweeper::new(&datapath)?.run(metrics.flows().clone()));
-    let edges = attach(&config, &datapath)?;
+    let edges = attach(&config, &datapath, &metrics)?;
     let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
     let mut agent = Agent::new(facts, datapath.maps()?, health)?;
     if let Some(client) = source.client.clone() {
@@ -131,24 +131,29 @@ fn raise_file_limit() {
 }
 
 /// Puts the programs on the node's hooks.
-fn attach(config: &Config, datapath: &Datapath) -> Result<Edges> {
+fn attach(config: &Config, datapath: &Datapath, metrics: &Metrics) -> Result<Edges> {
     let state = StateFile::new(&config.datapath.bpffs);
     node::reserve_ports(&state).context("cannot reserve the datapath's source ports")?;
     for warning in node::forwarding_warnings() {
         tracing::warn!("{warning}");
     }
     let hooks = || datapath.hooks().context("the datapath is not pinned");
-    match config.datapath.socket_lb {
-        SocketLb::Off => hooks()?.detach_sockets()?,
-        SocketLb::Host | SocketLb::All => hooks()?.attach_sockets(config.cgroup_root.as_deref())?,
-    }
+    let sockets = match config.datapath.socket_lb {
+        SocketLb::Off => {
+            hooks()?.detach_sockets()?;
+            None
+        }
+        SocketLb::Host | SocketLb::All => Some(hooks()?.attach_sockets(config.cgroup_root.as_deref())?),
+    };
     let edges = Edges::spawn(edges::Config {
         masquerade_all: datapath.options().masquerade_all,
         hooks: hooks()?,
         map: datapath.edges_map()?,
         rules: config.rules.clone(),
         xdp: config.xdp,
+        sockets,
         state,
+        reattached: metrics.reattached().clone(),
     });
     edges.context("cannot follow the node's devices")
 }

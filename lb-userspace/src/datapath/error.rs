@@ -54,6 +54,11 @@ pub enum OpenError {
 pub enum AttachError {
     #[error("{program} on {target}: {source}{}", advice(source))]
     Link { program: &'static str, target: String, source: io::Error },
+    #[error(
+        "XDP on {target} is taken by program {prog_id} ({name}): the hook has room for one, and Fairlead replaces \
+         nobody's and joins no dispatcher (libxdp); `ip link set {target} xdp off` makes room"
+    )]
+    XdpTaken { target: String, prog_id: u32, name: String },
     #[error("{program} on {target}: {message}")]
     Netlink { program: &'static str, target: String, message: String },
     #[error("pin {path}: {source}", path = path.display())]

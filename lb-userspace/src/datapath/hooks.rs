@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lb_common::maps::programs;
@@ -74,6 +74,15 @@ pub enum Direction {
     Egress,
 }
 
+impl Direction {
+    const fn tcx(self) -> AttachType {
+        match self {
+            Self::Ingress => AttachType::TcxIngress,
+            Self::Egress => AttachType::TcxEgress,
+        }
+    }
+}
+
 /// How XDP runs on a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -122,15 +131,23 @@ impl Hooks {
             XdpKind::Generic => bpf::XDP_SKB_MODE,
         };
         let on_hook = |info: &bpf::LinkInfo| {
-            info.target == LinkTarget::Xdp { ifindex }
-                && observed == Some(Observed { kind, prog_id: info.prog_id })
+            is_on_device(ifindex, Place::Xdp, observed, info) && observed.is_some_and(|xdp| xdp.kind == kind)
         };
-        self.attach(
+        let attached = self.attach(
             programs::XDP_NIC,
             &self.pins.device_link(programs::XDP_NIC, ifindex),
             (Target::Device(ifindex), AttachType::Xdp, flags),
             on_hook,
-        )
+        );
+        match (attached, observed) {
+            (Err(AttachError::Link { source, .. }), Some(Observed { prog_id, .. }))
+                if matches!(source.raw_os_error(), Some(libc::EBUSY | libc::EEXIST)) =>
+            {
+                let name = program_name(prog_id);
+                Err(AttachError::XdpTaken { target: device_name(ifindex), prog_id, name })
+            }
+            (attached, _) => attached,
+        }
     }
 
     /// Puts a tc program on a device through tcx.
@@ -142,18 +159,34 @@ impl Hooks {
             Some(Direction::Egress) => (AttachType::TcxEgress, bpf::TCX_LAST),
             Some(Direction::Ingress) | None => (AttachType::TcxIngress, bpf::TCX_FIRST),
         };
-        let target = Target::Device(ifindex);
-        let on_hook = |info: &bpf::LinkInfo| {
-            // A link whose device moved to another namespace keeps its interface index there.
-            info.target == LinkTarget::Tcx { ifindex, attach_type: attach_type as u32 }
-                && bpf::prog_query(target, attach_type).is_ok_and(|ids| ids.contains(&info.prog_id))
-        };
         self.attach(
             place.program(),
             &self.pins.device_link(place.program(), ifindex),
-            (target, attach_type, flags),
-            on_hook,
+            (Target::Device(ifindex), attach_type, flags),
+            |info| is_on_device(ifindex, place, None, info),
         )
+    }
+
+    /// Whether the link of a program is on its device still: anybody may detach it or remove its pin, and another device
+    /// may have the number. `observed` is what is on the device's XDP hook. What cannot be told counts as there.
+    pub fn holds(&self, ifindex: u32, place: Place, observed: Option<Observed>) -> bool {
+        match open_link(&self.pins.device_link(place.program(), ifindex)) {
+            Ok(Some(link)) => bpf::link_info(link.as_fd())
+                .map_or(true, |info| is_on_device(ifindex, place, observed, &info)),
+            Ok(None) => false,
+            Err(_) => true,
+        }
+    }
+
+    /// Names of the programs that run before ours on a tcx hook: each of them may end the packet's way there.
+    pub fn before(&self, ifindex: u32, place: Place) -> Vec<String> {
+        let own = self.program(place).ok().and_then(|program| bpf::prog_info(program).ok());
+        let (Some(direction), Some(own), true) = (place.direction(), own, self.tcx) else {
+            return Vec::new();
+        };
+        let ids = bpf::prog_query(Target::Device(ifindex), direction.tcx()).unwrap_or_default();
+        let Some(first) = ids.iter().position(|id| *id == own.id) else { return Vec::new() };
+        ids.iter().take(first).map(|id| program_name(*id)).collect()
     }
 
     /// Puts a tc program on a device as a clsact filter. `true`: the qdisc was made for it, which cleanup
@@ -210,29 +243,52 @@ impl Hooks {
             .collect())
     }
 
-    /// Puts the socket programs on a cgroup: every process in it and below is served.
-    pub fn attach_sockets(&self, cgroup_root: Option<&Path>) -> Result<(), AttachError> {
+    /// Puts the socket programs on a cgroup: every process in it and below is served. Its path.
+    pub fn attach_sockets(&self, cgroup_root: Option<&Path>) -> Result<PathBuf, AttachError> {
         let root = match cgroup_root {
             Some(root) => root.to_owned(),
             None => mount::cgroup2_root().ok().flatten().ok_or(AttachError::NoCgroup)?,
         };
-        let fail = |source| AttachError::Cgroup { path: root.clone(), source };
-        let cgroup = File::open(&root).map_err(fail)?;
-        // The id of a cgroup is the number of its inode.
-        let cgroup_id = cgroup.metadata().map_err(fail)?.ino();
+        let (cgroup, id) = open_cgroup(&root)?;
         for (name, attach_type) in SOCKET_PROGRAMS {
-            let on_hook = |info: &bpf::LinkInfo| {
-                info.target == LinkTarget::Cgroup { id: cgroup_id, attach_type: attach_type as u32 }
-            };
-            self.attach(
-                name,
-                &self.pins.socket_link(name),
-                (Target::Cgroup(cgroup.as_fd()), attach_type, 0),
-                on_hook,
-            )?;
+            self.attach_socket(name, attach_type, &cgroup, id)?;
         }
         tracing::info!(cgroup = %root.display(), "socket programs attached");
-        Ok(())
+        Ok(root)
+    }
+
+    /// Puts those socket programs back that are not on the cgroup any more; their names.
+    pub fn mend_sockets(&self, root: &Path) -> Result<Vec<&'static str>, AttachError> {
+        let (cgroup, id) = open_cgroup(root)?;
+        let mut mended = Vec::new();
+        for (name, attach_type) in SOCKET_PROGRAMS {
+            let link = open_link(&self.pins.socket_link(name));
+            let held = link.map_or(true, |link| {
+                link.is_some_and(|link| {
+                    bpf::link_info(link.as_fd()).map_or(true, |info| is_on_cgroup(id, attach_type, &info))
+                })
+            });
+            if !held {
+                self.attach_socket(name, attach_type, &cgroup, id)?;
+                mended.push(name);
+            }
+        }
+        Ok(mended)
+    }
+
+    fn attach_socket(
+        &self,
+        name: &'static str,
+        attach_type: AttachType,
+        cgroup: &File,
+        id: u64,
+    ) -> Result<Outcome, AttachError> {
+        self.attach(
+            name,
+            &self.pins.socket_link(name),
+            (Target::Cgroup(cgroup.as_fd()), attach_type, 0),
+            |info| is_on_cgroup(id, attach_type, info),
+        )
     }
 
     /// Takes the socket programs of a predecessor off their cgroup (`--socket-lb=off`).
@@ -301,6 +357,29 @@ pub const SOCKET_PROGRAMS: [(&str, AttachType); 8] = {
     ]
 };
 
+fn is_on_device(ifindex: u32, place: Place, observed: Option<Observed>, info: &bpf::LinkInfo) -> bool {
+    // A link whose device moved to another namespace keeps its interface index there.
+    let Some(direction) = place.direction() else {
+        return info.target == LinkTarget::Xdp { ifindex }
+            && observed.is_some_and(|xdp| xdp.prog_id == info.prog_id);
+    };
+    let attach_type = direction.tcx();
+    info.target == LinkTarget::Tcx { ifindex, attach_type: attach_type as u32 }
+        && bpf::prog_query(Target::Device(ifindex), attach_type).is_ok_and(|ids| ids.contains(&info.prog_id))
+}
+
+fn is_on_cgroup(id: u64, attach_type: AttachType, info: &bpf::LinkInfo) -> bool {
+    info.target == LinkTarget::Cgroup { id, attach_type: attach_type as u32 }
+}
+
+/// A cgroup and its id, which is the number of its inode.
+fn open_cgroup(root: &Path) -> Result<(File, u64), AttachError> {
+    let fail = |source| AttachError::Cgroup { path: root.to_owned(), source };
+    let cgroup = File::open(root).map_err(fail)?;
+    let id = cgroup.metadata().map_err(fail)?.ino();
+    Ok((cgroup, id))
+}
+
 /// What a program is attached to, for people and for `fairlead status`.
 pub(crate) fn links(pins: &Pins) -> io::Result<BTreeMap<String, bpf::LinkInfo>> {
     let dir = pins.links();
@@ -311,6 +390,12 @@ pub(crate) fn links(pins: &Pins) -> io::Result<BTreeMap<String, bpf::LinkInfo>> 
         }
     }
     Ok(links)
+}
+
+/// The name of a loaded program; empty if it has none, or is gone.
+fn program_name(id: u32) -> String {
+    let info = bpf::prog_by_id(id).and_then(|program| bpf::prog_info(program.as_fd()));
+    info.map(|info| info.name).unwrap_or_default()
 }
 
 fn open_link(path: &Path) -> io::Result<Option<OwnedFd>> {
@@ -346,8 +431,28 @@ fn pin_error(path: &Path, source: io::Error) -> AttachError {
 
 /// The name of a device, or its number.
 pub(crate) fn device_name(ifindex: u32) -> String {
-    nix::net::if_::if_indextoname(ifindex)
-        .ok()
-        .and_then(|name| name.into_string().ok())
-        .unwrap_or_else(|| format!("device {ifindex}"))
+    existing(ifindex).unwrap_or_else(|| format!("device {ifindex}"))
+}
+
+/// Whether there is a device of that number in this namespace.
+pub(crate) fn device_exists(ifindex: u32) -> bool {
+    existing(ifindex).is_some()
+}
+
+fn existing(ifindex: u32) -> Option<String> {
+    let name = nix::net::if_::if_indextoname(ifindex).ok()?.into_string().ok()?;
+    // nix 0.31 takes the null pointer of `if_indextoname` for a name.
+    (!name.is_empty()).then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_gone_has_a_number_only() {
+        assert_eq!(device_name(1), "lo");
+        assert_eq!(device_name(u32::MAX), "device 4294967295");
+        assert!(device_exists(1) && !device_exists(u32::MAX));
+    }
 }

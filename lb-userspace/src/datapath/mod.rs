@@ -18,7 +18,7 @@ pub use cleanup::cleanup;
 pub use error::{AttachError, CleanupError, OpenError};
 pub use features::Features;
 pub use hooks::{Direction, Hooks, Observed, Outcome, Place, SOCKET_PROGRAMS, XdpKind};
-pub(crate) use hooks::{device_name, links};
+pub(crate) use hooks::{device_exists, device_name, links};
 pub use kernel_maps::KernelMaps;
 pub(crate) use kernel_maps::{typed, walk};
 pub use load::{Datapath, Programs, forward_log, program_names};

@@ -17,6 +17,7 @@ const GUEST_BRIDGES: [&str; 4] = ["docker*", "virbr*", "lxcbr*", "lxdbr*"];
 
 /// A network device of the node.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts that netlink states one by one")]
 pub struct Device {
     pub ifindex: u32,
     pub name: String,
@@ -28,6 +29,8 @@ pub struct Device {
     pub ethernet: bool,
     /// Interface index of the bridge or bond it is a port of.
     pub master: Option<u32>,
+    /// VLAN devices stand on it.
+    pub vlans: bool,
     pub addresses: Vec<Address>,
     /// What is on its XDP hook.
     pub xdp: Option<Observed>,
@@ -126,6 +129,7 @@ pub enum Why {
     PodBridge,
     GuestBridge,
     Dummy,
+    BondPort,
 }
 
 impl fmt::Display for Why {
@@ -139,6 +143,7 @@ impl fmt::Display for Why {
             Self::PodBridge => "pods are on its ports",
             Self::GuestBridge => "it is the bridge of containers or virtual machines",
             Self::Dummy => "a dummy receives nothing",
+            Self::BondPort => "it is a port of a bond, which is the edge in its place",
         })
     }
 }
@@ -187,6 +192,9 @@ fn role(
     if !device.ethernet {
         return Role::None(Why::NotEthernet);
     }
+    if is_bond_port(device, devices) {
+        return Role::None(Why::BondPort);
+    }
     if !device.up {
         return Role::None(Why::Down);
     }
@@ -195,6 +203,13 @@ fn role(
     }
     let (addr4, addr6) = sources(device, devices);
     Role::External { addr4, addr6 }
+}
+
+/// What a port of a bond receives is the bond's, and is seen there; the kernel runs the bond's XDP program in the
+/// drivers of its ports (5.15).
+fn is_bond_port(device: &Device, devices: &[Device]) -> bool {
+    let is_bond = |other: &Device| ["bond", "team"].contains(&other.kind.as_str());
+    device.master.is_some_and(|master| devices.iter().any(|it| it.ifindex == master && is_bond(it)))
 }
 
 /// The devices that routes to pods name, and the source addresses of what is sent on through each: the pod's own, or the
@@ -298,6 +313,7 @@ mod tests {
             loopback: name == "lo",
             ethernet: true,
             master: None,
+            vlans: false,
             addresses: addresses.iter().map(|text| address(text)).collect(),
             xdp: None,
         }
@@ -439,6 +455,48 @@ mod tests {
         assert_eq!(
             roles(&devices, &rules(&["veth-up"], &[])),
             ["cni0: not in --device", "veth1: pod", "veth-up: external 10.1.0.1 ::"]
+        );
+    }
+
+    #[test]
+    fn a_bond_and_the_devices_on_it_are_edges_and_its_ports_are_not() {
+        let port = |ifindex, name| Device { master: Some(4), ..device(ifindex, name, "", &[]) };
+        let devices = [
+            port(2, "eth0"),
+            port(3, "eth1"),
+            device(4, "bond0", "bond", &["192.0.2.7/24"]),
+            device(5, "bond0.7", "vlan", &["198.51.100.7/24"]),
+            device(6, "mac0", "macvlan", &["203.0.113.7/24"]),
+        ];
+        let others = [
+            "bond0: external 192.0.2.7 ::",
+            "bond0.7: external 198.51.100.7 ::",
+            "mac0: external 203.0.113.7 ::",
+        ];
+        let unlisted = roles(&devices, &rules(&[], &[]));
+        assert_eq!(unlisted[..2], ["eth0: it has no global address", "eth1: it has no global address"]);
+        assert_eq!(unlisted[2..], others);
+        let listed = roles(&devices, &rules(&["eth*", "bond*", "mac*"], &[]));
+        let why = "it is a port of a bond, which is the edge in its place";
+        assert_eq!(listed[..2], [format!("eth0: {why}"), format!("eth1: {why}")]);
+        assert_eq!(listed[2..], others);
+    }
+
+    #[test]
+    fn an_uplink_in_a_bridge_leaves_its_addresses_to_the_bridge() {
+        let port = Device { master: Some(3), ..device(2, "eth0", "", &[]) };
+        let devices = [
+            port,
+            device(3, "br-ex", "bridge", &["192.0.2.7/24"]),
+            device(4, "br-ex.7", "vlan", &["10.7.0.7/24"]),
+        ];
+        assert_eq!(
+            roles(&devices, &rules(&[], &[])),
+            [
+                "eth0: it has no global address",
+                "br-ex: external 192.0.2.7 ::",
+                "br-ex.7: external 10.7.0.7 ::"
+            ]
         );
     }
 

@@ -3,9 +3,10 @@
 //!
 //! Netlink messages only say that something changed. What is done about it is always the same: read all
 //! devices, classify them, and repair the difference. So a lost message (`ENOBUFS`) needs nothing special,
-//! and a restarted agent does what it always does. A burst of messages is answered once: reading takes at
-//! most a tenth of a core, however many come.
+//! and a restarted agent does what it always does. A burst of messages is answered once: that takes at most a
+//! tenth of a core, however many come.
 
+mod check;
 mod classify;
 mod dump;
 mod survey;
@@ -14,6 +15,7 @@ mod xdp_features;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,21 +24,25 @@ use aya::maps::{HashMap, MapData};
 use futures::StreamExt;
 use lb_common::abi::{self, Addr4, Addr6, edge_flags};
 use lb_common::maps::MAX_EDGES;
+use nix::time::{ClockId, clock_gettime};
 use rtnetlink::MulticastGroup;
 use serde::Serialize;
 use tokio::sync::{oneshot, watch};
 
+pub use check::Reattached;
 pub use classify::{Address, DEFAULT_POD_DEVICES, Device, Role, Rules, Why, classify};
 pub use survey::{Surveyed, survey};
 
+use self::check::Doubts;
 use self::classify::ways_to_pods;
 use self::xdp_features::{Netdev, XdpFeatures};
 use crate::datapath::node::StateFile;
-use crate::datapath::{AttachError, Hooks, Place, XdpKind};
+use crate::datapath::{AttachError, Hooks, Place, XdpKind, device_exists};
 
-/// How often everything is looked at without a reason, for what netlink does not tell: a filter that
-/// somebody removed, a failure that went away by itself.
-const PERIOD: Duration = Duration::from_mins(1);
+/// How often everything is looked at without a reason, for what netlink does not tell: a link that somebody detached.
+const PERIOD: Duration = Duration::from_secs(10);
+/// When something that failed is tried again without a reason.
+const RETRY: Duration = Duration::from_mins(1);
 
 /// `--xdp`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -58,7 +64,10 @@ pub struct Config {
     pub xdp: XdpMode,
     /// `--masquerade-all`: the map has the ways to pods, too.
     pub masquerade_all: bool,
+    /// The cgroup that has the socket programs, if any has.
+    pub sockets: Option<PathBuf>,
     pub state: StateFile,
+    pub reattached: Reattached,
 }
 
 /// The node's devices as the datapath sees them.
@@ -140,7 +149,11 @@ async fn follow(
     view: &watch::Sender<Option<Arc<View>>>,
     mut stop: oneshot::Receiver<()>,
 ) -> io::Result<()> {
-    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let mut groups = vec![MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    if !config.hooks.tcx() {
+        // Filters are removed by netlink, and links are not.
+        groups.push(MulticastGroup::Tc);
+    }
     let (events, _, mut changes) = rtnetlink::new_multicast_connection(&groups)?;
     // Requests have a socket of their own, whose answers no burst of messages can push out.
     let (requests, netlink, _) = rtnetlink::new_connection()?;
@@ -152,28 +165,32 @@ async fn follow(
         rules: config.rules,
         xdp: config.xdp,
         masquerade_all: config.masquerade_all,
+        sockets: config.sockets,
+        sockets_failed: None,
         state: config.state,
+        reattached: config.reattached,
         netlink,
         attached: BTreeMap::new(),
         failures: BTreeMap::new(),
+        doubts: Doubts::default(),
         netdev: Netdev::open()
             .inspect_err(|error| tracing::debug!(%error, "the kernel does not tell XDP features (6.3)"))
             .ok(),
         written: None,
         swept: false,
+        told_before: BTreeSet::new(),
         told: BTreeMap::new(),
     };
-    let mut refresh = Instant::now();
     loop {
         // What was said so far is answered by what is read now.
-        while changes.try_recv().is_ok() {}
-        let started = Instant::now();
-        if started >= refresh {
-            follower.forget_filters();
-            refresh = started + PERIOD;
+        while let Ok((message, _)) = changes.try_recv() {
+            follower.doubts.heed(&message);
         }
+        let started = cpu_time();
+        let mut taken = false;
         match dump::devices(&follower.netlink).await {
             Ok(devices) => {
+                taken = follower.check(&devices).await;
                 let now = Arc::new(follower.settle(&devices).await);
                 view.send_if_modified(|shown| {
                     let differs = shown.as_ref() != Some(&now);
@@ -183,19 +200,27 @@ async fn follow(
             }
             Err(error) => tracing::warn!(%error, "cannot read the devices of this node"),
         }
-        let pause = (started.elapsed() * 9).clamp(Duration::from_millis(2), Duration::from_secs(1));
+        let least = if taken { check::PATIENCE } else { Duration::from_millis(2) };
+        // Not the time itself: to attach a program is to wait for the kernel, most of all.
+        let pause = (cpu_time().saturating_sub(started) * 9).clamp(least, Duration::from_secs(1));
         tokio::select! {
             _ = &mut stop => return Ok(()),
             () = tokio::time::sleep(pause) => {}
         }
         tokio::select! {
             _ = &mut stop => return Ok(()),
-            change = changes.next() => if change.is_none() {
-                return Err(io::Error::other("the netlink socket was closed"));
+            change = changes.next() => match change {
+                Some((message, _)) => follower.doubts.heed(&message),
+                None => return Err(io::Error::other("the netlink socket was closed")),
             },
             () = tokio::time::sleep(PERIOD) => {}
         }
     }
+}
+
+/// What this thread has used of a processor.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 
 struct Follower {
@@ -204,18 +229,26 @@ struct Follower {
     rules: Rules,
     xdp: XdpMode,
     masquerade_all: bool,
+    sockets: Option<PathBuf>,
+    /// Why the socket programs could not be put back.
+    sockets_failed: Option<String>,
     state: StateFile,
+    reattached: Reattached,
     netlink: rtnetlink::Handle,
     /// What this process put on a hook.
     attached: BTreeMap<(u32, Place), Attached>,
     /// What could not be put on a hook, and when it is worth trying again.
     failures: BTreeMap<(u32, Place), Failure>,
+    /// What may not be on its hook any more.
+    doubts: Doubts,
     /// Who knows the drivers' XDP features; `None`: the kernel does not tell.
     netdev: Option<Netdev>,
     /// What stands in the map; `None`: not read yet.
     written: Option<BTreeMap<u32, abi::Edge>>,
     /// What predecessors left behind is gone.
     swept: bool,
+    /// Programs before ours that were logged.
+    told_before: BTreeSet<(Place, Vec<String>)>,
     /// What was logged about a device.
     told: BTreeMap<u32, String>,
 }
@@ -247,8 +280,11 @@ impl Follower {
             match role {
                 Role::None(Why::Down) => {
                     // Down is most often on the way up again; what is attached stays.
-                    wanted.extend(self.attached.keys().filter(|(ifindex, _)| *ifindex == device.ifindex));
+                    let stays = self.attached.keys().filter(|(ifindex, _)| *ifindex == device.ifindex);
+                    let before = wanted.len();
+                    wanted.extend(stays);
                     let entry = self.written.as_ref().and_then(|written| written.get(&device.ifindex));
+                    let entry = entry.filter(|_| wanted.len() > before);
                     entries.extend(entry.map(|entry| (device.ifindex, *entry)));
                 }
                 Role::None(_) => {}
@@ -293,13 +329,6 @@ impl Follower {
         View { addresses: local_addresses(devices), edges }
     }
 
-    /// clsact filters can be removed by anybody without a word: put them there again.
-    fn forget_filters(&mut self) {
-        if !self.hooks.tcx() {
-            self.attached.retain(|_, attached| *attached != Attached::Tc);
-        }
-    }
-
     async fn attach_tc(
         &mut self,
         device: &Device,
@@ -327,6 +356,7 @@ impl Follower {
                     self.attached.insert(key, Attached::Tc);
                     self.failures.remove(&key);
                     tracing::debug!(device = device.name, program = place.program(), "attached");
+                    self.tell_order(device, place);
                 }
                 Err(error) => note = Some(self.fail(key, device, &error)),
             }
@@ -378,7 +408,7 @@ impl Follower {
 
     fn failed_lately(&self, key: (u32, Place), device: &Device) -> Option<String> {
         let failure = self.failures.get(&key)?;
-        let same = failure.device == *device && failure.since.elapsed() < PERIOD;
+        let same = failure.device == *device && failure.since.elapsed() < RETRY;
         same.then(|| failure.message.clone())
     }
 
@@ -386,10 +416,14 @@ impl Follower {
     fn fail(&mut self, key: (u32, Place), device: &Device, error: &AttachError) -> String {
         let message = error.to_string();
         let known = self.failures.get(&key).is_some_and(|failure| failure.message == message);
-        if key.1 == Place::Xdp && self.xdp == XdpMode::Auto {
+        if !device_exists(key.0) {
+            tracing::debug!(device = device.name, error = message, "it has left meanwhile");
+        } else if key.1 == Place::Xdp && self.xdp == XdpMode::Auto {
             if !known {
                 tracing::info!(device = device.name, reason = message, "no XDP here; tc does it");
             }
+        } else if !known && key.1 == Place::Xdp {
+            tracing::warn!(device = device.name, error = message, "XDP cannot run here; tc does it");
         } else if !known {
             tracing::warn!(device = device.name, error = message, "an edge is not served");
         }
@@ -532,6 +566,11 @@ fn xdp_kind(mode: XdpMode, device: &Device, features: Option<XdpFeatures>) -> Re
         (XdpMode::Auto, _) if device.kind == "veth" => Err(
             "a veth delivers what XDP sends only to a peer with an XDP program; --xdp=native if it has one",
         ),
+        // With an offload of theirs, drivers take tags off before XDP sees a frame: it would send the answers of all
+        // VLANs into none. tc sees tags wherever they are.
+        (XdpMode::Auto, _) if device.vlans => Err(
+            "VLAN devices stand on it; --xdp=native if its driver leaves tags to XDP (`ethtool -K DEVICE rxvlan off`)",
+        ),
         (XdpMode::Native | XdpMode::Auto, _) => Ok(XdpKind::Native),
     }
 }
@@ -574,6 +613,7 @@ mod tests {
     fn xdp_runs_where_it_can_send() {
         let nic = Device { name: "eth0".into(), ..Device::default() };
         let veth = Device { kind: "veth".into(), ..nic.clone() };
+        let trunk = Device { vlans: true, ..nic.clone() };
         let all = Some(XdpFeatures { basic: true, transmit: true });
         let basic = Some(XdpFeatures { basic: true, transmit: false });
         let none = Some(XdpFeatures { basic: false, transmit: false });
@@ -586,6 +626,8 @@ mod tests {
             (&veth, all, false),
             (&veth, basic, false),
             (&veth, None, false),
+            (&trunk, all, false),
+            (&trunk, None, false),
         ] {
             let chosen = xdp_kind(XdpMode::Auto, device, features);
             assert_eq!(chosen.is_ok(), expected, "{} {features:?}", device.kind);

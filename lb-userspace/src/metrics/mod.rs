@@ -29,6 +29,7 @@ use prometheus_client::registry::Registry;
 pub use self::kernel::{Counts, KernelCounts};
 pub use self::work::{News, Size, Work};
 use crate::datapath::Features;
+use crate::edges::Reattached;
 use crate::entries::{Compiled, ServiceName};
 use crate::events::Outcomes;
 use crate::flows::Tally;
@@ -60,6 +61,7 @@ struct Inner {
     features: Family<Label, Gauge>,
     events: Outcomes,
     flows: Tally,
+    reattached: Reattached,
     /// One answer is made at a time.
     turn: tokio::sync::Mutex<()>,
 }
@@ -121,9 +123,15 @@ impl Metrics {
             events.family().clone(),
         );
         let flows = Tally::register(&mut registry);
+        let reattached = Reattached::default();
+        registry.register(
+            "fairlead_reattached",
+            "Programs that somebody took off their hooks and that were put back",
+            reattached.family().clone(),
+        );
         process::register(&mut registry);
         let turn = tokio::sync::Mutex::default();
-        Self(Arc::new(Inner { registry, work, source, shared, features, events, flows, turn }))
+        Self(Arc::new(Inner { registry, work, source, shared, features, events, flows, reattached, turn }))
     }
 
     /// There is a datapath, with these maps.
@@ -143,6 +151,11 @@ impl Metrics {
     /// What walks over the flow tables find.
     pub fn flows(&self) -> &Tally {
         &self.0.flows
+    }
+
+    /// What was put back on its hook.
+    pub fn reattached(&self) -> &Reattached {
+        &self.0.reattached
     }
 
     /// How the agent keeps up.

@@ -9,20 +9,33 @@ use std::process::Command;
 use aya::maps::{HashMap, MapData};
 use fairlead::datapath::node::StateFile;
 use fairlead::datapath::{Datapath, Options, TcMode, XdpKind, cleanup};
-use fairlead::edges::{Config, Edges, Rules, View, XdpMode};
+use fairlead::edges::{Config, Edges, Reattached, Rules, View, XdpMode};
 use fairlead::sys::bpf::{self, LinkTarget};
 use lb_common::abi::{Addr4, Edge, edge_flags};
 
 use crate::support::{OtherNetns, TempBpffs, eventually, has_tcx, in_new_netns, ip, run};
 
-struct Agent {
+pub(crate) struct Agent {
     edges: Edges,
+    reattached: Reattached,
     map: HashMap<MapData, u32, Edge>,
     _datapath: Datapath,
 }
 
-fn start(bpffs: &TempBpffs, tc: TcMode, devices: &[&str], xdp: XdpMode) -> Agent {
+pub(crate) fn start(bpffs: &TempBpffs, tc: TcMode, devices: &[&str], xdp: XdpMode) -> Agent {
     let datapath = Datapath::open(&Options { tc, ..bpffs.options() }).unwrap();
+    start_on(bpffs, datapath, devices, xdp, None)
+}
+
+pub(crate) fn start_on(
+    bpffs: &TempBpffs,
+    datapath: Datapath,
+    devices: &[&str],
+    xdp: XdpMode,
+    cgroup: Option<&Path>,
+) -> Agent {
+    let reattached = Reattached::default();
+    let sockets = cgroup.map(|path| datapath.hooks().unwrap().attach_sockets(Some(path)).unwrap());
     let devices: Vec<String> = devices.iter().map(|name| (*name).to_owned()).collect();
     let edges = Edges::spawn(Config {
         masquerade_all: false,
@@ -30,14 +43,16 @@ fn start(bpffs: &TempBpffs, tc: TcMode, devices: &[&str], xdp: XdpMode) -> Agent
         map: datapath.edges_map().unwrap(),
         rules: Rules::new(&devices, &[]).unwrap(),
         xdp,
+        sockets,
         state: StateFile::new(&bpffs.pins()),
+        reattached: reattached.clone(),
     })
     .unwrap();
-    Agent { edges, map: datapath.edges_map().unwrap(), _datapath: datapath }
+    Agent { edges, reattached, map: datapath.edges_map().unwrap(), _datapath: datapath }
 }
 
 impl Agent {
-    fn view(&self) -> View {
+    pub(crate) fn view(&self) -> View {
         let view = self.edges.view();
         eventually("the first look at all devices", || view.borrow().is_some());
         let view = view.borrow();
@@ -49,17 +64,22 @@ impl Agent {
         self.view().edges.iter().map(|edge| format!("{} {}", edge.device, edge.role)).collect()
     }
 
-    fn settle_on(&self, roles: &[&str]) {
+    pub(crate) fn settle_on(&self, roles: &[&str]) {
         eventually(&format!("{roles:?}, last {:?}", self.roles()), || self.roles() == roles);
     }
 
-    fn entries(&self) -> BTreeMap<u32, Edge> {
+    /// How often a program was put back.
+    pub(crate) fn reattached(&self, program: &'static str) -> u64 {
+        self.reattached.family().get_or_create(&[("program", program)]).get()
+    }
+
+    pub(crate) fn entries(&self) -> BTreeMap<u32, Edge> {
         self.map.iter().map(Result::unwrap).collect()
     }
 }
 
 /// Names of the links that are pinned.
-fn links(bpffs: &TempBpffs) -> Vec<String> {
+pub(crate) fn links(bpffs: &TempBpffs) -> Vec<String> {
     let prefix = "agent/v1/links/";
     bpffs.files().iter().filter_map(|file| file.strip_prefix(prefix)).map(str::to_owned).collect()
 }
@@ -70,12 +90,12 @@ fn expected(names: &[&str]) -> Vec<String> {
     names.iter().filter(|name| tcx || !name.starts_with("tc_")).map(|name| (*name).to_owned()).collect()
 }
 
-fn run_cleanup(path: &Path) -> Vec<String> {
+pub(crate) fn run_cleanup(path: &Path) -> Vec<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(cleanup(path)).unwrap()
 }
 
-fn uplink() {
+pub(crate) fn uplink() {
     ip("link add eth0 index 100 type veth peer name far0");
     ip("link set far0 up");
     ip("link set eth0 up");

@@ -8,6 +8,7 @@ mod edges;
 mod inspect;
 mod kernel;
 mod maps;
+mod sharing;
 mod support;
 mod sweep;
 mod takeover;

@@ -174,6 +174,11 @@ impl Agent {
         &self.pins
     }
 
+    /// Its process, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     pub fn counters(&self) -> Result<Counters> {
         Counters::read(&self.pins)
     }

@@ -25,6 +25,7 @@ pub mod client;
 pub mod cluster;
 pub mod counters;
 pub mod custody;
+pub mod foreign;
 pub mod jail;
 pub mod manifests;
 pub mod netns;
@@ -338,6 +339,30 @@ impl Lab {
         Ok(Pod { addrs, node: node.name.clone(), ns, device, caller })
     }
 
+    /// Takes a node's uplink away and gives it another one of the same name and with the same addresses.
+    pub fn replug(&self, node: &Node) -> Result<()> {
+        let _making = making();
+        self.router.ip(&format!("link del {}\n{}", node.name, port(&node.name, &node.ns)))?;
+        veth::like_wires(&self.router, &[&node.name])?;
+        veth::take_xdp_frames(&self.router, &[&node.name], self.dir())?;
+        bring_up(&node.ns, node.addrs, ROUTER)?;
+        // Nobody tells the neighbours of the new Ethernet address.
+        self.router.ip("neigh flush dev br0\n")?;
+        [&self.outside.ns, &self.node_a.ns, &self.node_b.ns]
+            .into_iter()
+            .try_for_each(|ns| ns.ip("neigh flush dev eth0\n"))?;
+        node.ns.ip(&node.routes())
+    }
+
+    /// Makes the whole network of the nodes as wide as told.
+    pub fn set_mtu(&self, mtu: u16) -> Result<()> {
+        let all = [(&self.outside.ns, "outside"), (&self.node_a.ns, "node-a"), (&self.node_b.ns, "node-b")];
+        all.into_iter().try_for_each(|(ns, port)| {
+            self.router.ip(&format!("link set {port} mtu {mtu}\n"))?;
+            ns.ip(&format!("link set eth0 mtu {mtu}\n"))
+        })
+    }
+
     /// Makes the link to `far` narrower than `far` tells its peers, so that they learn of it from the router alone.
     pub fn narrow_far(&self, mtu: u16) -> Result<()> {
         self.router.ip(&format!("link set far mtu {mtu}\n"))?;
@@ -436,10 +461,25 @@ impl Node {
         }
     }
 
-    /// What pods need on this side, and the way to the other node's pods.
-    fn wire_up(&self) -> Result<()> {
+    /// The way to the other node's pods.
+    fn routes(&self) -> String {
         let other = 3 - self.number;
         let Addrs { v4, v6 } = node_addrs(other);
+        format!(
+            "route replace 10.244.{other}.0/24 via {v4}\n\
+             route replace fd00:10:244:{other}::/64 via {v6}\n"
+        )
+    }
+
+    /// All its routes by the uplink, which the kernel takes away when that goes down.
+    pub fn restore_routes(&self) -> Result<()> {
+        let Addrs { v4, v6 } = ROUTER;
+        let own = format!("route replace default via {v4}\nroute replace default via {v6}\n");
+        self.ns.ip(&(own + &self.routes()))
+    }
+
+    /// What pods need on this side, and the way to the other node's pods.
+    fn wire_up(&self) -> Result<()> {
         let bridge = match self.cni {
             Cni::Routed => String::new(),
             Cni::Bridge => {
@@ -452,11 +492,7 @@ impl Node {
                 )
             }
         };
-        self.ns.ip(&format!(
-            "route add 10.244.{other}.0/24 via {v4}\n\
-             route add fd00:10:244:{other}::/64 via {v6}\n\
-             {bridge}"
-        ))
+        self.ns.ip(&(self.routes() + &bridge))
     }
 }
 
@@ -479,6 +515,29 @@ fn node_addrs(number: u8) -> Addrs {
     }
 }
 
+/// Makes a port of the switch, which is somebody's `eth0` at its other end.
+fn port(name: &str, ns: &Netns) -> String {
+    format!(
+        "link add {name} type veth peer name eth0 netns {}\n\
+         link set {name} master br0 up\n",
+        ns.name()
+    )
+}
+
+/// Makes somebody's `eth0` work.
+fn bring_up(ns: &Netns, addrs: Addrs, router: Addrs) -> Result<()> {
+    ns.ip(&format!(
+        "link set lo up\n\
+         link set eth0 up\n\
+         addr add {}/24 dev eth0\n\
+         addr add {}/64 dev eth0 nodad\n\
+         route add default via {}\n\
+         route add default via {}\n",
+        addrs.v4, addrs.v6, router.v4, router.v6
+    ))?;
+    veth::like_wires(ns, &["eth0"])
+}
+
 /// Connects machines and nodes with the switch, which is also their router.
 fn wire_up(switch: &Netns, outside: &Netns, far: &Netns, nodes: [&Netns; 2], scratch: &Path) -> Result<()> {
     switch.sysctl(&[NO_DAD, FORWARDING].concat())?;
@@ -488,13 +547,6 @@ fn wire_up(switch: &Netns, outside: &Netns, far: &Netns, nodes: [&Netns; 2], scr
     for node in nodes {
         node.sysctl(&[NO_DAD, FORWARDING, STRICT].concat())?;
     }
-    let port = |name: &str, ns: &Netns| {
-        format!(
-            "link add {name} type veth peer name eth0 netns {}\n\
-             link set {name} master br0 up\n",
-            ns.name()
-        )
-    };
     switch.ip(&format!(
         "link set lo up\n\
          link add br0 type bridge mcast_snooping 0\n\
@@ -523,19 +575,7 @@ fn wire_up(switch: &Netns, outside: &Netns, far: &Netns, nodes: [&Netns; 2], scr
         (nodes[0], node_addrs(1), ROUTER),
         (nodes[1], node_addrs(2), ROUTER),
     ];
-    for (ns, addrs, router) in ends {
-        ns.ip(&format!(
-            "link set lo up\n\
-             link set eth0 up\n\
-             addr add {}/24 dev eth0\n\
-             addr add {}/64 dev eth0 nodad\n\
-             route add default via {}\n\
-             route add default via {}\n",
-            addrs.v4, addrs.v6, router.v4, router.v6
-        ))?;
-        veth::like_wires(ns, &["eth0"])?;
-    }
-    Ok(())
+    ends.into_iter().try_for_each(|(ns, addrs, router)| bring_up(ns, addrs, router))
 }
 
 /// Tries until it works or `limit` has passed; the last error then.

@@ -211,13 +211,13 @@ pub(crate) fn reserved_ports(node: &Node) -> Result<String> {
 
 /// What an agent has in the kernel.
 #[derive(PartialEq, Eq, Debug)]
-struct Loaded {
+pub(crate) struct Loaded {
     maps: BTreeSet<u64>,
-    programs: BTreeSet<u64>,
+    pub(crate) programs: BTreeSet<u64>,
 }
 
 impl Loaded {
-    fn by(agent: &Agent) -> Result<Self> {
+    pub(crate) fn by(agent: &Agent) -> Result<Self> {
         let mut maps = BTreeSet::new();
         for name in ["SERVICES4", "FLOWS4", "FLOWS6", "COUNTERS"] {
             let pin = counters::find(agent.pins(), name)?;
@@ -243,7 +243,8 @@ fn id_of(object: &Value) -> Result<u64> {
     object["id"].as_u64().with_context(|| format!("no id in {object}"))
 }
 
-fn list(kind: &str) -> Result<Vec<Value>> {
+/// What `bpftool KIND show` lists.
+pub(crate) fn list(kind: &str) -> Result<Vec<Value>> {
     match bpftool(&[kind, "show"], None)? {
         Value::Array(all) => Ok(all),
         other => bail!("bpftool printed no list: {other}"),
