@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
@@ -23,6 +24,9 @@ use crate::source::kubernetes;
 const HEALTHZ_PORT: u16 = 10256;
 /// Default port of `--metrics-bind-address`, as kube-proxy's.
 const METRICS_PORT: u16 = 10249;
+
+/// Default of `--map-check-period`, as kube-proxy's `--iptables-sync-period`.
+const MAP_CHECK_PERIOD: Duration = Duration::from_secs(30);
 
 /// Settings as they are given, on the command line or in a file; what is not given is `None`.
 #[derive(Args, Clone, PartialEq, Eq, Debug, Default, Deserialize)]
@@ -137,6 +141,10 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     max_backends: Option<u32>,
 
+    /// How often all maps are compared with what they should hold, and mended; 0: never [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    map_check_period: Option<Period>,
+
     /// What is logged: a level, or levels per module as in `info,fairlead::reconcile=debug` [default: info]
     #[arg(long, env = "RUST_LOG", value_name = "FILTER")]
     log_level: Option<String>,
@@ -243,6 +251,45 @@ impl<const PORT: u16> TryFrom<String> for Bind<PORT> {
     }
 }
 
+/// A time as kube-proxy's flags have it: `30s`, `1m30s`, `0`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct Period(Duration);
+
+impl FromStr for Period {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("{text:?} is not a time like 30s or 1m30s");
+        let (mut rest, mut period) = (text, Duration::ZERO);
+        while rest != "0" && !rest.is_empty() {
+            let unit = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+            let (number, more) = rest.split_at(unit);
+            let end = more.find(|c: char| c.is_ascii_digit()).unwrap_or(more.len());
+            let (unit, more) = more.split_at(end);
+            let unit = match unit {
+                "h" => Duration::from_hours(1),
+                "m" => Duration::from_mins(1),
+                "s" => Duration::from_secs(1),
+                "ms" => Duration::from_millis(1),
+                _ => return Err(bad()),
+            };
+            let part = number.parse().ok().and_then(|number| unit.checked_mul(number)).ok_or_else(bad)?;
+            period = period.checked_add(part).ok_or_else(bad)?;
+            rest = more;
+        }
+        if text.is_empty() { Err(bad()) } else { Ok(Self(period)) }
+    }
+}
+
+impl TryFrom<String> for Period {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
 /// Settings that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -317,6 +364,7 @@ impl Settings {
             max_flows,
             max_services,
             max_backends,
+            map_check_period,
             log_level,
             log_format,
             datapath_log_level,
@@ -416,6 +464,7 @@ impl Settings {
                 DetectLocalMode::NodeCidr => None,
                 DetectLocalMode::BridgeInterface | DetectLocalMode::InterfaceNamePrefix => Some(vec![]),
             },
+            map_check_period: self.map_check_period.map_or(MAP_CHECK_PERIOD, |Period(period)| period),
             healthz: self.healthz_bind_address.map_or(Some(any), |Bind(addr)| addr),
             metrics: self.metrics_bind_address.map_or(Some(loopback), |Bind(addr)| addr),
         })
@@ -506,6 +555,7 @@ mod tests {
             "--max-flows=1",
             "--max-services=2",
             "--max-backends=3",
+            "--map-check-period=1m30s",
             "--log-level=debug",
             "--log-format=json",
             "--datapath-log-level=info",
@@ -516,7 +566,7 @@ mod tests {
                     cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\ndetect-local-mode: NodeCIDR\n\
                     pod-bridge-interface: br0\npod-interface-name-prefix: tap\nmasquerade-all: true\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\
-                    cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
+                    cgroup-root: /c\nbpffs: /b\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\nmap-check-period: 1m30s\n\
                     log-level: debug\nlog-format: json\ndatapath-log-level: info\n";
         assert_eq!(yaml(text).unwrap(), all);
         let settings = line(&["--manifests=/m", "--hostname-override=b"]);
@@ -544,6 +594,9 @@ mod tests {
             &["--xdp=fast"],
             &["--manifests=/m", "--master=http://m"],
             &["--healthz-bind-address=nowhere"],
+            &["--map-check-period=30"],
+            &["--map-check-period="],
+            &["--map-check-period=1.5s"],
         ] {
             assert!(Line::try_parse_from(["fairlead"].iter().chain(args)).is_err(), "{args:?}");
         }
@@ -556,6 +609,23 @@ mod tests {
         assert_eq!(bind("0.0.0.0").as_deref(), Some("0.0.0.0:10256"));
         assert_eq!(bind("::").as_deref(), Some("[::]:10256"));
         assert_eq!(bind("[::1]:80").as_deref(), Some("[::1]:80"));
+    }
+
+    #[test]
+    fn times() {
+        let period = |args: &[&str]| line(args).config().unwrap().map_check_period;
+        assert_eq!(period(&[]), Duration::from_secs(30));
+        for (text, seconds) in [("0", 0), ("0s", 0), ("90s", 90), ("1m30s", 90), ("2h22m", 8520)] {
+            assert_eq!(
+                period(&[&format!("--map-check-period={text}")]),
+                Duration::from_secs(seconds),
+                "{text}"
+            );
+        }
+        for text in ["", "s", "30", "1m30", "1 m", "-1s", "1.5s", "99999999999999999999s"] {
+            let error = text.parse::<Period>().unwrap_err();
+            assert!(error.ends_with("is not a time like 30s or 1m30s"), "{error}");
+        }
     }
 
     #[test]

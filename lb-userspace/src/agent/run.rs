@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
@@ -39,6 +39,8 @@ pub struct Config {
     pub nodeport_addresses: NodePortAddresses,
     /// `--cluster-cidr`; none: those that the Node object names (`--detect-local-mode=NodeCIDR`).
     pub pod_networks: Option<Vec<IpNet>>,
+    /// `--map-check-period`; zero: never.
+    pub map_check_period: Duration,
     /// None: nobody asks.
     pub healthz: Option<SocketAddr>,
     /// None: nobody asks.
@@ -94,6 +96,7 @@ pub async fn run(config: Config) -> Result<()> {
     }
     agent.observe(metrics);
     agent.set_pod_networks(config.pod_networks.clone());
+    agent.check_maps_every(config.map_check_period, Instant::now());
 
     let outcome = follow(agent, source, edges.view(), &config, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.

@@ -494,7 +494,7 @@ impl Choices {
     }
 
     /// The slots, if `ids` are those of the backends.
-    fn fill(&self, ids: &[u32]) -> Vec<u32> {
+    pub(super) fn fill(&self, ids: &[u32]) -> Vec<u32> {
         match self.algorithm {
             Algorithm::Random => ids.to_vec(),
             Algorithm::Maglev => {

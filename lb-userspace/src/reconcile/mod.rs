@@ -13,6 +13,7 @@
 mod addresses;
 mod adopt;
 mod backends;
+mod check;
 mod claims;
 mod install;
 mod maglev;
@@ -27,12 +28,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
-use lb_common::abi;
-
 use self::addresses::Addresses;
 use self::adopt::NOWHERE;
 use self::backends::{Backends, Settled};
+pub use self::check::Spot;
 use self::claims::{Claimed, ServiceIds};
 use self::install::Removals;
 use self::members::Members;
@@ -44,6 +43,8 @@ use crate::entries::{
 };
 use crate::finding::Finding;
 use crate::owner::Owner;
+use ipnet::IpNet;
+use lb_common::abi;
 
 /// What one Service should have in the maps.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -157,6 +157,7 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
                 _ => "unused",
             },
             Op::WriteSlots { .. } => "slots",
+            Op::MendSlots { .. } => "mended slots",
             Op::SetFrontend { .. } => "frontend",
             Op::RemoveFrontend { .. } => "-frontend",
             Op::AddMember { .. } => "member",

@@ -22,6 +22,7 @@ use aya::Pod;
 #[repr(u32)]
 enum Command {
     MapUpdateElem = 2,
+    MapGetNextKey = 4,
     ProgLoad = 5,
     ObjPin = 6,
     ObjGet = 7,
@@ -538,6 +539,36 @@ pub fn map_update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io
     // SAFETY: key and value outlive the call; the callers' types have the sizes of the map, which was
     // checked when it was opened.
     unsafe { bpf(Command::MapUpdateElem, &mut attr) }.map(drop)
+}
+
+/// The key after the one that `cursor` stands at, and a cursor there; `None`: there are no more. If the key at the cursor
+/// is gone, the walk begins again.
+pub fn map_next_key<K: Pod>(map: BorrowedFd<'_>, cursor: Option<Cursor>) -> io::Result<Option<(K, Cursor)>> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        pad: u32,
+        key: u64,
+        next_key: u64,
+    }
+    assert!(size_of::<K>() <= size_of::<Cursor>(), "keys are at most 64 bytes");
+    let mut next = Cursor([0; 64]);
+    let mut attr = Attr {
+        map_fd: fd_number(map),
+        pad: 0,
+        key: cursor.as_ref().map_or(0, |cursor| cursor.0.as_ptr() as u64),
+        next_key: next.0.as_mut_ptr() as u64,
+    };
+    // SAFETY: both cursors have room for a key (checked above) and outlive the call.
+    match unsafe { bpf(Command::MapGetNextKey, &mut attr) } {
+        Ok(_) => {
+            // SAFETY: the kernel has written a key there; every bit pattern of a `Pod` is valid.
+            let key = unsafe { next.0.as_ptr().cast::<K>().read_unaligned() };
+            Ok(Some((key, next)))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Where a walk over a map stands; opaque, at most the size of a key.

@@ -14,6 +14,7 @@ mod lab;
 mod masquerade;
 mod matrix;
 mod policies;
+mod repair;
 mod replacement;
 mod sctp;
 mod services;
