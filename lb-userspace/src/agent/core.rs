@@ -260,6 +260,7 @@ impl<M: Maps> Agent<M> {
         let size = Size {
             services: self.reconciler.services() as u64,
             frontends: self.reconciler.frontends() as u64,
+            unfit: self.reconciler.unfit() as u64,
             maps: self.reconciler.fill(),
         };
         let complete = self.doubtful.is_none() && self.refused.is_empty();

@@ -27,6 +27,8 @@ const EXTERNAL: Label = [("traffic_policy", "external")];
 pub struct Size {
     pub services: u64,
     pub frontends: u64,
+    /// Services, and Pods with host ports, that have no room in the maps, whole or in part.
+    pub unfit: u64,
     /// Maps whose entries the agent counts itself: name, entries, capacity.
     pub maps: [(&'static str, u64, u64); 3],
 }
