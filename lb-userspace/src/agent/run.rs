@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use super::core::Agent;
 use crate::compile::Facts;
 use crate::datapath::node::{self, StateFile};
-use crate::datapath::{self, Datapath, KernelMaps, SocketLb};
+use crate::datapath::{self, Datapath, KernelMaps, Resize, SocketLb};
 use crate::edges::{self, Edges, Rules, View, XdpMode};
 use crate::entries::Algorithm;
 use crate::events::Events;
@@ -98,7 +98,7 @@ pub async fn run(config: Config) -> Result<()> {
     agent.set_pod_networks(config.pod_networks.clone());
     agent.check_maps_every(config.map_check_period, Instant::now());
 
-    let outcome = follow(agent, source, edges.view(), &config, stop).await;
+    let outcome = follow(agent, source, edges.view(), datapath.take_resize(), &config, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.
     drop(edges);
     outcome
@@ -168,6 +168,7 @@ async fn follow(
     mut agent: Agent<KernelMaps>,
     mut source: Source,
     mut view: watch::Receiver<Option<Arc<View>>>,
+    mut resize: Option<Resize>,
     config: &Config,
     stop: impl Future<Output = &'static str>,
 ) -> Result<()> {
@@ -193,6 +194,10 @@ async fn follow(
                     bail!("the node's devices cannot be followed any more; see the log");
                 }
                 addresses = true;
+                // Every device has been looked at, so that no hook has an old program any more.
+                if let Some(mut resize) = resize.take() {
+                    resize.finish()?;
+                }
             }
             Some(ended) = source.tasks.join_next() => {
                 // They end only when we do.

@@ -12,6 +12,7 @@ mod load;
 pub mod node;
 mod options;
 pub mod pins;
+mod resize;
 pub mod test_run;
 
 pub use cleanup::cleanup;
@@ -23,6 +24,7 @@ pub use kernel_maps::KernelMaps;
 pub(crate) use kernel_maps::walk;
 pub use load::{Datapath, Programs, forward_log, program_names};
 pub use options::{DEFAULT_BPFFS, Options, Sizes, SocketLb, TcMode};
+pub use resize::Resize;
 
 use lb_common::maps::{Capacity, MAPS};
 

@@ -7,5 +7,6 @@ mod edges;
 mod inspect;
 mod kernel;
 mod maps;
+mod resize;
 mod support;
 mod takeover;

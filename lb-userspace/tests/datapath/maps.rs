@@ -10,13 +10,13 @@ use lb_common::abi::{Service, Window, address_flags, backend_state, frontend_kin
 
 use crate::support::{TempBpffs, in_new_netns, small};
 
-fn backend(family: Family, id: u32, addr: &str) -> Op {
+pub(crate) fn backend(family: Family, id: u32, addr: &str) -> Op {
     let entry =
         BackendEntry { addr: addr.parse().unwrap(), state: backend_state::ACTIVE, flags: 0, generation: 1 };
     Op::SetBackend { family, id, entry }
 }
 
-fn key(addr: &str, protocol: Protocol) -> FrontendKey {
+pub(crate) fn key(addr: &str, protocol: Protocol) -> FrontendKey {
     let addr: SocketAddr = addr.parse().unwrap();
     FrontendKey { addr: addr.ip(), port: addr.port(), protocol }
 }
@@ -29,7 +29,7 @@ fn owner() -> Owner {
     ServiceName { namespace: "ns".into(), name: "svc".into() }.into()
 }
 
-fn service(id: u32, base: u32, len: u32) -> Service {
+pub(crate) fn service(id: u32, base: u32, len: u32) -> Service {
     Service {
         id,
         kind: frontend_kind::CLUSTER_IP,
@@ -142,7 +142,7 @@ fn what_is_written_is_read_back() {
 }
 
 /// Everything that two frontends of each family need.
-fn entries() -> Vec<Op> {
+pub(crate) fn entries() -> Vec<Op> {
     let mut ops = vec![
         Op::WriteSlots { base: 1, slots: vec![1, 2, 1] },
         Op::WriteSlots { base: 4, slots: vec![1] },

@@ -11,7 +11,7 @@ use xtask::lab::{Agent, AgentOptions, Call, Caller, Family, Node, Outcome, count
 use crate::world::{PORT, SILENCE, SOON, TARGET_PORT, World, at_vip, node_port, options, service, until};
 
 /// Calls of every edge that stay open: outside here and there, pod, process.
-fn open_calls(world: &World) -> Result<Vec<(&'static str, OpenCall<'_>, Outcome)>> {
+pub(crate) fn open_calls(world: &World) -> Result<Vec<(&'static str, OpenCall<'_>, Outcome)>> {
     let lab = world.lab();
     let calls: [(&str, &Caller, Call); 8] = [
         ("outside, backend here", &lab.outside, Call::tcp(lab.node_a.at(Family::V4, node_port(1)))),
@@ -33,14 +33,14 @@ fn open_calls(world: &World) -> Result<Vec<(&'static str, OpenCall<'_>, Outcome)
 }
 
 /// Open calls go on as they were, and new ones are answered.
-fn traffic_goes_on(world: &World, open: &[(&str, OpenCall<'_>, Outcome)]) -> Result<()> {
+pub(crate) fn traffic_goes_on(world: &World, open: &[(&str, OpenCall<'_>, Outcome)]) -> Result<()> {
     for (name, call, first) in open {
         ensure!(call.again()? == *first, "{name}: {}", call.again()?);
     }
     open_calls(world).map(drop).context("new calls")
 }
 
-fn two_services(world: &World) -> Vec<xtask::lab::Service> {
+pub(crate) fn two_services(world: &World) -> Vec<xtask::lab::Service> {
     vec![service(1, [&world.a1]), service(2, [&world.b1])]
 }
 

@@ -16,6 +16,7 @@ mod matrix;
 mod policies;
 mod repair;
 mod replacement;
+mod resize;
 mod sctp;
 mod services;
 mod source_ranges;
