@@ -245,6 +245,8 @@ pub enum Op {
     SetBackend { family: Family, id: u32, entry: BackendEntry },
     /// `SLOTS[base..] = slots`.
     WriteSlots { base: u32, slots: Vec<u32> },
+    /// The same for a window that frontends refer to, which somebody else has written into.
+    MendSlots { base: u32, slots: Vec<u32> },
     /// `SERVICES4/6[key] = entry`: the switch, atomic for each frontend.
     SetFrontend { key: FrontendKey, entry: abi::Service },
     /// Removes `SERVICES4/6[key]`; fine if it is not there.
@@ -269,6 +271,84 @@ pub enum Op {
     RemoveAddress { addr: IpAddr },
 }
 
+impl Op {
+    /// Names of all maps that operations write.
+    pub const MAPS: [&str; 13] = [
+        "ADDRESSES4",
+        "ADDRESSES6",
+        "BACKENDS4",
+        "BACKENDS6",
+        "MEMBERS",
+        "NAMES",
+        "NETWORKS4",
+        "NETWORKS6",
+        "SERVICES4",
+        "SERVICES6",
+        "SLOTS",
+        "SOURCES4",
+        "SOURCES6",
+    ];
+
+    /// Name of the map it writes.
+    pub fn map(&self) -> &'static str {
+        let of = |is_v4: bool, maps: [&'static str; 2]| maps[usize::from(!is_v4)];
+        match self {
+            Self::SetBackend { family, .. } => of(*family == Family::V4, ["BACKENDS4", "BACKENDS6"]),
+            Self::WriteSlots { .. } | Self::MendSlots { .. } => "SLOTS",
+            Self::SetFrontend { key, .. } | Self::RemoveFrontend { key } => {
+                of(key.addr.is_ipv4(), ["SERVICES4", "SERVICES6"])
+            }
+            Self::AddMember { .. } | Self::RemoveMember { .. } => "MEMBERS",
+            Self::SetNetwork { family, .. } => of(*family == Family::V4, ["NETWORKS4", "NETWORKS6"]),
+            Self::SetSource { net, .. } | Self::RemoveSource { net, .. } => {
+                of(net.addr().is_ipv4(), ["SOURCES4", "SOURCES6"])
+            }
+            Self::SetName { .. } | Self::RemoveName { .. } => "NAMES",
+            Self::SetAddress { addr, .. } | Self::RemoveAddress { addr } => {
+                of(addr.is_ipv4(), ["ADDRESSES4", "ADDRESSES6"])
+            }
+        }
+    }
+
+    /// What it is about, for people.
+    pub fn subject(&self) -> String {
+        match self {
+            Self::SetBackend { id, entry, .. } if entry.state == abi::backend_state::UNUSED => {
+                format!("backend {id}")
+            }
+            Self::SetBackend { id, entry, .. } => format!("backend {id} ({})", entry.addr),
+            Self::WriteSlots { base, slots } | Self::MendSlots { base, slots } => {
+                format!("window of {} slots at {base}", slots.len())
+            }
+            Self::SetFrontend { key, .. } | Self::RemoveFrontend { key } => format!("frontend {key}"),
+            Self::SetNetwork { index, .. } => format!("network {index}"),
+            Self::AddMember { window, backend } | Self::RemoveMember { window, backend } => {
+                format!("backend {backend} of the window at {window}")
+            }
+            Self::SetName { service, .. } | Self::RemoveName { service } => {
+                format!("name of Service {service}")
+            }
+            Self::SetSource { service, net } | Self::RemoveSource { service, net } => {
+                format!("source range {net} of Service {service}")
+            }
+            Self::SetAddress { addr, .. } | Self::RemoveAddress { addr } => format!("address {addr}"),
+        }
+    }
+}
+
+/// What the maps hold, by what it is about; most of it is in one map for each family.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Table {
+    Backends,
+    Slots,
+    Members,
+    Sources,
+    Names,
+    Networks,
+    Frontends,
+    Addresses,
+}
+
 /// An entry of `BACKENDS4/6`, of either family.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct BackendEntry {
@@ -280,6 +360,14 @@ pub struct BackendEntry {
     /// [`abi::backend_flags`].
     pub flags: u8,
     pub generation: u32,
+}
+
+impl BackendEntry {
+    /// What an id has that was never given out.
+    pub const fn unused(family: Family) -> Self {
+        let addr = SocketAddr::new(family.unspecified(), 0);
+        Self { addr, state: abi::backend_state::UNUSED, flags: 0, generation: 0 }
+    }
 }
 
 /// What the maps hold, read back when the agent starts.

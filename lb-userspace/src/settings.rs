@@ -27,6 +27,9 @@ const HEALTHZ_PORT: u16 = 10256;
 /// Default port of `--metrics-bind-address`, as kube-proxy's.
 const METRICS_PORT: u16 = 10249;
 
+/// Default of `--map-check-period`, as kube-proxy's `--iptables-sync-period`.
+const MAP_CHECK_PERIOD: Duration = Duration::from_secs(30);
+
 /// Settings as they are given, on the command line or in a file; what is not given is `None`.
 #[derive(Args, Clone, PartialEq, Eq, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -166,6 +169,9 @@ pub struct Settings {
     /// or the client's next packet is answered with a RST [default: keep]
     #[arg(long, value_name = "WHAT")]
     tcp_to_removed_backend: Option<RemovedBackend>,
+    /// How often all maps are compared with what they should hold, and mended; 0: never [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    map_check_period: Option<Time>,
 
     /// What is logged: a level, or levels per module as in `info,fairlead::reconcile=debug` [default: info]
     #[arg(long, env = "RUST_LOG", value_name = "FILTER")]
@@ -386,6 +392,7 @@ impl Settings {
             conntrack_udp_timeout,
             conntrack_udp_timeout_stream,
             tcp_to_removed_backend,
+            map_check_period,
             log_level,
             log_format,
             datapath_log_level,
@@ -494,6 +501,7 @@ impl Settings {
                 DetectLocalMode::NodeCidr => None,
                 DetectLocalMode::BridgeInterface | DetectLocalMode::InterfaceNamePrefix => Some(vec![]),
             },
+            map_check_period: self.map_check_period.map_or(MAP_CHECK_PERIOD, |Time(period)| period),
             healthz: self.healthz_bind_address.map_or(Some(any), |Bind(addr)| addr),
             metrics: self.metrics_bind_address.map_or(Some(loopback), |Bind(addr)| addr),
             state_file: Some(state_file).filter(|path| !path.as_os_str().is_empty()),
@@ -597,6 +605,7 @@ mod tests {
             "--conntrack-udp-timeout=30s",
             "--conntrack-udp-timeout-stream=0",
             "--tcp-to-removed-backend=reset",
+            "--map-check-period=1m30s",
             "--log-level=debug",
             "--log-format=json",
             "--datapath-log-level=info",
@@ -608,6 +617,7 @@ mod tests {
                     pod-bridge-interface: br0\npod-interface-name-prefix: tap\nmasquerade-all: true\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\
                     cgroup-root: /c\nbpffs: /b\nstate-file: /s\nmax-flows: 1\nmax-services: 2\nmax-backends: 3\n\
+                    map-check-period: 1m30s\n\
                     conntrack-tcp-timeout-established: 24h0m0s\nconntrack-tcp-timeout-close-wait: 1h0m0s\n\
                     conntrack-udp-timeout: 30s\nconntrack-udp-timeout-stream: \"0\"\n\
                     tcp-to-removed-backend: reset\n\
@@ -641,6 +651,8 @@ mod tests {
             &["--conntrack-udp-timeout=30"],
             &["--conntrack-udp-timeout=-30s"],
             &["--tcp-to-removed-backend=drop"],
+            &["--map-check-period=30"],
+            &["--map-check-period="],
         ] {
             assert!(Line::try_parse_from(["fairlead"].iter().chain(args)).is_err(), "{args:?}");
         }
@@ -688,6 +700,9 @@ mod tests {
         assert_eq!(states.map(|state| zero.timeouts.of(state) / 1_000_000_000), [86400, 3600, 30, 120]);
         assert!(config(&["--tcp-to-removed-backend=reset"]).resets_removed);
         assert!(!config(&["--tcp-to-removed-backend=keep"]).resets_removed);
+        let period = |args: &[&str]| line(args).config().unwrap().map_check_period.as_secs();
+        assert_eq!((period(&[]), period(&["--map-check-period=1m30s"])), (30, 90));
+        assert_eq!(period(&["--map-check-period=0"]), 0);
     }
 
     #[test]

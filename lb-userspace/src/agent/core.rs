@@ -11,6 +11,7 @@ use k8s_openapi::jiff::Timestamp;
 use tracing::field::display;
 
 use self::restored::Restored;
+use super::check::{Check, Slice};
 use super::lifeline::Lifeline;
 use crate::compile::{Facts, compile, compile_pod};
 use crate::datapath::{ApplyError, MapError, Maps};
@@ -34,6 +35,9 @@ const RETRY_AT_MOST: Duration = Duration::from_mins(5);
 
 /// Findings of one Service that are told one by one.
 const TOLD: usize = 10;
+
+/// Repairs that are told one by one, of one round over the maps.
+const REPAIRS_TOLD: usize = 10;
 
 /// How much was done; tests compare it with the size of a change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -97,6 +101,10 @@ pub struct Agent<M> {
     loaded: bool,
     /// The maps may not be what `reconciler` thinks: read them again, not before this time.
     doubtful: Option<Instant>,
+    /// Looks whether somebody else has changed the maps.
+    check: Option<Check>,
+    /// Repairs since the round over the maps began.
+    repairs: usize,
     /// What was said of each Service and Pod.
     said: BTreeMap<Owner, BTreeSet<Finding>>,
     stats: Stats,
@@ -133,6 +141,8 @@ impl<M: Maps> Agent<M> {
             unfinished: true,
             loaded: false,
             doubtful: None,
+            check: None,
+            repairs: 0,
             said: BTreeMap::new(),
             stats: Stats { read: 1, ..Stats::default() },
         })
@@ -152,6 +162,11 @@ impl<M: Maps> Agent<M> {
     /// The API server is asked at this address: if it is a Service's, it keeps endpoints.
     pub fn reach_by(&mut self, addr: SocketAddr) {
         self.lifeline = Some(Lifeline::new(addr));
+    }
+
+    /// Compares the maps with what they should hold, all of them once in a period, and mends them.
+    pub fn check_maps_every(&mut self, period: Duration, now: Instant) {
+        self.check = (!period.is_zero()).then(|| Check::every(period, now));
     }
 
     /// Takes an event. `true`: the Node object changed.
@@ -287,6 +302,10 @@ impl<M: Maps> Agent<M> {
                 return;
             }
         }
+        if let Err(error) = self.check_maps(now) {
+            tracing::error!(%error, "the maps cannot be checked; they are read again and repaired");
+            self.doubtful = Some(now + RETRY);
+        }
         let (services, operations) = (self.stats.compiled - before.compiled, self.stats.ops - before.ops);
         if services > 0 || operations > 0 {
             tracing::debug!(services, operations, took = ?start.elapsed(), "settled");
@@ -295,6 +314,7 @@ impl<M: Maps> Agent<M> {
         let size = Size {
             services: self.reconciler.services() as u64,
             frontends: self.reconciler.frontends() as u64,
+            unfit: self.reconciler.unfit() as u64,
             maps: self.reconciler.fill(),
         };
         let complete = self.doubtful.is_none() && self.refused.is_empty() && self.unlisted.is_empty();
@@ -311,7 +331,8 @@ impl<M: Maps> Agent<M> {
             _ => {}
         }
         let retry = self.retries.first().map(|(again, _)| *again);
-        let wakes = [self.doubtful, self.reconciler.next_expiry(), self.ports.next_retry(), retry];
+        let check = self.check.as_ref().filter(|_| self.is_certain()).map(Check::due);
+        let wakes = [self.doubtful, self.reconciler.next_expiry(), self.ports.next_retry(), retry, check];
         wakes.into_iter().flatten().min()
     }
 
@@ -356,6 +377,55 @@ impl<M: Maps> Agent<M> {
         }
         self.health.note_synced();
         Ok(())
+    }
+
+    /// The maps are what the reconciler thinks, and nothing else is in them: unless somebody else writes there.
+    fn is_certain(&self) -> bool {
+        self.loaded && !self.unfinished && self.doubtful.is_none()
+    }
+
+    /// Compares the next slice of the maps with what they should hold.
+    fn check_maps(&mut self, now: Instant) -> Result<(), Trouble> {
+        let certain = self.is_certain();
+        let Some(check) = self.check.as_mut().filter(|check| check.due() <= now) else { return Ok(()) };
+        if !certain {
+            check.begin_again(now);
+            return Ok(());
+        }
+        let start = Instant::now();
+        let Slice { ops, entries, round } =
+            check.slice(&self.reconciler, &mut self.maps, now).map_err(Trouble::Read)?;
+        for op in &ops {
+            self.tell_repair(op);
+        }
+        self.apply(&ops, None, now)?;
+        self.metrics.work().note_check(entries, start.elapsed());
+        if let Some(took) = round {
+            if self.repairs > REPAIRS_TOLD {
+                tracing::warn!("and {} more entries of the maps", self.repairs - REPAIRS_TOLD);
+            }
+            self.repairs = 0;
+            self.metrics.work().note_check_round(took);
+        }
+        Ok(())
+    }
+
+    fn tell_repair(&mut self, op: &Op) {
+        let map = op.map();
+        self.metrics.work().note_repair(map);
+        self.repairs += 1;
+        if self.repairs > REPAIRS_TOLD {
+            return;
+        }
+        let owner = self.reconciler.whose(op);
+        let service = owner.and_then(Owner::service).map(display);
+        let pod = owner.and_then(Owner::pod).map(display);
+        let entry = op.subject();
+        if self.reconciler.holds(op) {
+            tracing::warn!(map, service, pod, "{entry}: somebody removed or changed it; it is written again");
+        } else {
+            tracing::warn!(map, "{entry}: somebody put it there, and nobody wants it; it is removed");
+        }
     }
 
     fn settle_service(&mut self, name: &Owner, now: Instant) -> Result<(), Trouble> {

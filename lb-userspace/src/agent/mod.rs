@@ -2,6 +2,7 @@
 //!
 //! [`Agent`] is synchronous and knows no clock of its own; [`run`] gives it a life.
 
+mod check;
 mod core;
 mod lifeline;
 mod run;

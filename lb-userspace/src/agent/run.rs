@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use super::core::Agent;
 use crate::compile::Facts;
 use crate::datapath::node::{self, StateFile};
-use crate::datapath::{self, Datapath, KernelMaps, SocketLb};
+use crate::datapath::{self, Datapath, KernelMaps, Resize, SocketLb};
 use crate::edges::{self, Edges, Rules, View, XdpMode};
 use crate::entries::Algorithm;
 use crate::events::Events;
@@ -49,6 +49,8 @@ pub struct Config {
     pub nodeport_addresses: NodePortAddresses,
     /// `--cluster-cidr`; none: those that the Node object names (`--detect-local-mode=NodeCIDR`).
     pub pod_networks: Option<Vec<IpNet>>,
+    /// `--map-check-period`; zero: never.
+    pub map_check_period: Duration,
     /// None: nobody asks.
     pub healthz: Option<SocketAddr>,
     /// None: nobody asks.
@@ -114,8 +116,9 @@ pub async fn run(config: Config) -> Result<()> {
         let saved = Timestamp::from_second(kept.saved).unwrap_or_default();
         agent.restore(&kept.objects, saved, Instant::now() + PATIENCE);
     }
+    agent.check_maps_every(config.map_check_period, Instant::now());
 
-    let outcome = follow(agent, source, edges.view(), &config, stop).await;
+    let outcome = follow(agent, source, edges.view(), datapath.take_resize(), &config, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.
     drop(edges);
     outcome
@@ -227,6 +230,7 @@ async fn follow(
     mut agent: Agent<KernelMaps>,
     mut source: Source,
     mut view: watch::Receiver<Option<Arc<View>>>,
+    mut resize: Option<Resize>,
     config: &Config,
     stop: impl Future<Output = &'static str>,
 ) -> Result<()> {
@@ -258,6 +262,10 @@ async fn follow(
                     bail!("the node's devices cannot be followed any more; see the log");
                 }
                 addresses = true;
+                // Every device has been looked at, so that no hook has an old program any more.
+                if let Some(mut resize) = resize.take() {
+                    resize.finish()?;
+                }
             }
             Some(ended) = source.tasks.join_next() => {
                 // They end only when we do.

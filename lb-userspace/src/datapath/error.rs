@@ -30,11 +30,8 @@ pub enum OpenError {
         path = path.display()
     )]
     Layout { path: PathBuf, difference: String },
-    #[error(
-        "{flag} asks for {wanted} entries in {map}, but the pinned map has {pinned}; leave {flag} as it was \
-         ({kept}), or run `fairlead cleanup` first"
-    )]
-    Size { map: &'static str, flag: &'static str, wanted: u32, pinned: u32, kept: u32 },
+    #[error("map {map}: cannot be brought to its new size: {source}; leave the --max-* flags as they were")]
+    Resize { map: &'static str, source: io::Error },
     #[error("cannot read the cookie of the node's network namespace: {0}")]
     NetnsCookie(io::Error),
     #[error("the kernel refused the program object: {0}; is the agent's build complete?")]

@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use lb_common::abi::{self, backend_state};
 use lb_common::maps::MAX_NETWORKS;
 
-use super::{ApplyError, MapError, Maps};
-use crate::entries::{Family, FrontendKey, Limits, Op, Snapshot};
+use super::{ApplyError, MapError, Maps, Position};
+use crate::entries::{BackendEntry, Family, FrontendKey, Limits, Op, Snapshot, Table};
 
 /// Maps in memory.
 ///
@@ -58,6 +58,19 @@ impl FakeMaps {
         self.slots.get(window.base as usize..(window.base + window.len) as usize).unwrap_or_default()
     }
 
+    /// Changes the maps behind everybody's back, in a way that no operation would.
+    pub fn damage(&mut self, change: impl FnOnce(&mut Snapshot, &mut [u32])) {
+        change(&mut self.state, &mut self.slots);
+        self.refs.fill(0);
+        let windows = self.state.frontends.values().flat_map(|entry| [entry.internal, entry.external]);
+        for window in windows {
+            let from = window.base as usize;
+            for refs in self.refs.iter_mut().skip(from).take(window.len as usize) {
+                *refs += 1;
+            }
+        }
+    }
+
     fn failed(map: &str, reason: impl Into<String>) -> MapError {
         MapError::Failed { map: map.into(), reason: reason.into() }
     }
@@ -103,10 +116,39 @@ impl FakeMaps {
 
     /// A frontend comes or goes.
     fn count(&mut self, entry: &abi::Service, change: i32) {
-        for window in [entry.internal, entry.external].iter().filter(|window| window.len > 0) {
-            for refs in &mut self.refs[window.base as usize..(window.base + window.len) as usize] {
+        for window in [entry.internal, entry.external] {
+            // One that was damaged may refer to anything.
+            for refs in self.refs.iter_mut().skip(window.base as usize).take(window.len as usize) {
                 *refs = refs.saturating_add_signed(change);
             }
+        }
+    }
+
+    fn has(&self, write: &Op) -> bool {
+        let state = &self.state;
+        match write {
+            Op::SetBackend { family, id, entry } => state.backends.get(&(*family, *id)) == Some(entry),
+            Op::WriteSlots { base, slots } | Op::MendSlots { base, slots } => {
+                self.slots.get(*base as usize..*base as usize + slots.len()) == Some(slots)
+            }
+            Op::SetFrontend { key, entry } => state.frontends.get(key) == Some(entry),
+            Op::AddMember { window, backend } => {
+                state.members.get(window).is_some_and(|ids| ids.contains(backend))
+            }
+            Op::SetNetwork { family, index, network } => {
+                let list = &state.networks[usize::from(*family == Family::V6)];
+                list.get(*index as usize) == network.as_ref()
+            }
+            Op::SetSource { service, net } => {
+                state.sources.get(service).is_some_and(|nets| nets.contains(net))
+            }
+            Op::SetName { service, owner } => state.names.get(service) == Some(&owner.into()),
+            Op::SetAddress { addr, flags } => state.addresses.get(addr) == Some(flags),
+            Op::RemoveFrontend { .. }
+            | Op::RemoveMember { .. }
+            | Op::RemoveSource { .. }
+            | Op::RemoveName { .. }
+            | Op::RemoveAddress { .. } => false,
         }
     }
 
@@ -134,7 +176,11 @@ impl FakeMaps {
                         }
                     }
                 }
-                self.state.backends.insert((*family, *id), *entry);
+                if entry.generation == 0 {
+                    self.state.backends.remove(&(*family, *id));
+                } else {
+                    self.state.backends.insert((*family, *id), *entry);
+                }
             }
             Op::WriteSlots { base, slots } => {
                 let len = u32::try_from(slots.len()).unwrap_or(u32::MAX);
@@ -145,6 +191,13 @@ impl FakeMaps {
                     return Err(Self::failed("SLOTS", format!("{key:?} refers to slots from {base}")));
                 }
                 self.slots[*base as usize..(*base + len) as usize].copy_from_slice(slots);
+            }
+            Op::MendSlots { base, slots } => {
+                let place = *base as usize..*base as usize + slots.len();
+                let Some(place) = self.slots.get_mut(place).filter(|_| *base > 0) else {
+                    return Err(Self::failed("SLOTS", format!("{base} is out of bounds")));
+                };
+                place.copy_from_slice(slots);
             }
             Op::SetFrontend { key, entry } => {
                 self.check_frontend(*key, entry)?;
@@ -255,6 +308,53 @@ impl Maps for FakeMaps {
 
     fn read(&mut self) -> Result<Snapshot, MapError> {
         Ok(self.snapshot())
+    }
+
+    fn differing(&mut self, writes: Vec<Op>) -> Result<Vec<Op>, MapError> {
+        Ok(writes.into_iter().filter(|write| !self.has(write)).collect())
+    }
+
+    /// All at once.
+    fn entries(
+        &mut self,
+        table: Table,
+        _: Option<Position>,
+        _: usize,
+    ) -> Result<(Vec<Op>, Option<Position>), MapError> {
+        let state = &self.state;
+        let ops = match table {
+            Table::Backends => {
+                let unused = |&(family, id): &(Family, u32)| Op::SetBackend {
+                    family,
+                    id,
+                    entry: BackendEntry::unused(family),
+                };
+                state.backends.keys().map(unused).collect()
+            }
+            Table::Slots => vec![],
+            Table::Members => {
+                let all = state.members.iter().flat_map(|(window, ids)| ids.iter().map(|id| (*window, *id)));
+                all.map(|(window, backend)| Op::RemoveMember { window, backend }).collect()
+            }
+            Table::Sources => {
+                let all = state.sources.iter().flat_map(|(id, nets)| nets.iter().map(|net| (*id, *net)));
+                all.map(|(service, net)| Op::RemoveSource { service, net }).collect()
+            }
+            Table::Names => state.names.keys().map(|id| Op::RemoveName { service: *id }).collect(),
+            Table::Networks => {
+                let lists = [Family::V4, Family::V6].into_iter().zip(&state.networks);
+                let all = lists.flat_map(|(family, list)| (0u32..).zip(list).map(move |(i, _)| (family, i)));
+                let end = |(family, index)| Op::SetNetwork { family, index, network: None };
+                let ops: Vec<Op> = all.map(end).collect();
+                // From the end: a list has no gaps.
+                ops.into_iter().rev().collect()
+            }
+            Table::Frontends => state.frontends.keys().map(|key| Op::RemoveFrontend { key: *key }).collect(),
+            Table::Addresses => {
+                state.addresses.keys().map(|addr| Op::RemoveAddress { addr: *addr }).collect()
+            }
+        };
+        Ok((ops, None))
     }
 
     fn apply(&mut self, ops: &[Op]) -> Result<(), ApplyError> {

@@ -398,7 +398,7 @@ fn program_name(id: u32) -> String {
     info.map(|info| info.name).unwrap_or_default()
 }
 
-fn open_link(path: &Path) -> io::Result<Option<OwnedFd>> {
+pub(super) fn open_link(path: &Path) -> io::Result<Option<OwnedFd>> {
     match bpf::obj_get(path) {
         Ok(fd) if bpf::object_kind(fd.as_fd())? == bpf::ObjectKind::Link => Ok(Some(fd)),
         Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "not a link")),

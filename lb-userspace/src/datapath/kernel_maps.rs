@@ -1,5 +1,7 @@
 //! The service maps in the kernel.
 
+mod check;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,8 +15,8 @@ use lb_common::abi::{self, Addr4, Addr6, AddressInfo, MemberKey, Network, OwnerN
 use lb_common::maps::{MAPS, MapSpec};
 
 use super::error::OpenError;
-use super::{ApplyError, MapError, Maps};
-use crate::entries::{BackendEntry, Family, FrontendKey, Limits, Op, Protocol, Snapshot};
+use super::{ApplyError, MapError, Maps, Position};
+use crate::entries::{BackendEntry, Family, FrontendKey, Limits, Op, Protocol, Snapshot, Table};
 use crate::sys::bpf::{self, Cursor};
 
 /// Entries read or written with one system call.
@@ -172,7 +174,7 @@ impl KernelMaps {
             Op::SetSource { net: IpNet::V4(_), .. } => {
                 let run = run(ops, |op| match op {
                     Op::SetSource { service, net } => {
-                        Some((source_key(*service, *net, octets4(net.addr())?), PRESENT))
+                        Some((source_key(*service, *net, octets4(net.addr())?), source_value(*net)))
                     }
                     _ => None,
                 });
@@ -181,7 +183,7 @@ impl KernelMaps {
             Op::SetSource { .. } => {
                 let run = run(ops, |op| match op {
                     Op::SetSource { service, net } => {
-                        Some((source_key(*service, *net, octets6(net.addr())?), PRESENT))
+                        Some((source_key(*service, *net, octets6(net.addr())?), source_value(*net)))
                     }
                     _ => None,
                 });
@@ -195,7 +197,7 @@ impl KernelMaps {
                 };
                 removal("SOURCES", removed, first)
             }
-            Op::WriteSlots { .. } => self.write_slots(ops),
+            Op::WriteSlots { .. } | Op::MendSlots { .. } => self.write_slots(ops),
             Op::RemoveFrontend { key } => match (octets4(key.addr), octets6(key.addr)) {
                 (Some(addr), _) => remove(&mut self.services4, "SERVICES4", &service_key(*key, addr), first),
                 (_, Some(addr)) => remove(&mut self.services6, "SERVICES6", &service_key(*key, addr), first),
@@ -215,7 +217,7 @@ impl KernelMaps {
         let mut values = Vec::new();
         let mut done = 0;
         for op in ops {
-            let Op::WriteSlots { base, slots } = op else { break };
+            let (Op::WriteSlots { base, slots } | Op::MendSlots { base, slots }) = op else { break };
             keys.extend((*base..).take(slots.len()));
             values.extend_from_slice(slots);
             done += 1;
@@ -266,9 +268,7 @@ impl KernelMaps {
     fn read_sources(&self) -> Result<BTreeMap<u32, BTreeSet<IpNet>>, MapError> {
         let mut sources: BTreeMap<u32, BTreeSet<IpNet>> = BTreeMap::new();
         let mut note = |service, addr, prefix_len: u32| {
-            let prefix_len = prefix_len.checked_sub(SERVICE_BITS).and_then(|len| u8::try_from(len).ok());
-            // A prefix that ends in the Service's number cannot be ours.
-            if let Some(net) = prefix_len.and_then(|len| IpNet::new(addr, len).ok()) {
+            if let Some(net) = source_net(addr, prefix_len) {
                 sources.entry(service).or_default().insert(net);
             }
         };
@@ -366,6 +366,25 @@ impl Maps for KernelMaps {
         })
     }
 
+    fn differing(&mut self, writes: Vec<Op>) -> Result<Vec<Op>, MapError> {
+        let mut differing = vec![];
+        for write in writes {
+            if !self.has(&write)? {
+                differing.push(write);
+            }
+        }
+        Ok(differing)
+    }
+
+    fn entries(
+        &mut self,
+        table: Table,
+        from: Option<Position>,
+        count: usize,
+    ) -> Result<(Vec<Op>, Option<Position>), MapError> {
+        self.entries_from(table, from, count)
+    }
+
     fn apply(&mut self, ops: &[Op]) -> Result<(), ApplyError> {
         let mut done = 0;
         while let Some(rest) = ops.get(done..).filter(|rest| !rest.is_empty()) {
@@ -390,7 +409,7 @@ fn write<K: Pod, V: Pod>(
     ops: &[Op],
 ) -> Result<usize, ApplyError> {
     if keys.is_empty() {
-        let reason = format!("{}: address and family do not agree", subject(&ops[0]));
+        let reason = format!("{}: address and family do not agree", ops[0].subject());
         return Err(ApplyError { done: 0, source: MapError::Failed { map: name.into(), reason } });
     }
     update(fd(map), &keys, &values).map_err(|error| {
@@ -430,7 +449,7 @@ fn removal(name: &'static str, removed: Result<(), AyaError>, op: &Op) -> Result
         Ok(()) | Err(AyaError::KeyNotFound) => Ok(1),
         Err(AyaError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(1),
         Err(error) => {
-            let reason = format!("{}: {error}", subject(op));
+            let reason = format!("{}: {error}", op.subject());
             Err(ApplyError { done: 0, source: MapError::Failed { map: name.into(), reason } })
         }
     }
@@ -444,25 +463,7 @@ fn refused(map: &str, op: &Op, capacity: u32, error: &io::Error) -> MapError {
         Some(libc::ENOMEM) => " (the kernel is out of memory for map entries)",
         _ => "",
     };
-    MapError::Failed { map: map.into(), reason: format!("{}: {error}{advice}", subject(op)) }
-}
-
-/// What an operation is about, for people.
-fn subject(op: &Op) -> String {
-    match op {
-        Op::SetBackend { id, entry, .. } => format!("backend {id} ({})", entry.addr),
-        Op::WriteSlots { base, slots } => format!("window of {} slots at {base}", slots.len()),
-        Op::SetFrontend { key, .. } | Op::RemoveFrontend { key } => format!("frontend {key}"),
-        Op::SetNetwork { index, .. } => format!("network {index}"),
-        Op::AddMember { window, backend } | Op::RemoveMember { window, backend } => {
-            format!("backend {backend} of the window at {window}")
-        }
-        Op::SetName { service, .. } | Op::RemoveName { service } => format!("name of Service {service}"),
-        Op::SetSource { service, net } | Op::RemoveSource { service, net } => {
-            format!("source range {net} of Service {service}")
-        }
-        Op::SetAddress { addr, .. } | Op::RemoveAddress { addr } => format!("address {addr}"),
-    }
+    MapError::Failed { map: map.into(), reason: format!("{}: {error}{advice}", op.subject()) }
 }
 
 /// Shows `visit` every entry of a map. Entries that come or go meanwhile may be missed or seen twice.
@@ -541,6 +542,16 @@ where
     Source<A>: Pod,
 {
     Key::new(SERVICE_BITS + u32::from(net.prefix_len()), Source { service, addr })
+}
+
+/// The longest prefix answers for a network: its length tells whether it is the network itself.
+fn source_value(net: IpNet) -> u32 {
+    net.prefix_len().into()
+}
+
+/// The network of a key of `SOURCES4/6`; none: it ends in the Service's number and cannot be ours.
+fn source_net(addr: IpAddr, prefix_len: u32) -> Option<IpNet> {
+    IpNet::new(addr, u8::try_from(prefix_len.checked_sub(SERVICE_BITS)?).ok()?).ok()
 }
 
 fn frontend_key<A>(key: &ServiceKey<A>, addr: IpAddr) -> Option<FrontendKey> {

@@ -23,6 +23,7 @@ use super::kernel_maps::KernelMaps;
 use super::layout::{self, Verdict};
 use super::options::{Options, SocketLb, TcMode};
 use super::pins::{self, Lock, Pins};
+use super::resize::Resize;
 use crate::sys::poll::Readable;
 use crate::sys::{bpf, capabilities, kernel, netns};
 
@@ -40,6 +41,7 @@ pub struct Datapath {
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
     options: Options,
     pinned: Option<Pinned>,
+    resize: Option<Resize>,
 }
 
 #[derive(Debug)]
@@ -72,16 +74,19 @@ impl Datapath {
         check_kernel()?;
         pins::ensure_bpffs(&options.bpffs)?;
         let pins = Pins::new(&options.bpffs);
-        let sizes = adopt(&pins, options)?;
         pins.create()?;
         let lock = pins
             .lock()
             .map_err(|source| OpenError::Pin { action: "lock", path: pins.root().to_owned(), source })?
             .ok_or_else(|| OpenError::Busy { path: options.bpffs.clone() })?;
-        let mut datapath = Self::load(options, &sizes, Some(&pins))?;
+        let mut resize = Resize::find(&pins)?;
+        let sizes = adopt(&pins, options, &mut resize)?;
+        let mut datapath = Self::load(options, &sizes, Some(&resize))?;
         for (name, program) in datapath.programs.iter() {
             replace_pin(program, &pins.programs(), name)?;
         }
+        resize.run(&datapath.maps, &datapath.programs)?;
+        datapath.resize = Some(resize);
         datapath.pinned = Some(Pinned { pins, _lock: lock });
         Ok(datapath)
     }
@@ -141,10 +146,15 @@ impl Datapath {
         self.logger.take()
     }
 
+    /// What is left to do about maps of another size when every hook has its program.
+    pub fn take_resize(&mut self) -> Option<Resize> {
+        self.resize.take()
+    }
+
     fn load(
         options: &Options,
         sizes: &BTreeMap<&'static str, u32>,
-        pins: Option<&Pins>,
+        pinned: Option<&Resize>,
     ) -> Result<Self, OpenError> {
         let features = Features::probe();
         let features_text: Vec<String> =
@@ -160,8 +170,8 @@ impl Datapath {
             if let Some(entries) = sizes.get(spec.name) {
                 loader.map_max_entries(spec.name, *entries);
             }
-            if let Some(pins) = pins {
-                loader.map_pin_path(spec.name, pins.map(spec.name));
+            if let Some(pinned) = pinned {
+                loader.map_pin_path(spec.name, pinned.path(spec));
             }
         }
         let mut ebpf = loader.load(OBJECT).map_err(|error| OpenError::Object(Box::new(error)))?;
@@ -181,6 +191,7 @@ impl Datapath {
             logger,
             options: options.clone(),
             pinned: None,
+            resize: None,
         })
     }
 }
@@ -261,8 +272,13 @@ impl Globals {
 }
 
 /// Compares what is pinned with what is needed, and decides the size of every map.
-fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, OpenError> {
+fn adopt(
+    pins: &Pins,
+    options: &Options,
+    resize: &mut Resize,
+) -> Result<BTreeMap<&'static str, u32>, OpenError> {
     let mut sizes = BTreeMap::new();
+    let mut changes: BTreeMap<&str, BTreeMap<&'static str, u32>> = BTreeMap::new();
     for spec in &MAPS {
         let wanted = options.sizes.wanted(spec.capacity);
         let entries = match pinned_map(&pins.map(spec.name))? {
@@ -280,13 +296,8 @@ fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, 
                     entries
                 }
                 Verdict::Resize { flag, entries } => {
-                    return Err(OpenError::Size {
-                        map: spec.name,
-                        flag,
-                        wanted: wanted.entries,
-                        pinned: entries,
-                        kept: entries,
-                    });
+                    changes.entry(flag).or_default().insert(spec.name, wanted.entries);
+                    entries
                 }
                 Verdict::Refuse { difference } => {
                     return Err(OpenError::Layout { path: pins.map(spec.name), difference });
@@ -294,6 +305,11 @@ fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, 
             },
         };
         sizes.insert(spec.name, entries);
+    }
+    for (flag, wanted) in changes {
+        if resize.resize(flag, &wanted)? {
+            sizes.extend(wanted);
+        }
     }
     Ok(sizes)
 }

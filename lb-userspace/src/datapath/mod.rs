@@ -12,6 +12,7 @@ mod load;
 pub mod node;
 mod options;
 pub mod pins;
+mod resize;
 pub mod test_run;
 
 pub use cleanup::cleanup;
@@ -23,10 +24,12 @@ pub use kernel_maps::KernelMaps;
 pub(crate) use kernel_maps::{typed, walk};
 pub use load::{Datapath, Programs, forward_log, program_names};
 pub use options::{DEFAULT_BPFFS, Options, Sizes, SocketLb, TcMode, Timeouts};
+pub use resize::Resize;
 
 use lb_common::maps::{Capacity, MAPS};
 
-use crate::entries::{Limits, Op, Snapshot};
+use crate::entries::{Family, Limits, Op, Snapshot, Table};
+use crate::sys::bpf::Cursor;
 
 /// The service maps as `reconcile` sees them: the kernel's, or [`fake::FakeMaps`].
 pub trait Maps {
@@ -38,6 +41,26 @@ pub trait Maps {
 
     /// Carries out `ops` one after the other and stops at the first that fails.
     fn apply(&mut self, ops: &[Op]) -> Result<(), ApplyError>;
+
+    /// Those of `writes` that would change something. Reads the entries that they are about, and no others.
+    fn differing(&mut self, writes: Vec<Op>) -> Result<Vec<Op>, MapError>;
+
+    /// About `count` entries of a table from a place on, each as the operation that removes it, and the next place;
+    /// `None`: the table ends here. Entries that come or go meanwhile may be missed or seen twice. What is in no
+    /// window of `SLOTS` is nobody's business: that table has no entries here.
+    fn entries(
+        &mut self,
+        table: Table,
+        from: Option<Position>,
+        count: usize,
+    ) -> Result<(Vec<Op>, Option<Position>), MapError>;
+}
+
+/// Where a walk over the entries of a [`Table`] stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Position {
+    family: Family,
+    cursor: Option<Cursor>,
 }
 
 /// A map refused an operation.

@@ -111,6 +111,11 @@ impl Collector for Collection {
         let size = *lock(&self.0.size);
         for (name, help, value) in [
             ("fairlead_services", "Services that are served.", size.services),
+            (
+                "fairlead_services_unfit",
+                "Services that have no room in the maps, whole or in part.",
+                size.unfit,
+            ),
             ("fairlead_frontends", "Frontends in the maps.", size.frontends),
         ] {
             let gauge = ConstGauge::new(value);

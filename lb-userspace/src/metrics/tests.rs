@@ -380,6 +380,39 @@ fn findings_come_and_go() {
 }
 
 #[test]
+fn what_does_not_fit_counts_until_it_does() {
+    let mut world = World::new(FakeMaps::new(Limits { services: 1, ..LIMITS }), &Fake::default(), 10);
+    world.set(&service(1));
+    world.set(&service(2));
+    world.settle();
+    assert_eq!(world.value("fairlead_services_unfit"), Some(1.0));
+    world.remove(1);
+    world.settle();
+    world.now += Duration::from_secs(2);
+    world.settle();
+    assert_eq!(world.value("fairlead_services_unfit"), Some(0.0));
+}
+
+#[test]
+fn repairs_count_by_map() {
+    let mut world = World::with(&[1, 2], 10);
+    world.agent.check_maps_every(Duration::from_secs(1), world.now);
+    world.agent.maps().damage(|maps, _| {
+        maps.frontends.pop_first();
+        maps.names.pop_first();
+    });
+    while world.value("fairlead_map_check_rounds_total") == Some(0.0) {
+        world.now = world.agent.next_wake().unwrap();
+        world.settle();
+    }
+    for (map, repairs) in [("SERVICES4", 1.0), ("NAMES", 1.0), ("SERVICES6", 0.0), ("SLOTS", 0.0)] {
+        let sample = format!("fairlead_map_repairs_total{{map=\"{map}\"}}");
+        assert_eq!(world.value(&sample), Some(repairs), "{map}");
+    }
+    assert!(world.value("fairlead_map_check_entries_total") >= Some(4.0));
+}
+
+#[test]
 fn changes_wait_until_they_are_in_the_maps() {
     let mut world = World::with(&[], 10);
     let state = |world: &World| {

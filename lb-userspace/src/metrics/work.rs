@@ -13,7 +13,7 @@ use prometheus_client::registry::Registry;
 
 use super::process::unix_seconds;
 use super::{Label, lock};
-use crate::entries::{Compiled, FrontendKind, ServiceName, Target, WhenEmpty};
+use crate::entries::{Compiled, FrontendKind, Op, ServiceName, Target, WhenEmpty};
 use crate::model::Change;
 
 /// Changes of one Service that wait to be programmed and whose times are remembered.
@@ -27,6 +27,8 @@ const EXTERNAL: Label = [("traffic_policy", "external")];
 pub struct Size {
     pub services: u64,
     pub frontends: u64,
+    /// Services, and Pods with host ports, that have no room in the maps, whole or in part.
+    pub unfit: u64,
     /// Maps whose entries the agent counts itself: name, entries, capacity.
     pub maps: [(&'static str, u64, u64); 3],
 }
@@ -77,6 +79,11 @@ pub struct Work {
     programming: Histogram,
     no_local_endpoints: Family<Label, Gauge>,
     findings: Gauge,
+    repairs: Family<Label, Counter>,
+    check_entries: Counter,
+    check_seconds: Counter<f64, AtomicU64>,
+    check_rounds: Counter,
+    check_round: Gauge<f64, AtomicU64>,
     waiting: Mutex<BTreeMap<ServiceName, Vec<f64>>>,
     /// Services without a local endpoint where one is asked for: internal, external.
     no_local: [Mutex<BTreeSet<ServiceName>>; 2],
@@ -102,6 +109,11 @@ impl Work {
             programming: Histogram::new(programming),
             no_local_endpoints: Family::default(),
             findings: Gauge::default(),
+            repairs: Family::default(),
+            check_entries: Counter::default(),
+            check_seconds: Counter::default(),
+            check_rounds: Counter::default(),
+            check_round: Gauge::default(),
             waiting: Mutex::default(),
             no_local: Default::default(),
         };
@@ -158,7 +170,56 @@ impl Work {
             "Things that keep Services from working as written, and objects that cannot be read; the log names them",
             work.findings.clone(),
         );
+        work.register_check(registry);
         work
+    }
+
+    fn register_check(&self, registry: &mut Registry) {
+        for map in Op::MAPS {
+            drop(self.repairs.get_or_create(&[("map", map)]));
+        }
+        registry.register(
+            "fairlead_map_repairs",
+            "Entries of the maps that somebody else had removed, changed or added, and that were mended",
+            self.repairs.clone(),
+        );
+        registry.register(
+            "fairlead_map_check_entries",
+            "Entries of the maps that were compared with what they should be",
+            self.check_entries.clone(),
+        );
+        registry.register(
+            "fairlead_map_check_seconds",
+            "Time spent on comparing and mending",
+            self.check_seconds.clone(),
+        );
+        registry.register(
+            "fairlead_map_check_rounds",
+            "How often all maps were compared from beginning to end",
+            self.check_rounds.clone(),
+        );
+        registry.register(
+            "fairlead_map_check_round_seconds",
+            "How long the last of these rounds took, pauses included",
+            self.check_round.clone(),
+        );
+    }
+
+    /// So many entries of the maps were compared.
+    pub fn note_check(&self, entries: usize, took: Duration) {
+        self.check_entries.inc_by(entries as u64);
+        self.check_seconds.inc_by(took.as_secs_f64());
+    }
+
+    /// All maps were compared.
+    pub fn note_check_round(&self, took: Duration) {
+        self.check_rounds.inc();
+        self.check_round.set(took.as_secs_f64());
+    }
+
+    /// An entry of a map had to be mended.
+    pub fn note_repair(&self, map: &'static str) {
+        self.repairs.get_or_create(&[("map", map)]).inc();
     }
 
     /// A change that touches something.

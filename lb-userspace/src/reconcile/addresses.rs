@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::Bound;
 
 use ipnet::IpNet;
 use lb_common::abi::{address_flags, frontend_kind};
@@ -168,6 +169,18 @@ impl Addresses {
         self.complete = true;
         let stale = self.held.iter().filter(|(addr, held)| self.wanted_flags(**addr) != **held);
         stale.map(|(addr, _)| *addr).collect()
+    }
+
+    /// What the maps hold, after this address or from the beginning.
+    pub(super) fn after(&self, addr: Option<IpAddr>) -> impl Iterator<Item = Op> {
+        let from = addr.map_or(Bound::Unbounded, Bound::Excluded);
+        let held = self.held.range((from, Bound::Unbounded));
+        held.map(|(addr, flags)| Op::SetAddress { addr: *addr, flags: *flags })
+    }
+
+    /// Whether the maps hold the address.
+    pub(super) fn has(&self, addr: &IpAddr) -> bool {
+        self.held.contains_key(addr)
     }
 
     fn wanted_flags(&self, addr: IpAddr) -> u32 {

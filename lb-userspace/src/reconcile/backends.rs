@@ -261,6 +261,18 @@ impl Backends {
         std::mem::take(&mut self.changes)
     }
 
+    /// What the map holds, from this id on.
+    pub(super) fn from(&self, id: u32) -> impl Iterator<Item = Op> {
+        let family = self.family;
+        let known = (0u32..).zip(&self.ids).skip(id as usize);
+        known.filter_map(move |(id, r)| Some(Op::SetBackend { family, id, entry: r.as_ref()?.entry() }))
+    }
+
+    /// Whether the id has been given out once.
+    pub(super) fn has(&self, id: u32) -> bool {
+        self.ids.get(id as usize).is_some_and(Option::is_some)
+    }
+
     pub(super) fn limit(&self) -> u32 {
         self.limit
     }

@@ -79,6 +79,9 @@ impl Reconciler {
         let mut touched = std::mem::take(&mut steps.touched);
         touched.append(&mut self.note_backends());
         let findings = self.settle_addresses(touched, &mut steps.addresses);
+        if !findings.is_empty() {
+            self.unfit.insert(name.clone());
+        }
         steps.findings.extend(findings);
         batch.findings.insert(name.clone(), std::mem::take(&mut steps.findings));
         steps.into_batch(batch);
@@ -494,7 +497,7 @@ impl Choices {
     }
 
     /// The slots, if `ids` are those of the backends.
-    fn fill(&self, ids: &[u32]) -> Vec<u32> {
+    pub(super) fn fill(&self, ids: &[u32]) -> Vec<u32> {
         match self.algorithm {
             Algorithm::Random => ids.to_vec(),
             Algorithm::Maglev => {

@@ -46,6 +46,18 @@ impl Members {
         ops
     }
 
+    /// What the map holds, from this window and backend on.
+    pub(super) fn from(&self, window: u32, backend: u32) -> impl Iterator<Item = Op> {
+        let all = self.held.range(window..).flat_map(|(window, ids)| ids.iter().map(|id| (*window, *id)));
+        let all = all.skip_while(move |at| *at < (window, backend));
+        all.map(|(window, backend)| Op::AddMember { window, backend })
+    }
+
+    /// Whether the map holds the backend.
+    pub(super) fn has(&self, window: u32, backend: u32) -> bool {
+        self.held.get(&window).is_some_and(|ids| ids.contains(&backend))
+    }
+
     /// Removes those of windows that are none.
     pub(super) fn finish(&mut self, is_window: impl Fn(u32) -> bool) -> Vec<Op> {
         let stale: Vec<u32> = self.held.keys().filter(|window| !is_window(**window)).copied().collect();

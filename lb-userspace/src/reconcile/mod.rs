@@ -13,6 +13,7 @@
 mod addresses;
 mod adopt;
 mod backends;
+mod check;
 mod claims;
 mod install;
 mod maglev;
@@ -24,15 +25,14 @@ mod sources;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use ipnet::IpNet;
-use lb_common::abi;
 
 use self::addresses::Addresses;
 use self::adopt::NOWHERE;
 use self::backends::{Backends, Settled};
+pub use self::check::Spot;
 use self::claims::{Claimed, ServiceIds};
 use self::install::Removals;
 use self::members::Members;
@@ -44,6 +44,8 @@ use crate::entries::{
 };
 use crate::finding::Finding;
 use crate::owner::Owner;
+use ipnet::IpNet;
+use lb_common::abi;
 
 /// What one Service should have in the maps.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -70,6 +72,8 @@ pub struct Reconciler {
     services: BTreeMap<Owner, Service>,
     /// Services that did not fit when last looked at.
     unfit: BTreeSet<Owner>,
+    /// There is room since: they get another try.
+    retry: Option<Retry>,
     /// Who claims a frontend, the first in line first.
     claims: BTreeMap<FrontendKey, Vec<(i64, Owner)>>,
     installed: BTreeMap<FrontendKey, Installed>,
@@ -178,6 +182,20 @@ enum Retired {
     Room,
 }
 
+/// Which Services that did not fit are looked at again.
+#[derive(Debug)]
+struct Retry {
+    /// So many.
+    left: usize,
+    /// Those behind this one, then from the first on.
+    after: Option<Owner>,
+    at: Instant,
+}
+
+/// Services that are looked at again at a time, and the pause until the next: full maps shall not keep changes waiting.
+const TRIES: usize = 32;
+const TRY_PAUSE: Duration = Duration::from_millis(100);
+
 /// Operations of one Service, in the order they go to the maps.
 #[derive(Default)]
 struct Steps {
@@ -216,6 +234,7 @@ impl Reconciler {
             grace,
             services: BTreeMap::new(),
             unfit: BTreeSet::new(),
+            retry: None,
             claims: BTreeMap::new(),
             installed: BTreeMap::new(),
             installed_v6: 0,
@@ -393,17 +412,39 @@ impl Reconciler {
         let touched = self.note_backends();
         // Nothing is added here that could lack room.
         self.settle_addresses(touched, &mut batch.ops);
-        if freed {
-            for name in std::mem::take(&mut self.unfit) {
-                self.install(&name, Removals::Now, now, &mut batch);
-            }
+        if freed && !self.unfit.is_empty() {
+            let after = self.retry.take().and_then(|retry| retry.after);
+            self.retry = Some(Retry { left: self.unfit.len(), after, at: now });
         }
+        self.try_again(now, &mut batch);
         batch
+    }
+
+    /// Looks again at some of the Services that did not fit.
+    fn try_again(&mut self, now: Instant, batch: &mut Batch) {
+        let Some(Retry { left, after, .. }) = self.retry.take_if(|retry| retry.at <= now) else { return };
+        let tries = TRIES.min(left).min(self.unfit.len());
+        let behind = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut names: Vec<Owner> =
+            self.unfit.range((behind, Bound::Unbounded)).take(tries).cloned().collect();
+        names.extend(self.unfit.iter().take(tries - names.len()).cloned());
+        for name in &names {
+            self.install(name, Removals::Now, now, batch);
+        }
+        if left > tries && tries > 0 {
+            self.retry = Some(Retry { left: left - tries, after: names.pop(), at: now + TRY_PAUSE });
+        }
     }
 
     /// When [`Self::expire`] has something to do.
     pub fn next_expiry(&self) -> Option<Instant> {
-        self.retired.front().map(|(due, _)| *due)
+        let due = self.retired.front().map(|(due, _)| *due);
+        due.into_iter().chain(self.retry.as_ref().map(|retry| retry.at)).min()
+    }
+
+    /// Services that do not fit, whole or in part.
+    pub fn unfit(&self) -> usize {
+        self.unfit.len()
     }
 
     /// The Service that has this number in the maps.

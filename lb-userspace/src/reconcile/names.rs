@@ -1,6 +1,6 @@
 //! What `NAMES` holds: whose frontends have which number. It is for people alone: a name that does not fit is left out.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use lb_common::abi::OwnerName;
 
@@ -11,8 +11,8 @@ use crate::owner::Owner;
 #[derive(Debug)]
 pub(super) struct Names {
     limit: u32,
-    /// The numbers that have one.
-    held: BTreeSet<u32>,
+    /// Whose they are, by number.
+    held: BTreeMap<u32, Owner>,
     /// As they were found, and nobody's yet.
     found: BTreeMap<u32, OwnerName>,
 }
@@ -20,28 +20,40 @@ pub(super) struct Names {
 impl Names {
     /// `found`: what the map holds already.
     pub(super) fn new(limit: u32, found: BTreeMap<u32, OwnerName>) -> Self {
-        Self { limit, held: found.keys().copied().collect(), found }
+        Self { limit, held: BTreeMap::new(), found }
     }
 
     /// The owner has frontends with this number.
     pub(super) fn set(&mut self, service: u32, owner: &Owner) -> Option<Op> {
-        let found = self.found.remove(&service);
-        let held = self.held.contains(&service);
-        let is_right = held && found.is_none_or(|name| name == OwnerName::from(owner));
-        if is_right || (!held && self.held.len() >= self.limit as usize) {
+        if self.held.contains_key(&service) {
             return None;
         }
-        self.held.insert(service);
-        Some(Op::SetName { service, owner: owner.clone() })
+        let found = self.found.remove(&service);
+        if found.is_none() && self.held.len() + self.found.len() >= self.limit as usize {
+            return None;
+        }
+        self.held.insert(service, owner.clone());
+        (found != Some(owner.into())).then(|| Op::SetName { service, owner: owner.clone() })
     }
 
     /// No frontend has this number any more.
     pub(super) fn remove(&mut self, service: u32) -> Option<Op> {
-        self.held.remove(&service).then_some(Op::RemoveName { service })
+        let held = self.held.remove(&service).is_some() || self.found.remove(&service).is_some();
+        held.then_some(Op::RemoveName { service })
+    }
+
+    /// Whose frontends have this number.
+    pub(super) fn owner(&self, service: u32) -> Option<&Owner> {
+        self.held.get(&service)
+    }
+
+    /// What the map holds, from this number on.
+    pub(super) fn from(&self, service: u32) -> impl Iterator<Item = Op> {
+        self.held.range(service..).map(|(id, owner)| Op::SetName { service: *id, owner: owner.clone() })
     }
 
     /// Removes those that were found and have become nobody's.
     pub(super) fn finish(&mut self) -> Vec<Op> {
-        std::mem::take(&mut self.found).into_keys().filter_map(|service| self.remove(service)).collect()
+        std::mem::take(&mut self.found).into_keys().map(|service| Op::RemoveName { service }).collect()
     }
 }

@@ -62,6 +62,18 @@ impl Sources {
         change
     }
 
+    /// What the maps hold, after this Service and network, or from the Service on.
+    pub(super) fn after(&self, service: u32, net: Option<IpNet>) -> impl Iterator<Item = Op> {
+        let all = self.held.range(service..).flat_map(|(id, nets)| nets.iter().map(|net| (*id, *net)));
+        let all = all.skip_while(move |(id, other)| *id == service && Some(*other) <= net);
+        all.map(|(service, net)| Op::SetSource { service, net })
+    }
+
+    /// Whether the maps hold the network.
+    pub(super) fn has(&self, service: u32, net: &IpNet) -> bool {
+        self.held.get(&service).is_some_and(|nets| nets.contains(net))
+    }
+
     /// Removes those of numbers that no Service has.
     pub(super) fn finish(&mut self, known: &BTreeSet<u32>) -> Vec<Op> {
         let stale: Vec<u32> = self.held.keys().filter(|id| !known.contains(id)).copied().collect();

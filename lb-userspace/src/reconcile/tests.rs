@@ -157,6 +157,7 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
                 _ => "unused",
             },
             Op::WriteSlots { .. } => "slots",
+            Op::MendSlots { .. } => "mended slots",
             Op::SetFrontend { .. } => "frontend",
             Op::RemoveFrontend { .. } => "-frontend",
             Op::AddMember { .. } => "member",
@@ -457,6 +458,32 @@ fn who_does_not_fit_is_named_and_the_others_work() {
     world.remove("many");
     world.pass(GRACE);
     assert_eq!(world.view().len(), 2);
+}
+
+#[test]
+fn many_that_do_not_fit_are_looked_at_a_few_at_a_time_and_all_in_the_end() {
+    let limits = Limits { services: 1, ..ROOMY };
+    let mut world = World::new(limits);
+    world.set("first", desired(&[(VIP, &[ONE])]));
+    // Only the last one fits.
+    for i in 0..200 {
+        let [one, two] = [80, 81].map(|port| format!("172.30.1.{i}:{port}"));
+        world.set(&format!("wide-{i:03}"), desired(&[(&one, &[]), (&two, &[])]));
+    }
+    world.set("zero", desired(&[("172.30.0.2:80", &[TWO])]));
+    assert_eq!(world.reconciler.unfit(), 201);
+    world.remove("first");
+    let (mut visited, mut passes) = (world.reconciler.visited(), 0);
+    while !world.view().contains_key(&key("172.30.0.2:80")) {
+        let due = world.reconciler.next_expiry().unwrap();
+        world.pass(due.saturating_duration_since(world.now));
+        let now = world.reconciler.visited();
+        assert!(now - visited <= TRIES as u64, "{}", now - visited);
+        visited = now;
+        passes += 1;
+    }
+    assert!((7..=12).contains(&passes), "{passes}");
+    assert_eq!(world.reconciler.unfit(), 200);
 }
 
 #[test]

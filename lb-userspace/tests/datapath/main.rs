@@ -8,6 +8,7 @@ mod edges;
 mod inspect;
 mod kernel;
 mod maps;
+mod resize;
 mod sharing;
 mod support;
 mod sweep;

@@ -1,22 +1,22 @@
 //! The service maps: what is written is what is read, what does not fit is refused by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use fairlead::datapath::{Datapath, MapError, Maps, Options, Sizes};
-use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, ServiceName, Snapshot};
-use fairlead::owner::Owner;
+use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, ServiceName, Snapshot, Table};
+use fairlead::owner::{Owner, PodName};
 use lb_common::abi::{Service, Window, address_flags, backend_state, frontend_kind};
 
 use crate::support::{TempBpffs, in_new_netns, small};
 
-fn backend(family: Family, id: u32, addr: &str) -> Op {
+pub(crate) fn backend(family: Family, id: u32, addr: &str) -> Op {
     let entry =
         BackendEntry { addr: addr.parse().unwrap(), state: backend_state::ACTIVE, flags: 0, generation: 1 };
     Op::SetBackend { family, id, entry }
 }
 
-fn key(addr: &str, protocol: Protocol) -> FrontendKey {
+pub(crate) fn key(addr: &str, protocol: Protocol) -> FrontendKey {
     let addr: SocketAddr = addr.parse().unwrap();
     FrontendKey { addr: addr.ip(), port: addr.port(), protocol }
 }
@@ -29,7 +29,7 @@ fn owner() -> Owner {
     ServiceName { namespace: "ns".into(), name: "svc".into() }.into()
 }
 
-fn service(id: u32, base: u32, len: u32) -> Service {
+pub(crate) fn service(id: u32, base: u32, len: u32) -> Service {
     Service {
         id,
         kind: frontend_kind::CLUSTER_IP,
@@ -46,7 +46,9 @@ fn after(ops: &[Op]) -> Snapshot {
     for op in ops {
         match op.clone() {
             Op::SetBackend { family, id, entry } => drop(snapshot.backends.insert((family, id), entry)),
-            Op::WriteSlots { base, slots: ids } => drop(slots.insert(base, ids)),
+            Op::WriteSlots { base, slots: ids } | Op::MendSlots { base, slots: ids } => {
+                drop(slots.insert(base, ids));
+            }
             Op::SetFrontend { key, entry } => drop(snapshot.frontends.insert(key, entry)),
             Op::RemoveFrontend { key } => drop(snapshot.frontends.remove(&key)),
             Op::SetNetwork { family, index, network } => {
@@ -136,6 +138,121 @@ fn what_is_written_is_read_back() {
         assert_eq!(maps.read().unwrap(), after(&ops));
         // Another handle sees the same kernel maps.
         assert_eq!(datapath.maps().unwrap().read().unwrap(), after(&ops));
+    });
+}
+
+/// Everything that two frontends of each family need.
+pub(crate) fn entries() -> Vec<Op> {
+    let mut ops = vec![
+        Op::WriteSlots { base: 1, slots: vec![1, 2, 1] },
+        Op::WriteSlots { base: 4, slots: vec![1] },
+        Op::SetFrontend { key: key("10.96.0.1:80", Protocol::Tcp), entry: service(1, 1, 3) },
+        Op::SetFrontend { key: key("10.96.0.2:80", Protocol::Tcp), entry: service(2, 1, 3) },
+        Op::SetFrontend { key: key("[fd00::1]:80", Protocol::Tcp), entry: service(1, 4, 1) },
+        Op::SetFrontend { key: key("[fd00::2]:80", Protocol::Sctp), entry: service(2, 4, 1) },
+        Op::AddMember { window: 1, backend: 1 },
+        Op::AddMember { window: 1, backend: 2 },
+        Op::SetName { service: 1, owner: owner() },
+        Op::SetName { service: 2, owner: owner() },
+        Op::SetNetwork { family: Family::V4, index: 0, network: Some(network("10.96.0.0/12", 1)) },
+        Op::SetNetwork { family: Family::V6, index: 0, network: Some(network("fd00:10::/33", 3)) },
+    ];
+    for n in 1..=9_u32 {
+        ops.push(backend(Family::V4, n, &format!("10.1.0.{n}:8080")));
+        ops.push(backend(Family::V6, n, &format!("[2001:db8::{n}]:8080")));
+        let addr = format!("192.0.2.{n}").parse().unwrap();
+        ops.push(Op::SetAddress { addr, flags: address_flags::NODE });
+        let addr = format!("2001:db8::{n}").parse().unwrap();
+        ops.push(Op::SetAddress { addr, flags: address_flags::SERVICE });
+        // Each within the one before.
+        let net = format!("10.0.0.0/{}", 8 + n).parse().unwrap();
+        ops.push(Op::SetSource { service: 1, net });
+        let net = format!("fd00::/{}", 32 + n).parse().unwrap();
+        ops.push(Op::SetSource { service: n, net });
+    }
+    ops
+}
+
+/// The operation that removes what `op` writes.
+fn removal(op: &Op) -> Option<Op> {
+    Some(match op.clone() {
+        Op::SetBackend { family, id, .. } => {
+            Op::SetBackend { family, id, entry: BackendEntry::unused(family) }
+        }
+        Op::SetFrontend { key, .. } => Op::RemoveFrontend { key },
+        Op::SetNetwork { family, index, .. } => Op::SetNetwork { family, index, network: None },
+        Op::AddMember { window, backend } => Op::RemoveMember { window, backend },
+        Op::SetName { service, .. } => Op::RemoveName { service },
+        Op::SetSource { service, net } => Op::RemoveSource { service, net },
+        Op::SetAddress { addr, .. } => Op::RemoveAddress { addr },
+        _ => return None,
+    })
+}
+
+/// Every entry that the maps show, a few at a time, as the operation that removes it.
+fn shown(maps: &mut impl Maps) -> BTreeSet<String> {
+    let tables = [
+        Table::Backends,
+        Table::Slots,
+        Table::Members,
+        Table::Sources,
+        Table::Names,
+        Table::Networks,
+        Table::Frontends,
+        Table::Addresses,
+    ];
+    let mut shown = BTreeSet::new();
+    for table in tables {
+        let mut from = None;
+        loop {
+            let (ops, next) = maps.entries(table, from, 4).unwrap();
+            shown.extend(ops.iter().map(|op| format!("{op:?}")));
+            from = next;
+            if from.is_none() {
+                break;
+            }
+        }
+    }
+    shown
+}
+
+#[test]
+fn what_somebody_else_did_to_the_maps_is_seen_entry_by_entry() {
+    in_new_netns(|| {
+        let datapath = Datapath::isolated(&Options { sizes: small(), ..Options::default() }).unwrap();
+        let mut maps = datapath.maps().unwrap();
+        let ops = entries();
+        maps.apply(&ops).unwrap();
+        let all = |ops: &[Op]| -> BTreeSet<String> {
+            ops.iter().filter_map(removal).map(|op| format!("{op:?}")).collect()
+        };
+        assert_eq!(maps.differing(ops.clone()).unwrap(), []);
+        assert_eq!(shown(&mut maps), all(&ops));
+        for op in &ops {
+            let gone = match op {
+                Op::WriteSlots { base, .. } => Op::MendSlots { base: *base, slots: vec![7] },
+                op => removal(op).unwrap(),
+            };
+            maps.apply(std::slice::from_ref(&gone)).unwrap();
+            let seen = maps.differing(ops.clone()).unwrap();
+            assert_eq!(seen, std::slice::from_ref(op), "after {gone:?}");
+            let mut left = all(&ops);
+            if !matches!(op, Op::WriteSlots { .. }) {
+                assert!(left.remove(&format!("{gone:?}")));
+            }
+            assert_eq!(shown(&mut maps), left);
+            maps.apply(&seen).unwrap();
+            assert_eq!(maps.differing(ops.clone()).unwrap(), []);
+        }
+        let altered = [
+            backend(Family::V4, 3, "10.1.0.99:8080"),
+            Op::SetFrontend { key: key("[fd00::1]:80", Protocol::Tcp), entry: service(1, 1, 1) },
+            Op::SetName { service: 2, owner: PodName { namespace: "ns".into(), name: "pod".into() }.into() },
+            Op::SetNetwork { family: Family::V4, index: 0, network: Some(network("10.96.0.0/13", 1)) },
+            Op::SetAddress { addr: "192.0.2.3".parse().unwrap(), flags: address_flags::LOOPBACK },
+        ];
+        maps.apply(&altered).unwrap();
+        assert_eq!(maps.differing(ops).unwrap().len(), altered.len());
     });
 }
 

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use fairlead::agent::Agent;
 use fairlead::compile::Facts;
 use fairlead::datapath::fake::FakeMaps;
-use fairlead::datapath::{ApplyError, MapError, Maps};
+use fairlead::datapath::{ApplyError, MapError, Maps, Position};
 use fairlead::edges::LocalAddress;
-use fairlead::entries::{Algorithm, Family, FrontendKey, Limits, Op, Protocol, Snapshot};
+use fairlead::entries::{Algorithm, Family, FrontendKey, Limits, Op, Protocol, Snapshot, Table};
 use fairlead::health::Health;
 use fairlead::model;
 use fairlead::nodeports::{self, NodePortAddresses};
@@ -67,6 +67,19 @@ impl Maps for Recorder {
 
     fn read(&mut self) -> Result<Snapshot, MapError> {
         self.maps.read()
+    }
+
+    fn differing(&mut self, writes: Vec<Op>) -> Result<Vec<Op>, MapError> {
+        self.maps.differing(writes)
+    }
+
+    fn entries(
+        &mut self,
+        table: Table,
+        from: Option<Position>,
+        count: usize,
+    ) -> Result<(Vec<Op>, Option<Position>), MapError> {
+        self.maps.entries(table, from, count)
     }
 
     fn apply(&mut self, ops: &[Op]) -> Result<(), ApplyError> {
@@ -212,7 +225,9 @@ fn apply<F: TestFamily>(tables: &mut HostTables<F>, op: &Op) {
             };
             tables.backends.insert(*id, entry);
         }
-        Op::WriteSlots { base, slots } => tables.slots.extend((*base..).zip(slots.iter().copied())),
+        Op::WriteSlots { base, slots } | Op::MendSlots { base, slots } => {
+            tables.slots.extend((*base..).zip(slots.iter().copied()));
+        }
         Op::SetFrontend { key: at, entry } if ours(at.addr) => {
             tables.services.insert(key(at), *entry);
         }

@@ -1,3 +1,4 @@
+mod check;
 mod restored;
 
 use std::sync::Arc;
@@ -5,8 +6,9 @@ use std::sync::Arc;
 use lb_common::abi;
 
 use super::*;
+use crate::datapath::Position;
 use crate::datapath::fake::FakeMaps;
-use crate::entries::{Algorithm, Family, FrontendKey, FrontendKind, Limits, Protocol, ServiceName};
+use crate::entries::{Algorithm, Family, FrontendKey, FrontendKind, Limits, Protocol, ServiceName, Table};
 use crate::model::{
     Change, Endpoint, EndpointSlice, HostPort, Pod, Service, ServicePort, ServiceType, SliceName, SlicePort,
 };
@@ -364,6 +366,19 @@ impl Maps for Picky {
 
     fn read(&mut self) -> Result<crate::entries::Snapshot, MapError> {
         self.maps.read()
+    }
+
+    fn differing(&mut self, writes: Vec<Op>) -> Result<Vec<Op>, MapError> {
+        self.maps.differing(writes)
+    }
+
+    fn entries(
+        &mut self,
+        table: Table,
+        from: Option<Position>,
+        count: usize,
+    ) -> Result<(Vec<Op>, Option<Position>), MapError> {
+        self.maps.entries(table, from, count)
     }
 
     fn apply(&mut self, ops: &[Op]) -> Result<(), ApplyError> {
