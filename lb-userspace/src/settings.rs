@@ -397,6 +397,7 @@ impl Settings {
                     (false, false) => Admission::All,
                 },
                 log_level: self.datapath_log_level.unwrap_or_default() as u8,
+                layout: datapath::Layout::from_env(),
             },
             cgroup_root: self.cgroup_root,
             rules,

@@ -313,7 +313,7 @@ pub(crate) fn links(pins: &Pins) -> io::Result<BTreeMap<String, bpf::LinkInfo>> 
     Ok(links)
 }
 
-fn open_link(path: &Path) -> io::Result<Option<OwnedFd>> {
+pub(super) fn open_link(path: &Path) -> io::Result<Option<OwnedFd>> {
     match bpf::obj_get(path) {
         Ok(fd) if bpf::object_kind(fd.as_fd())? == bpf::ObjectKind::Link => Ok(Some(fd)),
         Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "not a link")),

@@ -56,6 +56,7 @@ mod tests {
 
     fn as_specified(spec: &MapSpec, sizes: Sizes) -> MapInfo {
         MapInfo {
+            id: 1,
             kind: spec.kind as u32,
             key_size: spec.key_size,
             value_size: spec.value_size,

@@ -20,6 +20,7 @@ use super::features::Features;
 use super::hooks::Hooks;
 use super::kernel_maps::KernelMaps;
 use super::layout::{self, Verdict};
+use super::migrate::Migration;
 use super::options::{Options, SocketLb, TcMode};
 use super::pins::{self, Lock, Pins};
 use crate::sys::poll::Readable;
@@ -70,17 +71,20 @@ impl Datapath {
         check_privileges()?;
         check_kernel()?;
         pins::ensure_bpffs(&options.bpffs)?;
-        let pins = Pins::new(&options.bpffs);
-        let sizes = adopt(&pins, options)?;
-        pins.create()?;
+        let pins = Pins::of_version(&options.bpffs, options.layout.version);
+        pins.create_root()?;
         let lock = pins
             .lock()
             .map_err(|source| OpenError::Pin { action: "lock", path: pins.root().to_owned(), source })?
             .ok_or_else(|| OpenError::Busy { path: options.bpffs.clone() })?;
-        let mut datapath = Self::load(options, &sizes, Some(&pins))?;
+        let migration = Migration::find(&pins, &options.layout)?;
+        let sizes = adopt(&pins, options, &migration)?;
+        migration.prepare()?;
+        let mut datapath = Self::load(options, &sizes, Some(migration.place()))?;
         for (name, program) in datapath.programs.iter() {
-            replace_pin(program, &pins.programs(), name)?;
+            replace_pin(program, &migration.place().programs(), name)?;
         }
+        migration.run(&datapath.maps, &datapath.programs, !datapath.tcx())?;
         datapath.pinned = Some(Pinned { pins, _lock: lock });
         Ok(datapath)
     }
@@ -123,8 +127,16 @@ impl Datapath {
     /// Where the programs are put to work; `None` for an isolated datapath.
     pub fn hooks(&self) -> Option<Hooks> {
         let pinned = self.pinned.as_ref()?;
-        let tcx = self.features.tcx && self.options.tc == TcMode::Auto;
-        Some(Hooks::new(pinned.pins.clone(), Arc::clone(&self.programs), tcx))
+        Some(Hooks::new(pinned.pins.clone(), Arc::clone(&self.programs), self.tcx()))
+    }
+
+    /// Where it is pinned; `None` for an isolated datapath.
+    pub fn pins(&self) -> Option<&Pins> {
+        self.pinned.as_ref().map(|pinned| &pinned.pins)
+    }
+
+    fn tcx(&self) -> bool {
+        self.features.tcx && self.options.tc == TcMode::Auto
     }
 
     pub fn features(&self) -> &Features {
@@ -254,13 +266,20 @@ impl Globals {
 }
 
 /// Compares what is pinned with what is needed, and decides the size of every map.
-fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, OpenError> {
+fn adopt(
+    pins: &Pins,
+    options: &Options,
+    migration: &Migration,
+) -> Result<BTreeMap<&'static str, u32>, OpenError> {
     let mut sizes = BTreeMap::new();
     for spec in &MAPS {
         let wanted = options.sizes.wanted(spec.capacity);
-        let entries = match pinned_map(&pins.map(spec.name))? {
-            None => wanted.entries,
-            Some(info) => match layout::judge(spec, wanted, &info) {
+        let path = pins.map(spec.name);
+        let pinned = pinned_map(&path)?.map(|info| (path, info));
+        let entries = match pinned.or_else(|| migration.shared(spec)) {
+            None if wanted.explicit || wanted.flag.is_none() => wanted.entries,
+            None => migration.former_size(spec).unwrap_or(wanted.entries),
+            Some((path, info)) => match layout::judge(spec, wanted, &info) {
                 Verdict::Use => wanted.entries,
                 Verdict::Keep { entries } => {
                     tracing::warn!(
@@ -282,7 +301,7 @@ fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, 
                     });
                 }
                 Verdict::Refuse { difference } => {
-                    return Err(OpenError::Layout { path: pins.map(spec.name), difference });
+                    return Err(OpenError::Layout { path, difference });
                 }
             },
         };

@@ -8,6 +8,8 @@ use lb_common::maps::{
 };
 use lb_common::tables::Admission;
 
+use super::migrate::Layout;
+
 /// Default of `--bpffs`.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/fairlead";
 
@@ -25,6 +27,8 @@ pub struct Options {
     pub admission: Admission,
     /// Level of the kernel programs' log: 0 off (the verifier removes every line), 1 error to 5 trace.
     pub log_level: u8,
+    /// How the maps are laid out; another one than this build's only to rehearse upgrades.
+    pub layout: Layout,
 }
 
 impl Default for Options {
@@ -37,6 +41,7 @@ impl Default for Options {
             tc: TcMode::default(),
             admission: Admission::default(),
             log_level: 0,
+            layout: Layout::OURS,
         }
     }
 }

@@ -21,7 +21,9 @@ use aya::Pod;
 #[derive(Clone, Copy)]
 #[repr(u32)]
 enum Command {
+    MapLookupElem = 1,
     MapUpdateElem = 2,
+    MapGetNextKey = 4,
     ProgLoad = 5,
     ObjPin = 6,
     ObjGet = 7,
@@ -117,6 +119,7 @@ pub struct ProgInfo {
 /// What the kernel says about a map.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MapInfo {
+    pub id: u32,
     pub kind: u32,
     pub key_size: u32,
     pub value_size: u32,
@@ -300,6 +303,7 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     // SAFETY: all integers; every bit pattern is valid.
     let raw: Raw = unsafe { object_info(map)? };
     Ok(MapInfo {
+        id: raw.id,
         kind: raw.kind,
         key_size: raw.key_size,
         value_size: raw.value_size,
@@ -537,6 +541,130 @@ pub fn map_update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io
     };
     // SAFETY: key and value outlive the call; the callers' types have the sizes of the map, which was
     // checked when it was opened.
+    unsafe { bpf(Command::MapUpdateElem, &mut attr) }.map(drop)
+}
+
+/// `BPF_NOEXIST` for [`map_update_bytes`].
+pub const NO_EXIST: u64 = 1;
+
+/// Entries of a map whose layout is none of ours: keys and values one behind the other, as the kernel wants them.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct RawEntries {
+    pub keys: Vec<u8>,
+    pub values: Vec<u8>,
+}
+
+/// As [`map_lookup_batch`], for keys and values of any size; not for maps with a value per CPU.
+pub fn map_lookup_batch_bytes(
+    map: BorrowedFd<'_>,
+    info: &MapInfo,
+    cursor: Option<Cursor>,
+    count: usize,
+) -> io::Result<(RawEntries, Option<Cursor>)> {
+    let (key_size, value_size) = (info.key_size as usize, info.value_size as usize);
+    assert!(key_size <= size_of::<Cursor>(), "keys are at most 64 bytes");
+    let mut room = count.max(1);
+    loop {
+        let mut entries = RawEntries { keys: vec![0; room * key_size], values: vec![0; room * value_size] };
+        let mut next = Cursor([0; 64]);
+        let mut attr = BatchAttr {
+            in_batch: cursor.as_ref().map_or(0, |cursor| cursor.0.as_ptr() as u64),
+            out_batch: next.0.as_mut_ptr() as u64,
+            keys: entries.keys.as_mut_ptr() as u64,
+            values: entries.values.as_mut_ptr() as u64,
+            count: u32::try_from(room).unwrap_or(u32::MAX),
+            map_fd: fd_number(map),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: both buffers have room for `count` entries of the sizes that the kernel tells of this map, both
+        // cursors for a key; all outlive the call.
+        let more = match unsafe { bpf(Command::MapLookupBatch, &mut attr) } {
+            Ok(_) => true,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                room *= 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        entries.keys.truncate(attr.count as usize * key_size);
+        entries.values.truncate(attr.count as usize * value_size);
+        return Ok((entries, more.then_some(next)));
+    }
+}
+
+/// `union bpf_attr` of the commands for one entry.
+#[repr(C)]
+struct EntryAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    /// Of `BPF_MAP_GET_NEXT_KEY`: room for the next key.
+    value: u64,
+    flags: u64,
+}
+
+/// The key after `key`, in the order of the map; without one, the first.
+pub fn map_next_key_bytes(
+    map: BorrowedFd<'_>,
+    info: &MapInfo,
+    key: Option<&[u8]>,
+) -> io::Result<Option<Vec<u8>>> {
+    assert!(key.is_none_or(|key| key.len() == info.key_size as usize), "a key has the map's size");
+    let mut next = vec![0; info.key_size as usize];
+    let mut attr = EntryAttr {
+        map_fd: fd_number(map),
+        pad: 0,
+        key: key.map_or(0, |key| key.as_ptr() as u64),
+        value: next.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: both are keys of the size that the kernel tells of this map, and outlive the call.
+    match unsafe { bpf(Command::MapGetNextKey, &mut attr) } {
+        Ok(_) => Ok(Some(next)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The value of a key; not for maps with a value per CPU.
+pub fn map_lookup_bytes(map: BorrowedFd<'_>, info: &MapInfo, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    assert_eq!(key.len(), info.key_size as usize, "a key has the map's size");
+    let mut value = vec![0; info.value_size as usize];
+    let mut attr = EntryAttr {
+        map_fd: fd_number(map),
+        pad: 0,
+        key: key.as_ptr() as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: key and value have the sizes that the kernel tells of this map, and outlive the call.
+    match unsafe { bpf(Command::MapLookupElem, &mut attr) } {
+        Ok(_) => Ok(Some(value)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes one entry of a map of any layout; not for maps with a value per CPU.
+pub fn map_update_bytes(
+    map: BorrowedFd<'_>,
+    info: &MapInfo,
+    key: &[u8],
+    value: &[u8],
+    flags: u64,
+) -> io::Result<()> {
+    let sizes = (info.key_size as usize, info.value_size as usize);
+    assert_eq!((key.len(), value.len()), sizes, "an entry has the map's sizes");
+    let mut attr = EntryAttr {
+        map_fd: fd_number(map),
+        pad: 0,
+        key: key.as_ptr() as u64,
+        value: value.as_ptr() as u64,
+        flags,
+    };
+    // SAFETY: key and value have the sizes that the kernel tells of this map, and outlive the call.
     unsafe { bpf(Command::MapUpdateElem, &mut attr) }.map(drop)
 }
 

@@ -7,5 +7,6 @@ mod edges;
 mod inspect;
 mod kernel;
 mod maps;
+mod migrate;
 mod support;
 mod takeover;
