@@ -33,6 +33,8 @@ pub struct AgentOptions {
     pub xdp: Xdp,
     /// Attach by clsact also where the kernel has tcx.
     pub clsact: bool,
+    /// `FAIRLEAD_LAYOUT`: another layout of the maps, to rehearse upgrades.
+    pub layout: Option<&'static str>,
     /// More arguments.
     pub args: Vec<String>,
 }
@@ -50,6 +52,19 @@ pub struct Agent {
 impl Agent {
     /// Starts an agent on a node and waits until it is ready. `program` is the path of `fairlead`.
     pub fn start(
+        lab: &Lab,
+        node: &Node,
+        program: &Path,
+        manifests: &Manifests,
+        options: &AgentOptions,
+    ) -> Result<Self> {
+        let mut agent = Self::spawn(lab, node, program, manifests, options)?;
+        agent.wait_until_ready()?;
+        Ok(agent)
+    }
+
+    /// Starts an agent on a node.
+    pub fn spawn(
         lab: &Lab,
         node: &Node,
         program: &Path,
@@ -81,22 +96,23 @@ impl Agent {
         if options.clsact {
             command.env("FAIRLEAD_TC", "clsact");
         }
+        if let Some(layout) = options.layout {
+            command.env("FAIRLEAD_LAYOUT", layout);
+        }
         let child = {
             let _making = making();
             let child = node.ns.spawn(&mut command)?;
             lab.processes.adopt(child.id())?;
             child
         };
-        let mut agent = Self {
+        Ok(Self {
             node: node.name.clone(),
             program: program.to_owned(),
             ns: node.ns.clone(),
             pins,
             log,
             child: Some(child),
-        };
-        agent.wait_until_ready()?;
-        Ok(agent)
+        })
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {

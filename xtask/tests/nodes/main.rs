@@ -18,6 +18,7 @@ mod replacement;
 mod sctp;
 mod services;
 mod source_ranges;
+mod survive;
 mod takeover;
 mod tuples;
 mod udp;
