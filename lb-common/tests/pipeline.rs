@@ -469,15 +469,11 @@ fn forwarded_flows_of_many_clients_never_share_a_port<F: TestFamily>() {
 
 /// Rule 153: the tuple is the limit, not the port.
 fn further_sources_make_room_for_more_connections_than_a_node_has_ports<F: TestFamily>() {
-    const FURTHER: u16 = 31;
+    const FURTHER: u8 = 31;
     let mut node = Node::<F>::new();
-    let further = |n: u16| {
-        let mut octets = std::net::Ipv4Addr::new(192, 0, 2, 100).octets();
-        octets[3] += n as u8;
-        match at(F::NODE, 0).ip() {
-            IpAddr::V4(_) => IpAddr::from(octets),
-            IpAddr::V6(addr) => (u128::from(addr) + 0x100 + u128::from(n)).to_be_bytes().into(),
-        }
+    let further = |n: u8| match at(F::NODE, 0).ip() {
+        IpAddr::V4(_) => IpAddr::from([192, 0, 2, 100 + n]),
+        IpAddr::V6(addr) => (u128::from(addr) + 0x100 + u128::from(n)).to_be_bytes().into(),
     };
     for n in 0..FURTHER {
         let key = EdgeSourceKey { ifindex: NIC, index: n.into() };
@@ -486,12 +482,12 @@ fn further_sources_make_room_for_more_connections_than_a_node_has_ports<F: TestF
         node.tables.addresses.insert(F::wire(further(n)), own);
     }
     let edge = node.tables.edges.get_mut(&NIC).expect("the NIC");
-    (edge.sources4, edge.sources6) = (FURTHER, FURTHER);
+    (edge.sources4, edge.sources6) = (FURTHER.into(), FURTHER.into());
     let (frontend, backend) = (at(F::NODE, ports::FAR_NODE), at(F::FAR_POD, ports::TARGET));
     let second = F::CLIENT.strip_suffix('7').expect("a 7").to_owned() + "8";
     let (mut sources, mut per_address) = (BTreeSet::new(), BTreeMap::<IpAddr, u32>::new());
-    for n in 0..70_000u32 {
-        let from = at(if n % 2 == 0 { F::CLIENT } else { &second }, (n / 2) as u16 + 1024);
+    let clients = (1024..36_024).flat_map(|port| [at(F::CLIENT, port), at(&second, port)]);
+    for (n, from) in clients.enumerate() {
         let syn = node.send(Side::NicIn, tcp(from, frontend, SYN));
         let (src, _) = syn.seen(Verdict::Forward, Reason::Forwarded).ends();
         assert!(sources.insert(src), "{src} twice");

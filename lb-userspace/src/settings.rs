@@ -482,6 +482,7 @@ impl Settings {
                 },
                 resets_removed: self.tcp_to_removed_backend == Some(RemovedBackend::Reset),
                 log_level: self.datapath_log_level.unwrap_or_default() as u8,
+                layout: datapath::Layout::from_env(),
             },
             cgroup_root: self.cgroup_root,
             rules,

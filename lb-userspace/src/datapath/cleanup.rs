@@ -43,7 +43,7 @@ fn remove_pins(bpffs: &Path, done: &mut Vec<String>) -> Result<(), CleanupError>
         let path = path.to_owned();
         move |source| CleanupError::Remove { path, source }
     };
-    for version in pins::names(bpffs).map_err(fail(bpffs))?.iter().filter(|name| is_version(name)) {
+    for version in pins::names(bpffs).map_err(fail(bpffs))?.iter().filter(|name| is_layout(name)) {
         let dir = bpffs.join(version);
         let links = dir.join("links");
         for name in pins::names(&links).map_err(fail(&links))? {
@@ -104,6 +104,6 @@ async fn remove_filters(state: &node::State, done: &mut Vec<String>) -> Result<(
     result
 }
 
-fn is_version(name: &str) -> bool {
-    name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok())
+fn is_layout(name: &str) -> bool {
+    pins::parse_version(name).is_some() || pins::is_leftover(name)
 }

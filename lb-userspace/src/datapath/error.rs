@@ -32,6 +32,18 @@ pub enum OpenError {
     Layout { path: PathBuf, difference: String },
     #[error("map {map}: cannot be brought to its new size: {source}; leave the --max-* flags as they were")]
     Resize { map: &'static str, source: io::Error },
+    #[error(
+        "{path} has maps of a layout that this version does not know (its own is v{ours}); nothing was changed, and \
+         traffic goes on; run the version that made them, or `fairlead cleanup` to start afresh",
+        path = path.display()
+    )]
+    UnknownLayout { path: PathBuf, ours: u32 },
+    #[error("map {map} cannot be carried over to its new layout: {source}; start again to go on")]
+    Carry { map: &'static str, source: io::Error },
+    #[error("tc filters cannot be given to the programs of the new layout: {0}; start again to go on")]
+    Filters(String),
+    #[error("told to stop after the step {0:?}")]
+    Stopped(super::Step),
     #[error("cannot read the cookie of the node's network namespace: {0}")]
     NetnsCookie(io::Error),
     #[error("the kernel refused the program object: {0}; is the agent's build complete?")]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
@@ -21,6 +21,7 @@ use super::features::Features;
 use super::hooks::Hooks;
 use super::kernel_maps::KernelMaps;
 use super::layout::{self, Verdict};
+use super::migrate::Migration;
 use super::options::{Options, SocketLb, TcMode};
 use super::pins::{self, Lock, Pins};
 use super::resize::Resize;
@@ -73,18 +74,24 @@ impl Datapath {
         check_privileges()?;
         check_kernel()?;
         pins::ensure_bpffs(&options.bpffs)?;
-        let pins = Pins::new(&options.bpffs);
-        pins.create()?;
+        let pins = Pins::of_version(&options.bpffs, options.layout.version);
+        pins.create_root()?;
         let lock = pins
             .lock()
             .map_err(|source| OpenError::Pin { action: "lock", path: pins.root().to_owned(), source })?
             .ok_or_else(|| OpenError::Busy { path: options.bpffs.clone() })?;
+        let migration = Migration::find(&pins, &options.layout)?;
         let mut resize = Resize::find(&pins)?;
-        let sizes = adopt(&pins, options, &mut resize)?;
-        let mut datapath = Self::load(options, &sizes, Some(&resize))?;
+        let sizes = adopt(&pins, options, &migration, &mut resize)?;
+        migration.prepare()?;
+        let path = |spec: &MapSpec| {
+            if migration.is_needed() { migration.place().map(spec.name) } else { resize.path(spec) }
+        };
+        let mut datapath = Self::load(options, &sizes, Some(&path))?;
         for (name, program) in datapath.programs.iter() {
-            replace_pin(program, &pins.programs(), name)?;
+            replace_pin(program, &migration.place().programs(), name)?;
         }
+        migration.run(&datapath.maps, &datapath.programs, !datapath.tcx())?;
         resize.run(&datapath.maps, &datapath.programs)?;
         datapath.resize = Some(resize);
         datapath.pinned = Some(Pinned { pins, _lock: lock });
@@ -129,8 +136,16 @@ impl Datapath {
     /// Where the programs are put to work; `None` for an isolated datapath.
     pub fn hooks(&self) -> Option<Hooks> {
         let pinned = self.pinned.as_ref()?;
-        let tcx = self.features.tcx && self.options.tc == TcMode::Auto;
-        Some(Hooks::new(pinned.pins.clone(), Arc::clone(&self.programs), tcx))
+        Some(Hooks::new(pinned.pins.clone(), Arc::clone(&self.programs), self.tcx()))
+    }
+
+    /// Where it is pinned; `None` for an isolated datapath.
+    pub fn pins(&self) -> Option<&Pins> {
+        self.pinned.as_ref().map(|pinned| &pinned.pins)
+    }
+
+    fn tcx(&self) -> bool {
+        self.features.tcx && self.options.tc == TcMode::Auto
     }
 
     pub fn features(&self) -> &Features {
@@ -154,7 +169,7 @@ impl Datapath {
     fn load(
         options: &Options,
         sizes: &BTreeMap<&'static str, u32>,
-        pinned: Option<&Resize>,
+        path: Option<&dyn Fn(&MapSpec) -> PathBuf>,
     ) -> Result<Self, OpenError> {
         let features = Features::probe();
         let features_text: Vec<String> =
@@ -170,8 +185,8 @@ impl Datapath {
             if let Some(entries) = sizes.get(spec.name) {
                 loader.map_max_entries(spec.name, *entries);
             }
-            if let Some(pinned) = pinned {
-                loader.map_pin_path(spec.name, pinned.path(spec));
+            if let Some(path) = path {
+                loader.map_pin_path(spec.name, path(spec));
             }
         }
         let mut ebpf = loader.load(OBJECT).map_err(|error| OpenError::Object(Box::new(error)))?;
@@ -275,15 +290,19 @@ impl Globals {
 fn adopt(
     pins: &Pins,
     options: &Options,
+    migration: &Migration,
     resize: &mut Resize,
 ) -> Result<BTreeMap<&'static str, u32>, OpenError> {
     let mut sizes = BTreeMap::new();
     let mut changes: BTreeMap<&str, BTreeMap<&'static str, u32>> = BTreeMap::new();
     for spec in &MAPS {
         let wanted = options.sizes.wanted(spec.capacity);
-        let entries = match pinned_map(&pins.map(spec.name))? {
-            None => wanted.entries,
-            Some(info) => match layout::judge(spec, wanted, &info) {
+        let path = pins.map(spec.name);
+        let pinned = pinned_map(&path)?.map(|info| (path, info));
+        let entries = match pinned.or_else(|| migration.shared(spec)) {
+            None if wanted.explicit || wanted.flag.is_none() => wanted.entries,
+            None => migration.former_size(spec).unwrap_or(wanted.entries),
+            Some((path, info)) => match layout::judge(spec, wanted, &info) {
                 Verdict::Use => wanted.entries,
                 Verdict::Keep { entries } => {
                     tracing::warn!(
@@ -295,12 +314,20 @@ fn adopt(
                     );
                     entries
                 }
+                Verdict::Resize { flag, entries } if migration.is_needed() => {
+                    tracing::warn!(
+                        map = spec.name,
+                        entries,
+                        "{flag} counts with the next start: the layout changes"
+                    );
+                    entries
+                }
                 Verdict::Resize { flag, entries } => {
                     changes.entry(flag).or_default().insert(spec.name, wanted.entries);
                     entries
                 }
                 Verdict::Refuse { difference } => {
-                    return Err(OpenError::Layout { path: pins.map(spec.name), difference });
+                    return Err(OpenError::Layout { path, difference });
                 }
             },
         };

@@ -1,5 +1,6 @@
 //! The maps and programs in the kernel, and the face they show to the rest of the agent.
 
+mod carry;
 mod cleanup;
 mod clsact;
 mod error;
@@ -9,12 +10,15 @@ mod hooks;
 mod kernel_maps;
 mod layout;
 mod load;
+mod migrate;
 pub mod node;
 mod options;
 pub mod pins;
+mod rehearsal;
 mod resize;
 pub mod test_run;
 
+pub use carry::Convert;
 pub use cleanup::cleanup;
 pub use error::{AttachError, CleanupError, OpenError};
 pub use features::Features;
@@ -23,6 +27,7 @@ pub(crate) use hooks::{device_exists, device_name, links};
 pub use kernel_maps::KernelMaps;
 pub(crate) use kernel_maps::{typed, walk};
 pub use load::{Datapath, Programs, forward_log, program_names};
+pub use migrate::{Change, Known, Layout, Step};
 pub use options::{DEFAULT_BPFFS, Options, Sizes, SocketLb, TcMode, Timeouts};
 pub use resize::Resize;
 

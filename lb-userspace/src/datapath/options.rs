@@ -10,6 +10,8 @@ use lb_common::maps::{
 };
 use lb_common::tables::Admission;
 
+use super::migrate::Layout;
+
 /// Default of `--bpffs`.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/fairlead";
 
@@ -30,6 +32,8 @@ pub struct Options {
     pub resets_removed: bool,
     /// Level of the kernel programs' log: 0 off (the verifier removes every line), 1 error to 5 trace.
     pub log_level: u8,
+    /// How the maps are laid out; another one than this build's only to rehearse upgrades.
+    pub layout: Layout,
 }
 
 impl Default for Options {
@@ -44,6 +48,7 @@ impl Default for Options {
             timeouts: Timeouts::default(),
             resets_removed: false,
             log_level: 0,
+            layout: Layout::OURS,
         }
     }
 }

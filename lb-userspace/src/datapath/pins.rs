@@ -21,6 +21,11 @@ use lb_common::maps::LAYOUT_VERSION;
 use super::error::OpenError;
 use crate::sys::mount;
 
+/// Begins the names of directories of layouts that are no more.
+const RETIRED: &str = "old-";
+/// Begins the names of directories of layouts that are not yet.
+const STAGED: &str = "new-";
+
 /// The pin directory of one agent.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Pins {
@@ -30,7 +35,12 @@ pub struct Pins {
 
 impl Pins {
     pub fn new(bpffs: &Path) -> Self {
-        Self { root: bpffs.to_owned(), version: bpffs.join(format!("v{LAYOUT_VERSION}")) }
+        Self::of_version(bpffs, LAYOUT_VERSION)
+    }
+
+    /// The pins of another layout.
+    pub fn of_version(bpffs: &Path, version: u32) -> Self {
+        Self { root: bpffs.to_owned(), version: bpffs.join(format!("v{version}")) }
     }
 
     pub fn root(&self) -> &Path {
@@ -40,6 +50,22 @@ impl Pins {
     /// The directory of this layout version.
     pub fn dir(&self) -> &Path {
         &self.version
+    }
+
+    /// Where this layout goes when another has taken its place.
+    pub fn retired(&self) -> PathBuf {
+        self.beside(RETIRED)
+    }
+
+    /// Where this layout is made ready to take the place of another.
+    #[must_use]
+    pub fn staged(&self) -> Self {
+        Self { root: self.root.clone(), version: self.beside(STAGED) }
+    }
+
+    fn beside(&self, prefix: &str) -> PathBuf {
+        let name = self.version.file_name().unwrap_or_default();
+        self.root.join(format!("{prefix}{}", name.to_string_lossy()))
     }
 
     pub fn map(&self, name: &str) -> PathBuf {
@@ -66,16 +92,14 @@ impl Pins {
         self.links().join(program)
     }
 
-    /// Makes the directories, for their owner only.
+    /// Makes the directory that all layouts are in, for its owner only.
+    pub fn create_root(&self) -> Result<(), OpenError> {
+        create(&self.root)
+    }
+
+    /// Makes the directories of this layout.
     pub fn create(&self) -> Result<(), OpenError> {
-        for path in [self.root.clone(), self.version.clone(), self.programs(), self.links()] {
-            DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(|source| OpenError::Pin {
-                action: "create directory",
-                path,
-                source,
-            })?;
-        }
-        Ok(())
+        [self.dir(), &self.programs(), &self.links()].into_iter().try_for_each(create)
     }
 
     /// Keeps other agents off the directory for as long as the lock lives. `None`: one is there.
@@ -87,6 +111,11 @@ impl Pins {
             Err(TryLockError::Error(error)) => Err(error),
         }
     }
+}
+
+fn create(path: &Path) -> Result<(), OpenError> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|source| OpenError::Pin { action: "create directory", path: path.to_owned(), source })
 }
 
 /// Holds a pin directory.
@@ -106,6 +135,17 @@ impl Drop for Lock {
 pub fn parse_device_link(name: &str) -> Option<(&str, u32)> {
     let (program, ifindex) = name.rsplit_once('-')?;
     Some((program, ifindex.parse().ok()?))
+}
+
+/// The layout version that a directory is named after.
+pub fn parse_version(name: &str) -> Option<u32> {
+    name.strip_prefix('v')?.parse().ok()
+}
+
+/// Whether a directory is what is left of a layout that is no more, or was never to be.
+pub fn is_leftover(name: &str) -> bool {
+    let name = name.strip_prefix(RETIRED).or_else(|| name.strip_prefix(STAGED));
+    name.is_some_and(|name| parse_version(name).is_some())
 }
 
 /// Makes sure that `path` is, or can be made, on a BPF file system; mounts one at its usual place if
@@ -157,6 +197,22 @@ mod tests {
         assert_eq!(path, Path::new("/x/v1/links/tc_pod_in-17"));
         assert_eq!(parse_device_link("tc_pod_in-17"), Some(("tc_pod_in", 17)));
         assert_eq!(parse_device_link("sock_connect4"), None);
+    }
+
+    #[test]
+    fn directories_of_layouts_are_told_apart() {
+        assert_eq!(
+            ["v1", "v12", "v", "w1", "old-v1"].map(parse_version),
+            [Some(1), Some(12), None, None, None]
+        );
+        let retired = Pins::of_version(Path::new("/x"), 7).retired();
+        assert_eq!(retired, Path::new("/x/old-v7"));
+        let staged = Pins::of_version(Path::new("/x"), 7).staged();
+        assert_eq!(staged.map("FLOWS4"), Path::new("/x/new-v7/FLOWS4"));
+        assert_eq!(
+            ["old-v7", "new-v7", "v7", "old-x", "new"].map(is_leftover),
+            [true, true, false, false, false]
+        );
     }
 
     #[test]

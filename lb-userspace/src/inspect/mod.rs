@@ -245,8 +245,7 @@ impl Inspector {
         for spec in &MAPS {
             maps.insert(spec.name, datapath.map_data(spec)?);
         }
-        let pins = datapath.hooks().map(|_| Pins::new(&datapath.options().bpffs));
-        Ok(Self { maps, pins })
+        Ok(Self { maps, pins: datapath.pins().cloned() })
     }
 
     /// Version of the pinned layout.

@@ -164,11 +164,12 @@ impl Addresses {
         self.node.iter().filter(is_node).any(|addr| nets.iter().any(|net| net.contains(addr)))
     }
 
-    /// All Services have been looked at. Answers the addresses of which the maps hold what nobody wants.
+    /// All Services have been looked at. Answers the addresses of which the maps do not hold what is wanted: too
+    /// much, or too little of a backend that was written just before another agent ended.
     pub(super) fn finish(&mut self) -> Vec<IpAddr> {
         self.complete = true;
-        let stale = self.held.iter().filter(|(addr, held)| self.wanted_flags(**addr) != **held);
-        stale.map(|(addr, _)| *addr).collect()
+        let wrong = |addr: &&IpAddr| self.wanted_flags(**addr) != self.held.get(addr).copied().unwrap_or(0);
+        self.held.keys().chain(self.wanted.keys()).filter(wrong).copied().collect()
     }
 
     /// What the maps hold, after this address or from the beginning.

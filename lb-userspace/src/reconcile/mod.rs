@@ -357,7 +357,7 @@ impl Reconciler {
         }
         let touched = std::mem::take(&mut steps.touched).into_iter().chain(self.addresses.finish());
         let touched: BTreeSet<IpAddr> = touched.collect();
-        // Nothing is added here that could lack room.
+        // What lacks room was told with its Service.
         self.settle_addresses(touched, &mut steps.addresses);
         self.leave_windows(left, now, &mut steps);
         for family in [Family::V4, Family::V6] {

@@ -1,3 +1,5 @@
+mod crash;
+
 use std::net::SocketAddr;
 
 use lb_common::abi::{address_flags, backend_state, service_flags};
@@ -996,24 +998,28 @@ impl LastSeen {
     }
 }
 
-/// Plays `steps`, checking after every single operation (the fake refuses whatever dangles).
-fn play(limits: Limits, steps: &[Step]) -> (World, BTreeMap<usize, Desired>, Vec<bool>) {
-    let mut world = World::new(limits);
-    let mut services: BTreeMap<usize, Desired> = BTreeMap::new();
-    let mut node = vec![];
-    let mut seen = LastSeen::default();
-    for step in steps {
-        let ops = match step {
+/// What there should be at a moment of a history.
+#[derive(Clone, Default)]
+struct Wanted {
+    services: BTreeMap<usize, Desired>,
+    /// Which of the [`node_addresses`] are there.
+    node: Vec<bool>,
+}
+
+impl Wanted {
+    /// Notes a step; answers what the reconciler makes of it.
+    fn take(&mut self, step: &Step, world: &mut World) -> Vec<Op> {
+        match step {
             Step::Set(i, desired) => {
-                services.insert(*i, desired.clone());
+                self.services.insert(*i, desired.clone());
                 world.reconciler.set_service(&name(&i.to_string()), desired.clone(), world.now).ops
             }
             Step::Remove(i) => {
-                services.remove(i);
+                self.services.remove(i);
                 world.reconciler.remove_service(&name(&i.to_string()), world.now).ops
             }
             Step::Node(which) => {
-                node.clone_from(which);
+                self.node.clone_from(which);
                 let mut ops = world.reconciler.set_node_addresses(&node_addresses(which)).0;
                 ops.extend(world.reconciler.review_sources(world.now).ops);
                 ops
@@ -1022,30 +1028,40 @@ fn play(limits: Limits, steps: &[Step]) -> (World, BTreeMap<usize, Desired>, Vec
                 world.now += Duration::from_secs(*seconds);
                 world.reconciler.expire(world.now).ops
             }
-            Step::Restart => {
-                // Whoever starts anew has taken its time.
-                world.now += GRACE;
-                world.restart();
-                for (i, desired) in &services {
-                    world.reconciler.announce(&name(&i.to_string()), desired);
-                }
-                let mut ops = world.reconciler.set_node_addresses(&node_addresses(&node)).0;
-                for (i, desired) in &services {
-                    ops.extend(
-                        world.reconciler.set_service(&name(&i.to_string()), desired.clone(), world.now).ops,
-                    );
-                }
-                ops.extend(world.reconciler.finish(world.now));
-                ops
-            }
-        };
-        for op in ops {
+            Step::Restart => self.after_restart(world),
+        }
+    }
+
+    /// A new reconciler takes over the maps and is told everything.
+    fn after_restart(&self, world: &mut World) -> Vec<Op> {
+        // Whoever starts anew has taken its time.
+        world.now += GRACE;
+        world.restart();
+        for (i, desired) in &self.services {
+            world.reconciler.announce(&name(&i.to_string()), desired);
+        }
+        let mut ops = world.reconciler.set_node_addresses(&node_addresses(&self.node)).0;
+        for (i, desired) in &self.services {
+            ops.extend(world.reconciler.set_service(&name(&i.to_string()), desired.clone(), world.now).ops);
+        }
+        ops.extend(world.reconciler.finish(world.now));
+        ops
+    }
+}
+
+/// Plays `steps`, checking after every single operation (the fake refuses whatever dangles).
+fn play(limits: Limits, steps: &[Step]) -> (World, BTreeMap<usize, Desired>, Vec<bool>) {
+    let mut world = World::new(limits);
+    let mut wanted = Wanted::default();
+    let mut seen = LastSeen::default();
+    for step in steps {
+        for op in wanted.take(step, &mut world) {
             seen.note(&world.maps.snapshot(), world.now);
             seen.check(&op, world.now);
             world.maps.apply(&[op]).unwrap();
         }
     }
-    (world, services, node)
+    (world, wanted.services, wanted.node)
 }
 
 /// The addresses as they are without backends.

@@ -600,8 +600,32 @@ struct EntryAttr {
     map_fd: u32,
     pad: u32,
     key: u64,
+    /// Of `BPF_MAP_GET_NEXT_KEY`: room for the next key.
     value: u64,
     flags: u64,
+}
+
+/// The key after `key`, in the order of the map; without one, the first.
+pub fn map_next_key_bytes(
+    map: BorrowedFd<'_>,
+    info: &MapInfo,
+    key: Option<&[u8]>,
+) -> io::Result<Option<Vec<u8>>> {
+    assert!(key.is_none_or(|key| key.len() == info.key_size as usize), "a key has the map's size");
+    let mut next = vec![0; info.key_size as usize];
+    let mut attr = EntryAttr {
+        map_fd: fd_number(map),
+        pad: 0,
+        key: key.map_or(0, |key| key.as_ptr() as u64),
+        value: next.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: both are keys of the size that the kernel tells of this map, and outlive the call.
+    match unsafe { bpf(Command::MapGetNextKey, &mut attr) } {
+        Ok(_) => Ok(Some(next)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The value of a key; not for maps with a value per CPU.
@@ -647,20 +671,14 @@ pub fn map_update_bytes(
 /// The key after the one that `cursor` stands at, and a cursor there; `None`: there are no more. If the key at the cursor
 /// is gone, the walk begins again.
 pub fn map_next_key<K: Pod>(map: BorrowedFd<'_>, cursor: Option<Cursor>) -> io::Result<Option<(K, Cursor)>> {
-    #[repr(C)]
-    struct Attr {
-        map_fd: u32,
-        pad: u32,
-        key: u64,
-        next_key: u64,
-    }
     assert!(size_of::<K>() <= size_of::<Cursor>(), "keys are at most 64 bytes");
     let mut next = Cursor([0; 64]);
-    let mut attr = Attr {
+    let mut attr = EntryAttr {
         map_fd: fd_number(map),
         pad: 0,
         key: cursor.as_ref().map_or(0, |cursor| cursor.0.as_ptr() as u64),
-        next_key: next.0.as_mut_ptr() as u64,
+        value: next.0.as_mut_ptr() as u64,
+        flags: 0,
     };
     // SAFETY: both cursors have room for a key (checked above) and outlive the call.
     match unsafe { bpf(Command::MapGetNextKey, &mut attr) } {

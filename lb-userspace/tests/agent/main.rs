@@ -190,6 +190,61 @@ fn a_killed_agent_is_not_missed_and_its_successor_repairs_what_changed() {
     });
 }
 
+/// Map operations of the agent that started last, until it was ready.
+fn operations(agent: &node::Agent) -> u32 {
+    let log = agent.log();
+    let ready = log.lines().rfind(|line| line.contains(" ready ")).unwrap();
+    ready.rsplit_once("operations=").unwrap().1.trim().parse().unwrap()
+}
+
+#[test]
+fn a_new_agent_writes_what_has_changed_and_no_more() {
+    const SERVICES: u8 = 12;
+    Node::with(|node| {
+        let text = |n: u8, pods: &[&str]| {
+            let name = format!("svc-{n}");
+            service(&name, &format!("172.30.0.{n}"), 30_000 + u16::from(n)) + &slice(&name, pods)
+        };
+        let file = |n| format!("svc-{n}.yaml");
+        for n in 1..=SERVICES {
+            node.write(&file(n), &text(n, &["10.9.0.1", &format!("10.9.1.{n}")]));
+        }
+        let agent = node.start();
+        assert!(operations(&agent) > 5 * u32::from(SERVICES), "{}", operations(&agent));
+        let before = node.read("services");
+        assert_eq!(agent.end(Signal::SIGKILL), None);
+        let agent = node.start();
+        assert_eq!(operations(&agent), 0, "nothing has changed");
+        assert_eq!(agent.end(Signal::SIGTERM), Some(0));
+
+        node.remove(&file(1));
+        node.write(&file(2), &text(2, &["10.9.0.1"]));
+        node.write("svc-13.yaml", &text(13, &["10.9.0.1"]));
+        let agent = node.start();
+        let written = operations(&agent);
+        assert!((10..30).contains(&written), "{written}");
+        let of = |services: &Value, n: u8| -> Vec<Value> {
+            let name = format!("svc-{n}");
+            services.as_array().unwrap().iter().filter(|service| service["name"] == *name).cloned().collect()
+        };
+        let after = node.read("services");
+        assert_eq!([1, 2, 13].map(|n| of(&after, n).len()), [0, 2, 2]);
+        for n in 3..=SERVICES {
+            assert_eq!(of(&after, n), of(&before, n), "nobody has touched it");
+        }
+
+        // The cluster is no more.
+        assert_eq!(agent.end(Signal::SIGKILL), None);
+        for n in 2..=SERVICES + 1 {
+            node.remove(&file(n));
+        }
+        let agent = node.start();
+        assert_eq!(node.read("services").as_array().unwrap().len(), 0);
+        eventually("no backend is left", || node.read("backends").as_array().unwrap().is_empty());
+        drop(agent);
+    });
+}
+
 #[test]
 fn what_goes_wrong_is_one_line_and_exit_status_1() {
     Node::with(|node| {

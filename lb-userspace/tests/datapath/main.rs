@@ -8,6 +8,7 @@ mod edges;
 mod inspect;
 mod kernel;
 mod maps;
+mod migrate;
 mod resize;
 mod sharing;
 mod support;

@@ -35,6 +35,8 @@ pub struct AgentOptions {
     pub clsact: bool,
     /// In a container; otherwise with everything that this process has.
     pub jail: Option<Jail>,
+    /// `FAIRLEAD_LAYOUT`: another layout of the maps, to rehearse upgrades.
+    pub layout: Option<&'static str>,
     /// More arguments.
     pub args: Vec<String>,
 }
@@ -52,6 +54,19 @@ pub struct Agent {
 impl Agent {
     /// Starts an agent on a node and waits until it is ready. `program` is the path of `fairlead`.
     pub fn start(
+        lab: &Lab,
+        node: &Node,
+        program: &Path,
+        manifests: &Manifests,
+        options: &AgentOptions,
+    ) -> Result<Self> {
+        let mut agent = Self::spawn(lab, node, program, manifests, options)?;
+        agent.wait_until_ready()?;
+        Ok(agent)
+    }
+
+    /// Starts an agent on a node.
+    pub fn spawn(
         lab: &Lab,
         node: &Node,
         program: &Path,
@@ -90,22 +105,23 @@ impl Agent {
         if options.clsact {
             command.env("FAIRLEAD_TC", "clsact");
         }
+        if let Some(layout) = options.layout {
+            command.env("FAIRLEAD_LAYOUT", layout);
+        }
         let child = {
             let _making = making();
             let child = node.ns.spawn(&mut command)?;
             lab.processes.adopt(child.id())?;
             child
         };
-        let mut agent = Self {
+        Ok(Self {
             node: node.name.clone(),
             program: program.to_owned(),
             ns: node.ns.clone(),
             pins,
             log,
             child: Some(child),
-        };
-        agent.wait_until_ready()?;
-        Ok(agent)
+        })
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {

@@ -140,7 +140,8 @@ impl Call {
                 SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
                 SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
             };
-            socket.set_reuse_address(true)?;
+            // Of UDP sockets that allow it, two may be given one port, and one of them the answers of both.
+            socket.set_reuse_address(self.from_port.is_some())?;
             socket.bind(&SocketAddr::new(any, self.from_port.unwrap_or(0)).into())?;
         }
         if self.abrupt {

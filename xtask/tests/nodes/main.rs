@@ -26,6 +26,7 @@ mod sctp;
 mod services;
 mod sharing;
 mod source_ranges;
+mod survive;
 mod takeover;
 mod tuples;
 mod udp;
