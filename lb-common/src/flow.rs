@@ -539,6 +539,7 @@ fn promote<F: Family, T: Tables<F>>(
         unsafe { (*other.as_ptr()).ack = (*old.as_ptr()).ack };
     }
     tables.put_flow(FlowTable::Established, &other_key, &other)?;
+    keep_newest::<F, T>(tables, FlowTable::Established, &other_key);
     tables.put_flow(FlowTable::Established, key, &flow)?;
     tables.remove_flow(FlowTable::Pending, &other_key);
     tables.remove_flow(FlowTable::Pending, key);
@@ -657,8 +658,19 @@ fn add_reply<F: Family, T: Tables<F>>(
     key: &FlowKey<F::Addr>,
     entry: &Cell<Flow<F::Addr>>,
 ) -> bool {
+    let reply_key = reverse_key(key, &entry.get());
     let reply = Cell::new(reverse_value(key, &entry.get()));
-    tables.add_flow(FlowTable::Pending, &reverse_key(key, &entry.get()), &reply)
+    let added = tables.add_flow(FlowTable::Pending, &reply_key, &reply);
+    keep_newest::<F, T>(tables, FlowTable::Pending, &reply_key);
+    added
+}
+
+/// Sees to it that an entry is not the next to go. The kernel's LRU first takes what nobody has looked up, be it the newest
+/// (`__bpf_lru_list_shrink_inactive` in kernel/bpf/bpf_lru_list.c): in a full table one time in 128, the second half of a flow
+/// would push out the first.
+#[inline(always)]
+fn keep_newest<F: Family, T: Tables<F>>(tables: &T, table: FlowTable, key: &FlowKey<F::Addr>) {
+    let _ = tables.flow(table, key);
 }
 
 /// A port of the reserved range. Each flow has a stride of its own, odd, so that two that meet once do not meet again at

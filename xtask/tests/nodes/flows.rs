@@ -275,7 +275,7 @@ fn connect_often(ns: &Netns, target: SocketAddr, count: u32, done: &AtomicBool) 
                             }
                             match connect_once(target) {
                                 Ok(()) => drop(fine.fetch_add(1, Ordering::Relaxed)),
-                                Err(err) => failures.push(format!("{err:#}")),
+                                Err(err) => failures.push(format!("after {:?}: {err:#}", begin.elapsed())),
                             }
                         }
                         failures
@@ -293,7 +293,9 @@ fn connect_once(target: SocketAddr) -> Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     stream.write_all(b"who\n").context("send")?;
     let mut answer = [0; 256];
-    ensure!(stream.read(&mut answer).context("receive")? > 0, "closed without an answer");
+    let from = stream.local_addr()?;
+    let read = stream.read(&mut answer).with_context(|| format!("{from}: receive"))?;
+    ensure!(read > 0, "{from}: closed without an answer");
     Ok(())
 }
 
