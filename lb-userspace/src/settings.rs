@@ -82,6 +82,13 @@ pub struct Settings {
     #[serde(deserialize_with = "one_or_many")]
     nodeport_addresses: Option<Vec<String>>,
 
+    /// Further node addresses that outside clients' connections may bear on their way to endpoints on other nodes, beside
+    /// the first of the device: those in these networks. Each is good for 16,384 connections to one endpoint
+    /// [default: none]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    source_addresses: Option<Vec<String>>,
+
     /// Networks that pods have their addresses in, here and on other nodes: they are inside of the cluster
     /// wherever their packets come from
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
@@ -323,8 +330,8 @@ pub enum Error {
     HostName(io::Error),
     #[error(transparent)]
     Network(#[from] BadNetwork),
-    #[error("--cluster-cidr: {0:?} is not a network like 10.244.0.0/16")]
-    ClusterCidr(String),
+    #[error("--{flag}: {text:?} is not a network like 10.244.0.0/16")]
+    Networks { flag: &'static str, text: String },
     #[error("--detect-local-mode={mode} and --{name} need each other")]
     LocalMode { mode: &'static str, name: &'static str },
     #[error("--device or --pod-device: {0}")]
@@ -372,6 +379,7 @@ impl Settings {
             socket_lb,
             algorithm,
             nodeport_addresses,
+            source_addresses,
             cluster_cidr,
             detect_local_mode,
             pod_bridge_interface,
@@ -448,7 +456,8 @@ impl Settings {
         if let Some(prefix) = prefix {
             rules = rules.with_pod_prefix(prefix);
         }
-        let cluster_networks = networks(self.cluster_cidr.unwrap_or_default())?;
+        let cluster_networks = networks("cluster-cidr", self.cluster_cidr)?;
+        let source_networks = networks("source-addresses", self.source_addresses)?;
         let any = SocketAddr::from(([0, 0, 0, 0], HEALTHZ_PORT));
         let loopback = SocketAddr::from(([127, 0, 0, 1], METRICS_PORT));
         Ok(Config {
@@ -496,6 +505,7 @@ impl Settings {
                 Some(Algorithm::Maglev) | None => entries::Algorithm::Maglev,
                 Some(Algorithm::Random) => entries::Algorithm::Random,
             },
+            source_networks,
             nodeport_addresses: NodePortAddresses::parse(&self.nodeport_addresses.unwrap_or_default())?,
             pod_networks: match mode {
                 DetectLocalMode::ClusterCidr => Some(cluster_networks),
@@ -526,9 +536,9 @@ fn named(
 }
 
 /// Values of `--cluster-cidr`; empty ones as kube-proxy's configurations have them.
-fn networks(values: Vec<String>) -> Result<Vec<IpNet>, Error> {
-    let values = values.into_iter().filter(|text| !text.trim().is_empty());
-    values.map(|text| parse_network(&text).ok_or(Error::ClusterCidr(text))).collect()
+fn networks(flag: &'static str, values: Option<Vec<String>>) -> Result<Vec<IpNet>, Error> {
+    let values = values.unwrap_or_default().into_iter().filter(|text| !text.trim().is_empty());
+    values.map(|text| parse_network(&text).ok_or(Error::Networks { flag, text })).collect()
 }
 
 /// As the kubelet names its Node.
@@ -586,6 +596,7 @@ mod tests {
             "--socket-lb=all",
             "--algorithm=random",
             "--nodeport-addresses=192.0.2.0/24,fd00::/8",
+            "--source-addresses=192.0.2.128/25",
             "--cluster-cidr=10.244.0.0/16,fd00:10:244::/56",
             "--detect-local-mode=NodeCIDR",
             "--pod-bridge-interface=br0",
@@ -613,7 +624,7 @@ mod tests {
         ]);
         let text = "node-name: a\nkubeconfig: /k\nmaster: http://m\ndevice: eth0,eth1\npod-device: [\"veth*\"]\n\
                     xdp: native\nsocket-lb: all\nalgorithm: random\n\
-                    nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\n\
+                    nodeport-addresses: [192.0.2.0/24, \"fd00::/8\"]\nsource-addresses: 192.0.2.128/25\n\
                     cluster-cidr: \"10.244.0.0/16,fd00:10:244::/56\"\ndetect-local-mode: NodeCIDR\n\
                     pod-bridge-interface: br0\npod-interface-name-prefix: tap\nmasquerade-all: true\ntakeover: true\ndrain: false\nhealthz-bind-address: 127.0.0.1:1\n\
                     metrics-bind-address: 127.0.0.1:2\n\

@@ -96,7 +96,9 @@ pub fn status(to: &mut To<'_>) -> Result<()> {
     let mut edges = Table::new(["EXTERNAL EDGE", "IPV4 SOURCE", "IPV6 SOURCE", "XDP REDIRECT"]);
     for edge in &status.edges {
         let transmit = if edge.xdp_transmit { "yes" } else { "no" };
-        edges.row([edge.device.clone(), source(edge.source4), source(edge.source6), transmit.into()]);
+        let sources4 = edge_sources(edge.source4, edge.more_sources4);
+        let sources6 = edge_sources(edge.source6, edge.more_sources6);
+        edges.row([edge.device.clone(), sources4, sources6, transmit.into()]);
     }
     edges.print(&mut to.out)?;
     writeln!(to.out)?;
@@ -138,8 +140,12 @@ fn warnings(maps: &[MapView]) -> Vec<String> {
         .collect()
 }
 
-fn source(addr: IpAddr) -> String {
-    if addr.is_unspecified() { "-".into() } else { addr.to_string() }
+fn edge_sources(first: IpAddr, more: u16) -> String {
+    match (first.is_unspecified(), more) {
+        (true, _) => "-".into(),
+        (false, 0) => first.to_string(),
+        (false, more) => format!("{first} and {more} more"),
+    }
 }
 
 /// Who holds the lock on the pin directory, as the kernel lists locks: asking by locking would turn away an

@@ -15,7 +15,7 @@ const NOT_SHOWN: &str = "not shown yet";
 const NOT_OURS: &str = "not ours: ";
 
 /// Rules that no test shows yet: this list becomes shorter, never longer.
-const NOT_SHOWN_YET: [usize; 1] = [153];
+const NOT_SHOWN_YET: [usize; 0] = [];
 
 /// A row of the table.
 struct Row {

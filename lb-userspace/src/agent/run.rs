@@ -47,6 +47,8 @@ pub struct Config {
     pub xdp: XdpMode,
     pub algorithm: Algorithm,
     pub nodeport_addresses: NodePortAddresses,
+    /// `--source-addresses`.
+    pub source_networks: Vec<IpNet>,
     /// `--cluster-cidr`; none: those that the Node object names (`--detect-local-mode=NodeCIDR`).
     pub pod_networks: Option<Vec<IpNet>>,
     /// `--map-check-period`; zero: never.
@@ -152,6 +154,8 @@ fn attach(config: &Config, datapath: &Datapath, metrics: &Metrics) -> Result<Edg
         masquerade_all: datapath.options().masquerade_all,
         hooks: hooks()?,
         map: datapath.edges_map()?,
+        sources: datapath.edge_sources_map()?,
+        source_networks: config.source_networks.clone(),
         rules: config.rules.clone(),
         xdp: config.xdp,
         sockets,

@@ -10,9 +10,9 @@ use std::thread;
 
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{Program, ProgramError};
-use aya::{Btf, Ebpf, EbpfLoader};
+use aya::{Btf, Ebpf, EbpfLoader, Pod};
 use aya_log::EbpfLogger;
-use lb_common::abi::Edge;
+use lb_common::abi::{Edge, EdgeSourceKey};
 use lb_common::flow::State;
 use lb_common::maps::{MAPS, MapSpec, globals, programs};
 
@@ -115,10 +115,18 @@ impl Datapath {
 
     /// The map of external edges, for [`crate::edges`].
     pub fn edges_map(&self) -> Result<HashMap<MapData, u32, Edge>, OpenError> {
-        const NAME: &str = "EDGES";
-        let spec = MAPS.iter().find(|spec| spec.name == NAME);
-        let data = self.map_data(spec.ok_or(OpenError::Missing { kind: "map", name: NAME })?)?;
-        Map::from_map_data(data).and_then(HashMap::try_from).map_err(|error| map_error(NAME, error))
+        self.hash_map("EDGES")
+    }
+
+    /// The map of their further sources.
+    pub fn edge_sources_map(&self) -> Result<HashMap<MapData, EdgeSourceKey, Edge>, OpenError> {
+        self.hash_map("EDGE_SOURCES")
+    }
+
+    fn hash_map<K: Pod, V: Pod>(&self, name: &'static str) -> Result<HashMap<MapData, K, V>, OpenError> {
+        let spec = MAPS.iter().find(|spec| spec.name == name);
+        let data = self.map_data(spec.ok_or(OpenError::Missing { kind: "map", name })?)?;
+        Map::from_map_data(data).and_then(HashMap::try_from).map_err(|error| map_error(name, error))
     }
 
     /// A handle of its own on a map.

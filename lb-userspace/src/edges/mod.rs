@@ -9,6 +9,8 @@
 mod check;
 mod classify;
 mod dump;
+mod mirror;
+mod sources;
 mod survey;
 mod xdp_features;
 
@@ -22,7 +24,8 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, MapData};
 use futures::StreamExt;
-use lb_common::abi::{self, Addr4, Addr6, edge_flags};
+use ipnet::IpNet;
+use lb_common::abi::{self, Addr4, Addr6, EdgeSourceKey, edge_flags};
 use lb_common::maps::MAX_EDGES;
 use nix::time::{ClockId, clock_gettime};
 use rtnetlink::MulticastGroup;
@@ -35,6 +38,8 @@ pub use survey::{Surveyed, survey};
 
 use self::check::Doubts;
 use self::classify::ways_to_pods;
+use self::mirror::Mirror;
+use self::sources::further_sources;
 use self::xdp_features::{Netdev, XdpFeatures};
 use crate::datapath::node::StateFile;
 use crate::datapath::{AttachError, Hooks, Place, XdpKind, device_exists};
@@ -60,6 +65,10 @@ pub struct Config {
     pub hooks: Hooks,
     /// The map `EDGES`.
     pub map: HashMap<MapData, u32, abi::Edge>,
+    /// The map `EDGE_SOURCES`.
+    pub sources: HashMap<MapData, EdgeSourceKey, abi::Edge>,
+    /// `--source-addresses`.
+    pub source_networks: Vec<IpNet>,
     pub rules: Rules,
     pub xdp: XdpMode,
     /// `--masquerade-all`: the map has the ways to pods, too.
@@ -161,7 +170,9 @@ async fn follow(
     tokio::spawn(requests);
     let mut follower = Follower {
         hooks: config.hooks,
-        map: config.map,
+        map: Mirror::new("EDGES", config.map),
+        sources: Mirror::new("EDGE_SOURCES", config.sources),
+        source_networks: config.source_networks,
         rules: config.rules,
         xdp: config.xdp,
         masquerade_all: config.masquerade_all,
@@ -176,7 +187,6 @@ async fn follow(
         netdev: Netdev::open()
             .inspect_err(|error| tracing::debug!(%error, "the kernel does not tell XDP features (6.3)"))
             .ok(),
-        written: None,
         swept: false,
         told_before: BTreeSet::new(),
         told: BTreeMap::new(),
@@ -213,7 +223,10 @@ async fn follow(
                 Some((message, _)) => follower.doubts.heed(&message),
                 None => return Err(io::Error::other("the netlink socket was closed")),
             },
-            () = tokio::time::sleep(PERIOD) => {}
+            () = tokio::time::sleep(PERIOD) => {
+                follower.map.look();
+                follower.sources.look();
+            }
         }
     }
 }
@@ -225,7 +238,9 @@ fn cpu_time() -> Duration {
 
 struct Follower {
     hooks: Hooks,
-    map: HashMap<MapData, u32, abi::Edge>,
+    map: Mirror<u32, abi::Edge>,
+    sources: Mirror<EdgeSourceKey, abi::Edge>,
+    source_networks: Vec<IpNet>,
     rules: Rules,
     xdp: XdpMode,
     masquerade_all: bool,
@@ -243,8 +258,6 @@ struct Follower {
     doubts: Doubts,
     /// Who knows the drivers' XDP features; `None`: the kernel does not tell.
     netdev: Option<Netdev>,
-    /// What stands in the map; `None`: not read yet.
-    written: Option<BTreeMap<u32, abi::Edge>>,
     /// What predecessors left behind is gone.
     swept: bool,
     /// Programs before ours that were logged.
@@ -271,7 +284,7 @@ impl Follower {
     async fn settle(&mut self, devices: &[Device]) -> View {
         let roles = classify(devices, &self.rules);
         let mut wanted = BTreeSet::new();
-        let mut entries = BTreeMap::new();
+        let (mut entries, mut sources) = (BTreeMap::new(), BTreeMap::new());
         let mut unserved = BTreeSet::new();
         let mut edges = Vec::new();
         for device in devices {
@@ -283,9 +296,12 @@ impl Follower {
                     let stays = self.attached.keys().filter(|(ifindex, _)| *ifindex == device.ifindex);
                     let before = wanted.len();
                     wanted.extend(stays);
-                    let entry = self.written.as_ref().and_then(|written| written.get(&device.ifindex));
-                    let entry = entry.filter(|_| wanted.len() > before);
-                    entries.extend(entry.map(|entry| (device.ifindex, *entry)));
+                    let entry = self.map.get(&device.ifindex).filter(|_| wanted.len() > before);
+                    entries.extend(entry.map(|entry| (device.ifindex, entry)));
+                    let indices = 0..entry.map_or(0, |entry: abi::Edge| entry.sources4.max(entry.sources6));
+                    for key in indices.map(|n| EdgeSourceKey { ifindex: device.ifindex, index: n.into() }) {
+                        sources.extend(self.sources.get(&key).map(|source| (key, source)));
+                    }
                 }
                 Role::None(_) => {}
                 Role::Pod => {
@@ -304,7 +320,11 @@ impl Follower {
                     if xdp_transmits(xdp, device, features) {
                         flags |= edge_flags::XDP_TRANSMIT;
                     }
-                    entries.insert(device.ifindex, edge_entry(addr4, addr6, flags));
+                    let further = further_sources(device, addr4, addr6, &self.source_networks);
+                    let mut entry = edge_entry(addr4, addr6, flags);
+                    (entry.sources4, entry.sources6) = further.counts();
+                    sources.extend(further.entries(device.ifindex));
+                    entries.insert(device.ifindex, entry);
                     edges.push(self.edge_view(device, "external", xdp, tc_note.or(xdp_note)));
                 }
             }
@@ -318,12 +338,16 @@ impl Follower {
         // tc believes in XDP for as long as it is there.
         let mut until_detached = entries.clone();
         for (ifindex, entry) in &mut until_detached {
-            let before = self.written().get(ifindex).map_or(0, |entry| entry.flags);
+            let before = self.map.get(ifindex).map_or(0, |entry| entry.flags);
             entry.flags |= before & edge_flags::XDP_FIRST;
         }
-        self.write_map(&until_detached);
+        // An edge counts its further sources: they come before it, and go after it.
+        self.sources.extend(&sources);
+        self.map.extend(&until_detached);
+        self.map.retain(&until_detached);
         self.detach_all_but(&wanted).await;
-        self.write_map(&entries);
+        self.map.extend(&entries);
+        self.sources.retain(&sources);
         self.failures.retain(|(ifindex, _), _| roles.contains_key(ifindex));
         self.told.retain(|ifindex, _| roles.contains_key(ifindex));
         View { addresses: local_addresses(devices), edges }
@@ -486,38 +510,9 @@ impl Follower {
 
     /// Before XDP translates the first packet, tc must know that it comes second.
     fn announce_xdp(&mut self, ifindex: u32, entry: abi::Edge) {
-        let mut entry = self.written().get(&ifindex).copied().unwrap_or(entry);
+        let mut entry = self.map.get(&ifindex).unwrap_or(entry);
         entry.flags |= edge_flags::XDP_FIRST;
-        self.write_edge(ifindex, entry);
-    }
-
-    /// What stands in the map.
-    fn written(&mut self) -> &mut BTreeMap<u32, abi::Edge> {
-        self.written.get_or_insert_with(|| self.map.iter().filter_map(Result::ok).collect())
-    }
-
-    fn write_map(&mut self, entries: &BTreeMap<u32, abi::Edge>) {
-        for (ifindex, entry) in entries {
-            self.write_edge(*ifindex, *entry);
-        }
-        let stale: Vec<u32> =
-            self.written().keys().filter(|ifindex| !entries.contains_key(ifindex)).copied().collect();
-        for ifindex in stale {
-            match self.map.remove(&ifindex) {
-                Ok(()) | Err(aya::maps::MapError::KeyNotFound) => drop(self.written().remove(&ifindex)),
-                Err(error) => tracing::warn!(ifindex, %error, "map EDGES"),
-            }
-        }
-    }
-
-    fn write_edge(&mut self, ifindex: u32, entry: abi::Edge) {
-        if self.written().get(&ifindex) == Some(&entry) {
-            return;
-        }
-        match self.map.insert(ifindex, entry, 0) {
-            Ok(()) => drop(self.written().insert(ifindex, entry)),
-            Err(error) => tracing::warn!(ifindex, %error, "map EDGES"),
-        }
+        self.map.set(ifindex, entry);
     }
 
     fn edge_view(

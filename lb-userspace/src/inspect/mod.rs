@@ -189,6 +189,10 @@ pub struct EdgeView {
     pub source4: IpAddr,
     /// Source of IPv6 packets sent on through it; `::`: none.
     pub source6: IpAddr,
+    /// Further IPv4 sources (`--source-addresses`).
+    pub more_sources4: u16,
+    /// Further IPv6 sources.
+    pub more_sources6: u16,
     /// XDP may redirect packets to it.
     pub xdp_transmit: bool,
 }
@@ -351,6 +355,8 @@ impl Inspector {
                 device: device_name(ifindex),
                 source4: edge.addr4.octets.into(),
                 source6: edge.addr6.octets.into(),
+                more_sources4: edge.sources4,
+                more_sources6: edge.sources6,
                 xdp_transmit: edge.flags & edge_flags::XDP_TRANSMIT != 0,
             });
         })?;

@@ -41,6 +41,8 @@ pub(crate) fn start_on(
         masquerade_all: false,
         hooks: datapath.hooks().unwrap(),
         map: datapath.edges_map().unwrap(),
+        sources: datapath.edge_sources_map().unwrap(),
+        source_networks: vec![],
         rules: Rules::new(&devices, &[]).unwrap(),
         xdp,
         sockets,
@@ -159,6 +161,20 @@ fn addresses_are_followed() {
         agent.settle_on(&[]);
         eventually("the entry is gone", || agent.entries().is_empty());
         assert_eq!(links(&bpffs), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn an_edge_that_somebody_deletes_comes_back() {
+    in_new_netns(|| {
+        let bpffs = TempBpffs::new();
+        uplink();
+        let mut agent = start(&bpffs, TcMode::Auto, &["eth0"], XdpMode::Off);
+        agent.settle_on(&["eth0 external"]);
+        let before = agent.entries();
+        agent.map.remove(&100).unwrap();
+        agent.map.insert(999, before[&100], 0).unwrap();
+        eventually("the edge comes back, and the strange one goes", || agent.entries() == before);
     });
 }
 

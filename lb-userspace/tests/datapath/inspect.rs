@@ -133,7 +133,7 @@ fn everything_is_read_from_pins_alone() {
         assert_eq!(inspector.programs().unwrap().len(), 13);
         let fill = inspector.fill().unwrap();
         let pending = fill.iter().find(|map| map.map == "PENDING4").unwrap();
-        assert_eq!((pending.entries, pending.max_entries), (2, 128));
+        assert_eq!((pending.entries, pending.max_entries), (2, 4096));
         assert_eq!(inspector.edges().unwrap(), []);
         assert_eq!(inspector.sockets().unwrap(), []);
     });

@@ -1,13 +1,13 @@
 //! One client port, many ways to one backend, all at the same time: every connection carries its own bytes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Result, ensure};
 use xtask::lab::client::OpenCall;
-use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Pod, Protocol, Xdp};
+use xtask::lab::{AgentOptions, Call, Caller, Family, Outcome, Pod, Protocol, Xdp, eventually};
 
 use crate::cells::Frontend;
-use crate::world::{Findings, SILENCE, TARGET_PORT, World, balanced, options};
+use crate::world::{Findings, SILENCE, SOON, TARGET_PORT, World, balanced, options};
 
 /// How often each connection exchanges its bytes while all of them are open.
 const ROUNDS: usize = 3;
@@ -124,4 +124,54 @@ fn a_bound_port_of_a_process_meets_a_backend_once() -> Result<()> {
         ensure!(first.again()? == outcome);
     }
     Ok(())
+}
+
+/// Rule 153: with further addresses of the device as sources there is room for more connections to one backend.
+fn connections_are_spread_over_further_addresses(xdp: Xdp) -> Result<()> {
+    const CONNECTIONS: usize = 48;
+    let args = ["--source-addresses=192.0.2.0/24,2001:db8::/64".to_owned()].to_vec();
+    let world = World::with_services(AgentOptions { xdp, args, ..options() }, |world| {
+        vec![balanced(1, [&world.b1])]
+    })?;
+    let (node, outside) = (world.node_a(), &world.lab().outside);
+    let further: Vec<IpAddr> = (70..73)
+        .flat_map(|n| [IpAddr::from([192, 0, 2, n]), format!("2001:db8::{n}").parse().expect("an address")])
+        .collect();
+    for addr in &further {
+        let (len, more) = if addr.is_ipv4() { (24, "") } else { (64, " nodad") };
+        node.ns.ip(&format!("addr add {addr}/{len} dev eth0{more}\n"))?;
+    }
+    for family in Family::ALL {
+        let target = Frontend::NodePort(node).target(1, family);
+        let own = node.at(family, 0).ip();
+        eventually(SOON, || {
+            let mut open = Vec::new();
+            for _ in 0..CONNECTIONS {
+                open.push(outside.open(Call::tcp(target))?);
+            }
+            let mut sources: Vec<IpAddr> =
+                open.iter().filter_map(|(_, first)| Some(first.seen_as()?.ip())).collect();
+            sources.sort_unstable();
+            sources.dedup();
+            let of_family = further.iter().filter(|addr| addr.is_ipv4() == own.is_ipv4()).copied();
+            let mut expected: Vec<IpAddr> = of_family.chain([own]).collect();
+            expected.sort_unstable();
+            ensure!(sources == expected, "{target}: backends saw {sources:?} of {expected:?}");
+            for (call, first) in &open {
+                ensure!(call.again()? == *first, "{target}: {first}");
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_are_spread_over_further_addresses_by_xdp() -> Result<()> {
+    connections_are_spread_over_further_addresses(Xdp::Native)
+}
+
+#[test]
+fn connections_are_spread_over_further_addresses_by_tc() -> Result<()> {
+    connections_are_spread_over_further_addresses(Xdp::Off)
 }
