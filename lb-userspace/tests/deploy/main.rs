@@ -1,8 +1,10 @@
-//! The manifests in `deploy/` say what Kubernetes understands and the agent takes.
+//! The manifests in `deploy/` say what Kubernetes understands and the agent takes, and so do alerts and dashboard.
 
 mod kinds;
 mod kustomize;
+mod monitoring;
 mod overlays;
+mod promql;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -45,6 +47,10 @@ fn overlay(name: &str) -> Vec<Value> {
     kustomize::build(&deploy().join("overlays").join(name))
 }
 
+fn with_monitoring() -> Vec<Value> {
+    kustomize::build_onto(&deploy().join("components/monitoring"), base())
+}
+
 fn one<'a>(objects: &'a [Value], kind: &str) -> &'a Value {
     objects.iter().find(|object| object["kind"] == kind).unwrap_or_else(|| panic!("no {kind}"))
 }
@@ -85,6 +91,7 @@ fn manifests_have_no_field_that_kubernetes_does_not_know() {
     let objects = base();
     kinds::check_all(&objects);
     assert_eq!(objects.len(), 4);
+    kinds::check_all(&with_monitoring());
 }
 
 /// What the kernel is asked for, docs/security.md explains and the DaemonSet gives.
