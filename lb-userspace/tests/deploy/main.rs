@@ -1,5 +1,7 @@
 //! The manifests in `deploy/` say what Kubernetes understands and the agent takes, and so do alerts and dashboard.
 
+mod chart;
+mod helm;
 mod kinds;
 mod kustomize;
 mod monitoring;
