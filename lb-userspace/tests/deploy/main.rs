@@ -1,4 +1,4 @@
-//! The manifests in `deploy/` say what Kubernetes understands and the agent takes, and so do alerts and dashboard.
+//! The manifests in `deploy/` say what Kubernetes understands and the agent takes, and the pages about them are true.
 
 mod chart;
 mod helm;
@@ -6,6 +6,7 @@ mod kinds;
 mod kustomize;
 mod monitoring;
 mod overlays;
+mod pages;
 mod promql;
 
 use std::fs;
