@@ -50,8 +50,10 @@ fn overlay(name: &str) -> Vec<Value> {
     kustomize::build(&deploy().join("overlays").join(name))
 }
 
+/// The base with all components.
 fn with_monitoring() -> Vec<Value> {
-    kustomize::build_onto(&deploy().join("components/monitoring"), base())
+    let components = ["monitoring", "network-policy"].map(|name| deploy().join("components").join(name));
+    components.iter().fold(base(), |objects, component| kustomize::build_onto(component, objects))
 }
 
 fn one<'a>(objects: &'a [Value], kind: &str) -> &'a Value {
