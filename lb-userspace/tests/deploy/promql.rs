@@ -3,8 +3,9 @@
 use std::iter::Peekable;
 use std::str::Chars;
 
-const FUNCTIONS: [&str; 9] =
-    ["absent", "changes", "count", "histogram_quantile", "increase", "max", "rate", "sum", "topk"];
+const FUNCTIONS: [&str; 10] =
+    ["absent", "changes", "count", "histogram_quantile", "increase", "max", "rate", "sum", "time", "topk"];
+const OPERATORS: [&str; 1] = ["and"];
 const GROUPINGS: [&str; 3] = ["by", "group_left", "on"];
 
 #[derive(Debug, Default)]
@@ -36,7 +37,7 @@ impl Query {
                 '(' => open += 1,
                 ')' => open = open.checked_sub(1).ok_or("a bracket that nothing opens")?,
                 '[' => range(&mut rest)?,
-                ' ' | ',' | '.' | '=' | '<' | '>' | '/' | '0'..='9' => {}
+                ' ' | ',' | '.' | '=' | '<' | '>' | '/' | '-' | '0'..='9' => {}
                 c => return Err(format!("{c} is not expected")),
             }
         }
@@ -51,7 +52,7 @@ impl Query {
                 rest.next();
                 self.grouped.extend(until(rest, ')')?.split(',').map(|label| label.trim().to_owned()));
             }
-        } else if !FUNCTIONS.contains(&word) {
+        } else if !FUNCTIONS.contains(&word) && !OPERATORS.contains(&word) {
             if bracket {
                 return Err(format!("{word} is no function that is known here"));
             }
