@@ -58,6 +58,12 @@ fn privileged_is_the_privileged_overlay() {
 }
 
 #[test]
+fn beside_kube_proxy_is_the_overlay_of_that_name() {
+    let given = json!({ "besideKubeProxy": true, "extraArgs": ["--takeover"] });
+    assert_same(render(&given), overlay("beside-kube-proxy"));
+}
+
+#[test]
 fn an_api_server_is_what_overlays_have() {
     let mut objects = render(&json!({ "apiServer": { "host": "127.0.0.1", "port": 6444 } }));
     let set = objects.iter_mut().find(|object| object["kind"] == "DaemonSet").expect("a DaemonSet");

@@ -84,6 +84,11 @@ fn check_start(objects: &[Value]) {
     }
     let uses = container.args.iter().flatten().any(|arg| arg.contains("$(HOST_IP)"));
     assert_eq!(container.env.iter().flatten().any(|env| env.name == "HOST_IP"), uses);
+    // The kubelet asks where the agent answers.
+    let port = container.ports.iter().flatten().find(|port| port.name.as_deref() == Some("healthz"));
+    let port = port.map(|port| port.container_port).expect("a port");
+    let told = container.args.iter().flatten().find_map(|arg| arg.strip_prefix("--healthz-bind-address="));
+    assert!(told.unwrap_or("0.0.0.0:10256").ends_with(&format!(":{port}")), "{told:?}, and {port} is asked");
     let volumes = pod.volumes.expect("volumes");
     let mounts = container.volume_mounts.clone().expect("mounts");
     let known = |name: &str| volumes.iter().any(|volume| volume.name == name);

@@ -9,7 +9,11 @@ use serde_json::{Value, json};
 use super::kustomize::merge;
 use super::{base, check_start, deploy, documents, kinds, one, overlay, pod_of};
 
-const ALL: [&str; 7] = ["dual-stack", "eks", "gke", "k3s", "kind", "kubeadm", "privileged"];
+const ALL: [&str; 9] =
+    ["beside-kube-proxy", "drain", "dual-stack", "eks", "gke", "k3s", "kind", "kubeadm", "privileged"];
+/// Of `components/other-ports`.
+const OTHER_PORTS: [&str; 2] =
+    ["--healthz-bind-address=0.0.0.0:10266", "--metrics-bind-address=127.0.0.1:10269"];
 
 fn args(objects: &[Value]) -> Vec<String> {
     pod_of(objects).containers[0].args.clone().expect("arguments")
@@ -46,7 +50,9 @@ fn overlays_add_these_flags() {
             &["--healthz-bind-address=[::]:10256", "--cluster-cidr=10.244.0.0/16,fd00:10:244::/56"][..],
         ),
         ("eks", &["--device=eth*,ens*", "--pod-device=eni*"]),
-        ("gke", &["--device=eth0,ens*", "--pod-device=gke*,veth*"]),
+        ("gke", &[OTHER_PORTS[0], OTHER_PORTS[1], "--device=eth0,ens*", "--pod-device=gke*,veth*"]),
+        ("beside-kube-proxy", &[OTHER_PORTS[0], OTHER_PORTS[1], "--takeover"]),
+        ("drain", &[OTHER_PORTS[0], OTHER_PORTS[1], "--drain"]),
         ("k3s", &[]),
         ("kind", &["--max-flows=65536", "--max-services=8192", "--max-backends=32768"]),
         ("kubeadm", &["--takeover"]),
