@@ -523,7 +523,8 @@ fn networks(values: Vec<String>) -> Result<Vec<IpNet>, Error> {
 }
 
 /// As the kubelet names its Node.
-fn host_name() -> io::Result<String> {
+/// Name of this node, if nobody gives it another.
+pub fn host_name() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_lowercase())
 }
 
