@@ -32,9 +32,18 @@ pub(super) fn compiled(owner: &Owner, objects: &Objects, node: &NodeFacts) -> (C
     }
 }
 
-/// Why an address may be unknown.
-pub(super) fn elsewhere(addr: IpAddr, node: &NodeFacts) -> String {
-    format!("; {addr} is not known as an address of node {} (--node-name names another)", node.name)
+/// Whose an address is that no frontend has.
+pub(super) fn whose(addr: IpAddr, objects: &Objects, node: &NodeFacts) -> String {
+    if let Some(service) = objects.proxied_at(addr) {
+        return format!("; the load balancer of Service {service} has {addr} for itself (ipMode Proxy)");
+    }
+    match objects.pod_at(addr) {
+        _ if node.has(addr) => format!("; {addr} is an address of node {}", node.name),
+        Some(pod) => format!("; {addr} is the address of Pod {}, and nothing is translated", pod.name),
+        None => {
+            format!("; {addr} is not known as an address of node {} (--node-name names another)", node.name)
+        }
+    }
 }
 
 impl Claims {

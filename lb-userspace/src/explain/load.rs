@@ -89,6 +89,7 @@ pub async fn load(subject: &Subject, namespace: &str, source: &Source) -> Result
     let source = Source { node_name: Some(kept.identity.node), ..source.clone() };
     let mut loaded = found.finish(subject, &source, format!("what the agent kept at {saved}"), true)?;
     loaded.is_here = true;
+    loaded.node.addresses.extend(own_addresses());
     Ok(loaded)
 }
 

@@ -163,6 +163,10 @@ impl Case<'_> {
                 .collect()
         };
         let everywhere = self.objects.pods.iter().flat_map(|pods| pods.values());
+        let own = |pod: &&Pod| pod.name.namespace == self.service.model.name.namespace;
+        if everywhere.clone().filter(own).any(|pod| pod.is_selected(selector)) {
+            return "; those that match have ended, or are being deleted".into();
+        }
         if let Some(pod) = everywhere.filter(|pod| !pod.over).find(|pod| pod.is_selected(selector)) {
             return format!("; Pod {} does, but a Service selects in its own namespace only", pod.name);
         }

@@ -356,8 +356,8 @@ pub fn owner(
         Subject::Address(at, protocol) => {
             let claims = claims::Claims::of(objects, node);
             claims.owner(*at, *protocol, node).ok_or_else(|| {
-                let own = if node.has(at.ip()) { String::new() } else { claims::elsewhere(at.ip(), node) };
-                Error::NobodyHas { at: at.to_string(), hint: own }
+                let hint = claims::whose(at.ip(), objects, node);
+                Error::NobodyHas { at: at.to_string(), hint }
             })
         }
     }

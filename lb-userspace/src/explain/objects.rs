@@ -182,9 +182,19 @@ impl Objects {
         pods.filter(move |pod| *pod.name.namespace == *namespace && !pod.over)
     }
 
-    /// The Pod that has an address.
+    /// The Pod that has an address; one that is over may have had it before another.
     pub fn pod_at(&self, addr: IpAddr) -> Option<&Pod> {
-        self.pods.iter().flat_map(BTreeMap::values).find(|pod| !pod.over && pod.addrs.contains(&addr))
+        let pods = self.pods.iter().flat_map(BTreeMap::values);
+        pods.filter(|pod| pod.addrs.contains(&addr)).min_by_key(|pod| pod.over)
+    }
+
+    /// A Service of which a load balancer has this address for itself (`ipMode: Proxy`).
+    pub fn proxied_at(&self, addr: IpAddr) -> Option<&ServiceName> {
+        let has = |service: &Service| {
+            let ingress = service.written.iter().flat_map(|written| &written.ingress);
+            ingress.clone().any(|(at, mode)| mode == "Proxy" && at.parse() == Ok(addr))
+        };
+        self.services.iter().find(|(_, service)| has(service)).map(|(name, _)| name)
     }
 
     fn add_service(&mut self, object: core::Service) {

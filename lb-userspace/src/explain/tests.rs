@@ -143,7 +143,8 @@ fn a_selector_that_matches_nothing() {
     let said = only_text(&text, "error selector-matches-nothing spec.selector");
     assert!(said.contains("Pod other/web-1 does, but"), "{said}");
     let text = with("  status: {podIP: 10.1", "  status: {phase: Succeeded, podIP: 10.1");
-    only_text(&text, "error selector-matches-nothing spec.selector");
+    let said = only_text(&text, "error selector-matches-nothing spec.selector");
+    assert!(said.ends_with("those that match have ended, or are being deleted"), "{said}");
 }
 
 #[test]
@@ -360,6 +361,14 @@ fn whose_address_and_port_it_is() {
         assert_eq!(found(&explanation), ["error port-not-served spec.ports"], "{at}");
         assert!(explanation.findings[0].text.ends_with("its ports are 80/TCP"), "{:?}", explanation.findings);
     }
+    // Addresses that no frontend has.
+    let error = |at, text: &str| explained_on("node-a", at, text).unwrap_err().to_string();
+    assert!(error("10.1.0.1:8080", WELL).contains("is the address of Pod shop/web-1"));
+    assert!(error("192.0.2.2:8080", WELL).contains("is an address of node node-a"));
+    let proxied = with("ipMode: VIP", "ipMode: Proxy");
+    assert!(
+        error("192.0.2.50:80", &proxied).contains("the load balancer of Service shop/web has 192.0.2.50")
+    );
     // A NodePort of another node's address, and nobody's address.
     for at in ["192.0.2.3:30080", "203.0.113.1:80"] {
         let error = explained_on("node-a", at, WELL).unwrap_err().to_string();
