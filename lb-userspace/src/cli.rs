@@ -10,6 +10,9 @@ use nix::sys::stat::{Mode, umask};
 use crate::check::{self, State};
 use crate::datapath::{self, DEFAULT_BPFFS};
 use crate::edges::Rules;
+use crate::explain::load::{self, Source};
+use crate::explain::{Subject, explain, programmed};
+use crate::inspect::{InspectError, Inspector};
 use crate::settings::Settings;
 use crate::{agent, kept, kube_proxy, logging, show};
 
@@ -33,6 +36,9 @@ enum Command {
     Backends(Backends),
     /// Translated connections, both directions
     Flows(Read),
+    /// Why a Service, or an address and port, answers or does not, and what to change
+    #[command(after_help = EXPLAIN_EXAMPLES)]
+    Explain(Box<Explain>),
     /// Looks at whether this node can run the agent, and who else is on its hooks; changes nothing
     Check(Check),
     /// Removes every program, link, map and setting that the agent made on this node
@@ -64,6 +70,45 @@ struct Backends {
     /// Also ids that are not in use
     #[arg(long)]
     all: bool,
+}
+
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  fairlead explain svc/web -n shop                     ask the API server
+  fairlead explain 192.0.2.10:30080 -o json            who has this port of a node
+  fairlead explain [fd00::1]:53/UDP
+  fairlead explain svc/web --manifests /etc/services   no API server
+  kubectl get svc,endpointslices,pods,nodes -o yaml | fairlead explain svc/web -f -";
+
+/// Needs no agent.
+#[derive(Args)]
+struct Explain {
+    /// svc/NAME, or ADDRESS:PORT[/PROTO]
+    #[arg(value_name = "SUBJECT")]
+    subject: Subject,
+    /// Namespace of the Service
+    #[arg(short, long, value_name = "NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// Objects as `kubectl get -o yaml` (or json) prints them, `-` for standard input, in place of the API server
+    #[arg(short, long = "file", value_name = "FILE", value_delimiter = ',', conflicts_with_all = ["manifests", "master"])]
+    files: Vec<PathBuf>,
+    /// As of `fairlead run`
+    #[arg(long, value_name = "DIR", conflicts_with = "master")]
+    manifests: Option<PathBuf>,
+    /// As of `fairlead run`
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// As of `fairlead run`
+    #[arg(long, value_name = "URL")]
+    master: Option<String>,
+    /// Whose view it is [default: the node that has ADDRESS, else this one]
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node_name: Option<String>,
+    /// What the agent kept, for when the API server cannot be asked [default: as of `fairlead run`]
+    #[arg(long, value_name = "FILE")]
+    state_file: Option<PathBuf>,
+    #[command(flatten)]
+    read: Read,
 }
 
 #[derive(Args)]
@@ -119,6 +164,7 @@ impl Cli {
             Command::Services(read) => read.show(show::services),
             Command::Backends(Backends { read, all }) => read.show(|to| show::backends(to, all)),
             Command::Flows(read) => read.show(show::flows),
+            Command::Explain(explain) => explain.run(),
             Command::Check(check) => check.run(),
             Command::Cleanup(cleanup) => cleanup.run(),
         }
@@ -156,6 +202,38 @@ impl Read {
             Err(error) if is_broken_pipe(&error) => Ok(()),
             outcome => outcome,
         }
+    }
+}
+
+impl Explain {
+    fn run(self) -> Result<()> {
+        let bpffs = &self.read.pins.bpffs;
+        load::check_name(&self.namespace)?;
+        if let Subject::Service(name) = &self.subject {
+            load::check_name(name)?;
+        }
+        let source = Source {
+            files: self.files,
+            manifests: self.manifests,
+            kubeconfig: self.kubeconfig.filter(|path| !path.as_os_str().is_empty()),
+            master: self.master.filter(|url| !url.is_empty()),
+            state_file: self.state_file.unwrap_or_else(|| kept::default_path(bpffs)),
+            node_name: self.node_name.map(|name| name.trim().to_lowercase()).filter(|name| !name.is_empty()),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.context("cannot start the runtime")?;
+        let loaded = runtime.block_on(load::load(&self.subject, &self.namespace, &source))?;
+        let mut explanation = explain(&self.subject, &self.namespace, &loaded.objects, &loaded.node)?;
+        explanation.source = loaded.source;
+        explanation.notes.extend(loaded.notes);
+        if loaded.is_here {
+            match Inspector::open(bpffs).and_then(|inspector| inspector.services()) {
+                Ok(maps) => programmed::compare(&mut explanation, &maps),
+                Err(InspectError::NoDatapath { .. }) => {}
+                Err(error) => explanation.notes.push(format!("what is programmed cannot be read: {error}")),
+            }
+        }
+        self.read.show(|to| show::explain(to, &explanation))
     }
 }
 

@@ -9,6 +9,7 @@ pub mod datapath;
 pub mod edges;
 pub mod entries;
 pub mod events;
+pub mod explain;
 pub mod finding;
 pub mod flows;
 pub mod health;

@@ -542,7 +542,8 @@ fn networks(flag: &'static str, values: Option<Vec<String>>) -> Result<Vec<IpNet
 }
 
 /// As the kubelet names its Node.
-fn host_name() -> io::Result<String> {
+/// Name of this node, if nobody gives it another.
+pub fn host_name() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_lowercase())
 }
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::check::Finding;
 use crate::entries::Protocol;
+use crate::explain::{Explanation, render};
 use crate::flows;
 use crate::inspect::{
     BackendView, CounterView, EdgeView, FlowView, Inspector, LinkView, MapView, ProgramView, ScopeView,
@@ -44,6 +45,14 @@ pub fn check(to: &mut To<'_>, findings: &[Finding]) -> Result<()> {
         table.row([finding.state.to_string(), finding.check.to_owned(), format!("{}{fix}", finding.found)]);
     }
     Ok(table.print(&mut to.out)?)
+}
+
+/// `fairlead explain`.
+pub fn explain(to: &mut To<'_>, explanation: &Explanation) -> Result<()> {
+    if to.json {
+        return to.json(explanation);
+    }
+    Ok(render::text(explanation, to.out)?)
 }
 
 /// `fairlead status`.

@@ -22,31 +22,82 @@ pub(super) struct Choice {
     pub(super) all: BTreeMap<Backend, Keep>,
 }
 
-pub(super) fn choose(slices: &[&EndpointSlice], port: &ServicePort, family: Family, facts: &Facts) -> Choice {
-    let candidates = candidates(slices, port, family, facts);
-    let ready: Vec<_> = candidates.values().filter(|c| c.endpoint.ready).collect();
-    let draining = || {
-        let usable = |e: &Endpoint| !e.ready && e.serving && e.terminating;
-        candidates.values().filter(move |c| usable(c.endpoint))
-    };
+/// What one set makes of an endpoint.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    Used,
+    /// It serves while it terminates, and none is ready.
+    UsedUntilGone,
+    /// Neither ready, nor serving while it terminates.
+    NotReady,
+    /// It terminates, and others are ready.
+    Terminating,
+    /// Hints keep it for other zones or nodes.
+    ForOthers,
+    /// Not on this node.
+    Elsewhere,
+}
 
-    let cluster = if ready.is_empty() {
-        shared(draining().map(|c| c.backend))
-    } else {
-        let endpoints: Vec<_> = ready.iter().map(|c| c.endpoint).collect();
-        let narrowed = Narrow::by_hints(&endpoints, facts);
-        shared(ready.iter().filter(|c| narrowed.takes(c.endpoint, facts)).map(|c| c.backend))
+impl Verdict {
+    /// Whether it is in the set.
+    pub const fn takes(self) -> bool {
+        matches!(self, Self::Used | Self::UsedUntilGone)
+    }
+}
+
+/// An endpoint, and why the policies may choose it, or may not.
+#[derive(Clone, Copy, Debug)]
+pub struct Judged<'a> {
+    pub endpoint: &'a Endpoint,
+    pub backend: Backend,
+    /// In the set of the policy Cluster.
+    pub cluster: Verdict,
+    /// In the set of the policy Local.
+    pub local: Verdict,
+}
+
+/// Every endpoint that has this port, in the order of addresses.
+pub fn judge<'a>(
+    slices: &[&'a EndpointSlice],
+    port: &ServicePort,
+    family: Family,
+    facts: &Facts,
+) -> Vec<Judged<'a>> {
+    let candidates = candidates(slices, port, family, facts);
+    let ready = || candidates.values().filter(|c| c.endpoint.ready);
+    let (any, any_here) = (ready().next().is_some(), ready().any(|c| c.backend.local));
+    let endpoints: Vec<_> = ready().map(|c| c.endpoint).collect();
+    let narrowed = Narrow::by_hints(&endpoints, facts);
+    let state = |e: &Endpoint, others_ready| match e {
+        e if e.ready => Verdict::Used,
+        e if !(e.serving && e.terminating) => Verdict::NotReady,
+        _ if others_ready => Verdict::Terminating,
+        _ => Verdict::UsedUntilGone,
     };
-    let local_ready = shared(ready.iter().map(|c| c.backend).filter(|b| b.local));
-    let ready_here = local_ready.iter().map(|b| b.addr.ip()).collect();
-    let local = if local_ready.is_empty() {
-        shared(draining().map(|c| c.backend).filter(|b| b.local))
-    } else {
-        local_ready
+    let judged = candidates.values().map(|Candidate { endpoint, backend }| {
+        let cluster = match state(endpoint, any) {
+            Verdict::Used if !narrowed.takes(endpoint, facts) => Verdict::ForOthers,
+            verdict => verdict,
+        };
+        let local = if backend.local { state(endpoint, any_here) } else { Verdict::Elsewhere };
+        Judged { endpoint, backend: *backend, cluster, local }
+    });
+    judged.collect()
+}
+
+pub(super) fn choose(slices: &[&EndpointSlice], port: &ServicePort, family: Family, facts: &Facts) -> Choice {
+    let judged = judge(slices, port, family, facts);
+    let set = |verdict: fn(&Judged<'_>) -> Verdict| {
+        shared(judged.iter().filter(|judged| verdict(judged).takes()).map(|judged| judged.backend))
     };
+    let ready_here = judged.iter().filter(|judged| judged.local == Verdict::Used);
     let keep = |e: &Endpoint| if e.serving || e.ready { Keep::Flows } else { Keep::Connections };
-    let all = candidates.values().map(|c| (c.backend, keep(c.endpoint))).collect();
-    Choice { cluster, local, ready_here, all }
+    Choice {
+        cluster: set(|judged| judged.cluster),
+        local: set(|judged| judged.local),
+        ready_here: ready_here.map(|judged| judged.backend.addr.ip()).collect(),
+        all: judged.iter().map(|judged| (judged.backend, keep(judged.endpoint))).collect(),
+    }
 }
 
 struct Candidate<'a> {

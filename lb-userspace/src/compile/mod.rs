@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub use self::endpoints::{Judged, Verdict, judge};
 pub use self::pods::compile_pod;
 use crate::compile::endpoints::Choice;
 use crate::entries::{
@@ -139,7 +140,7 @@ impl Output {
 
 /// The families that the Service is served in. An API server fills in cluster IPs; a manifest without one
 /// has the families it names, else those of its endpoints, else IPv4.
-fn families(service: &Service, slices: &[&EndpointSlice]) -> BTreeSet<Family> {
+pub fn families(service: &Service, slices: &[&EndpointSlice]) -> BTreeSet<Family> {
     let mut families: BTreeSet<Family> = service.families.iter().copied().collect();
     families.extend(service.cluster_ips.iter().map(|addr| Family::of(*addr)));
     if families.is_empty() {

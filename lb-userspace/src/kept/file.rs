@@ -75,6 +75,18 @@ pub fn decode(bytes: &[u8]) -> Result<Kept, Error> {
 
 /// What was kept for `identity`; none: nothing was.
 pub fn read(path: &Path, identity: &Identity) -> Result<Option<Kept>, Error> {
+    let Some(kept) = read_any(path)? else { return Ok(None) };
+    if kept.identity.node != identity.node {
+        return Err(Error::OtherNode(kept.identity.node));
+    }
+    if kept.identity.cluster != identity.cluster {
+        return Err(Error::OtherCluster);
+    }
+    Ok(Some(kept))
+}
+
+/// What was kept, for whomever; none: nothing was.
+pub fn read_any(path: &Path) -> Result<Option<Kept>, Error> {
     let meta = match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         meta => meta?,
@@ -87,14 +99,7 @@ pub fn read(path: &Path, identity: &Identity) -> Result<Option<Kept>, Error> {
     }
     let mut bytes = vec![];
     File::open(path)?.take(LIMIT).read_to_end(&mut bytes)?;
-    let kept = decode(&bytes)?;
-    if kept.identity.node != identity.node {
-        return Err(Error::OtherNode(kept.identity.node));
-    }
-    if kept.identity.cluster != identity.cluster {
-        return Err(Error::OtherCluster);
-    }
-    Ok(Some(kept))
+    decode(&bytes).map(Some)
 }
 
 /// Replaces the file. Whoever reads it, also after the power has failed, finds the old or the new one.

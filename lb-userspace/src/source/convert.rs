@@ -25,7 +25,7 @@ pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// On Services and EndpointSlices: no proxy serves them.
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// On EndpointSlices: the Service they belong to.
-const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// On EndpointSlices, an annotation: when what they follow last changed.
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";

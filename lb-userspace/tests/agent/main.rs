@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use fairlead::datapath::Features;
 use nix::sys::signal::Signal;
 use node::{Node, eventually, fairlead, files, get, serve, status};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn service(name: &str, vip: &str, node_port: u16) -> String {
     format!(
@@ -54,6 +54,22 @@ fn manifests_in_connections_translated_and_nothing_left_behind() {
         assert_eq!(status("/healthz"), Some(200));
         for (addr, port) in [("172.30.0.1", 80), ("127.0.0.1", 30_080), ("10.9.0.1", 30_080)] {
             assert_eq!(node.call(addr, port).as_deref(), Ok("hello"), "{addr}:{port}\n{}", agent.log());
+        }
+        let manifests = node.path("manifests");
+        let explain = |subject| {
+            let output = node.fairlead(&[
+                "explain",
+                subject,
+                "--node-name=node-a",
+                "-o=json",
+                "--manifests",
+                manifests.to_str().unwrap(),
+            ]);
+            serde_json::from_slice::<Value>(&output.stdout).unwrap()
+        };
+        for client in explain("svc/web")["clients"].as_array().unwrap() {
+            let expected = json!({ "present": true, "inside": 1, "outside": 1, "agrees": true });
+            assert_eq!(client["programmed"], expected, "{client}");
         }
         let refused = |addr: &str, port| node.call(addr, port).unwrap_err();
         // A port of the Service that it does not have.

@@ -261,6 +261,18 @@ impl Cluster {
         objects.chain(cidrs).chain([self.tell_node()]).collect()
     }
 
+    /// Services and slices as an API server lists them.
+    pub fn written(&self) -> Vec<Value> {
+        let services = self.services.iter().map(|(name, service)| ("v1", "Service", service.object(name)));
+        let slices = self.slices.iter();
+        let slices = slices.map(|(name, slice)| ("discovery.k8s.io/v1", "EndpointSlice", slice.object(name)));
+        let with_kind = |(version, kind, mut object): (&str, &str, Value)| {
+            (object["apiVersion"], object["kind"]) = (version.into(), kind.into());
+            object
+        };
+        services.chain(slices).map(with_kind).collect()
+    }
+
     fn tell_service(&self, name: &str) -> News {
         let object = read(self.services[name].object(name));
         News::Object(model::Change::Service(convert::service(object).into()))

@@ -15,6 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use fairlead::entries::{Family, Protocol};
+use fairlead::explain;
 use lb_common::abi::backend_state;
 use nix::time::{ClockId, clock_gettime};
 use proptest::collection::vec;
@@ -23,7 +24,7 @@ use proptest::sample::Index;
 use proptest::test_runner::{Config, RngSeed, TestError, TestRunner};
 
 use self::cluster::{
-    Change, Cluster, NODE_PORTS, Places, SERVICE_PORTS, Settings, change, ip, objects, settings,
+    Change, Cluster, NODE, NODE_PORTS, Places, SERVICE_PORTS, Settings, change, ip, objects, settings,
 };
 use self::node::{HostNode, Meaning, Seen};
 use self::reference::{Answer, Ask, Client, answer};
@@ -229,6 +230,39 @@ enum Step {
 
 /// A client of a port of a Service.
 type Known = (&'static str, u16, Protocol, Client);
+
+/// An explanation says what is: of all that want a frontend one has it, and is who answers when it is asked for.
+#[test]
+fn every_frontend_is_explained_with_one_owner() {
+    let strategy = (settings(), objects(), family());
+    holds(200, &strategy, |(settings, objects, family)| {
+        let cluster = Story::new(settings, objects, family).cluster;
+        let mut known = explain::Objects::default();
+        for object in cluster.written() {
+            known.add(object).map_err(TestCaseError::fail)?;
+        }
+        let addresses = cluster.addresses.clone();
+        let node = explain::NodeFacts { name: NODE.into(), zone: None, addresses, known: true };
+        let mut owners: BTreeMap<_, usize> = BTreeMap::new();
+        for name in cluster.services.keys() {
+            let subject = explain::Subject::Service((*name).into());
+            let said = explain::explain(&subject, "ns", &known, &node).unwrap();
+            explain::render::text(&said, &mut vec![]).unwrap();
+            serde_json::to_string(&said).unwrap();
+            for client in &said.clients {
+                let owned = client.inside.outcome != "other";
+                *owners.entry(client.key).or_default() += usize::from(owned);
+                let Some(addr) = client.address.filter(|_| owned) else { continue };
+                let at =
+                    explain::Subject::Address(SocketAddr::new(addr, client.port), Some(client.key.protocol));
+                let asked = explain::explain(&at, "ns", &known, &node).unwrap();
+                prop_assert_eq!(asked.service.map(|service| service.name), Some((*name).to_owned()));
+            }
+        }
+        prop_assert!(owners.values().all(|count| *count == 1), "{owners:?}");
+        Ok(())
+    });
+}
 
 /// Rules 118 and 140: a client keeps its backend while that may be chosen, until it has opened no connection for the
 /// time-out.

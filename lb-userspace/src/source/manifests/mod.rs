@@ -22,6 +22,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
+use serde_json::Value;
+
 use self::parse::{Parsed, Problems};
 use self::table::Table;
 use self::watch::{Look, Watch};
@@ -56,6 +58,40 @@ pub fn follow(path: &Path, events: Sender) -> Result<JoinHandle<()>, Error> {
             Ok(()) | Err(Closed) => {}
         })
         .map_err(Error::Thread)
+}
+
+/// The documents of a file that is read once, as they stand there: JSON if it begins as that does, else YAML. Items
+/// of `List` kinds stand for themselves. With each that cannot be read goes why.
+pub fn documents(file: impl io::Read) -> io::Result<Vec<Result<Value, String>>> {
+    let text = parse::text(file)?;
+    let is_json = text.trim_start().strip_prefix('{').is_some_and(|rest| rest.trim_start().starts_with('"'));
+    let read: Vec<_> = if is_json { parse::json(&text).collect() } else { parse::yaml(&text).collect() };
+    Ok(read
+        .into_iter()
+        .flat_map(|document| document.map_or_else(|error| vec![Err(error)], flattened))
+        .collect())
+}
+
+/// An object, or those in a list.
+pub fn flattened(document: Value) -> Vec<Result<Value, String>> {
+    if !document["kind"].as_str().is_some_and(|kind| kind.ends_with("List")) {
+        return vec![Ok(document)];
+    }
+    match parse::items(document) {
+        Ok(items) => items.into_iter().flat_map(flattened).collect(),
+        Err(error) => vec![Err(error)],
+    }
+}
+
+/// The manifests in a directory, in the order of their names.
+pub fn names_in(path: &Path) -> io::Result<Vec<OsString>> {
+    let mut names = vec![];
+    for entry in fs::read_dir(path)? {
+        names.push(entry?.file_name());
+    }
+    names.retain(is_manifest);
+    names.sort();
+    Ok(names)
 }
 
 struct Follower {
@@ -115,7 +151,7 @@ impl Follower {
     }
 
     fn look_at_all(&mut self) -> Result<(), Closed> {
-        let names = match self.names() {
+        let names = match names_in(&self.path) {
             Ok(names) => names,
             Err(error) => {
                 let text = error.to_string();
@@ -131,16 +167,6 @@ impl Follower {
         self.look_at(names.into_iter().chain(gone), false)
     }
 
-    fn names(&self) -> io::Result<Vec<OsString>> {
-        let mut names = vec![];
-        for entry in fs::read_dir(&self.path)? {
-            names.push(entry?.file_name());
-        }
-        names.retain(is_manifest);
-        names.sort();
-        Ok(names)
-    }
-
     /// Reads the files that are not what they were, or all of them `anyway`.
     fn look_at(&mut self, names: impl IntoIterator<Item = OsString>, anyway: bool) -> Result<(), Closed> {
         let names: BTreeSet<OsString> = names.into_iter().filter(is_manifest).collect();
@@ -148,7 +174,8 @@ impl Follower {
             names.iter().filter_map(|name| Some((name.clone(), self.read(name, anyway)?))).collect();
         if names.iter().any(|name| !self.files.contains_key(name)) {
             // It may have another name already, of which we are told in a moment: its objects shall not go and come.
-            let others = self.names().unwrap_or_default().into_iter().filter(|name| !names.contains(name));
+            let others =
+                names_in(&self.path).unwrap_or_default().into_iter().filter(|name| !names.contains(name));
             said.extend(others.filter_map(|name| self.read(&name, false).map(|parsed| (name, parsed))));
         }
         let before = self.count_problems();

@@ -151,9 +151,12 @@ pub(super) fn failed(error: &io::Error) -> Parsed {
 
 fn read(path: &Path) -> io::Result<String> {
     // A pipe that is there now shall not make us wait for a writer.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    text(File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?)
+}
+
+/// All of a file, which may grow while it is read.
+pub(super) fn text(file: impl io::Read) -> io::Result<String> {
     let mut text = String::new();
-    // It may grow while it is read.
     file.take(FILE_BYTES + 1).read_to_string(&mut text)?;
     if text.len() as u64 > FILE_BYTES {
         let error = format!("larger than {} MiB; divide it into several files", FILE_BYTES >> 20);
@@ -163,7 +166,7 @@ fn read(path: &Path) -> io::Result<String> {
 }
 
 /// The documents of a JSON file, one after the other.
-fn json(text: &str) -> impl Iterator<Item = Result<Value, String>> {
+pub(super) fn json(text: &str) -> impl Iterator<Item = Result<Value, String>> {
     let mut document = serde_json::Deserializer::from_str(text);
     let mut over = false;
     iter::from_fn(move || {
@@ -179,7 +182,7 @@ fn json(text: &str) -> impl Iterator<Item = Result<Value, String>> {
 
 /// The documents of a YAML file. They are told apart before they are parsed, so that one that is broken does
 /// not take those after it along: `---` at the start of a line is nothing else in YAML.
-fn yaml(text: &str) -> impl Iterator<Item = Result<Value, String>> {
+pub(super) fn yaml(text: &str) -> impl Iterator<Item = Result<Value, String>> {
     let mut rest = text;
     let mut next_line = 1;
     let texts = iter::from_fn(move || {
@@ -286,7 +289,10 @@ fn object(document: Value, parsed: &mut Parsed) {
             convert(document, convert::slice).map(|slice| Object::Slice(Arc::new(slice)))
         }
         (_, kind) if kind.ends_with("List") => {
-            items(document, &head, parsed);
+            match items(document) {
+                Ok(items) => items.into_iter().for_each(|item| object(item, parsed)),
+                Err(problem) => parsed.problems.push(problem),
+            }
             return;
         }
         (version, "Service" | "Pod" | "Node" | "EndpointSlice") => Err(format!(
@@ -311,19 +317,20 @@ fn object(document: Value, parsed: &mut Parsed) {
 }
 
 /// A `List`, or a `ServiceList` and the like, whose items need not say what they are.
-fn items(mut document: Value, list: &Head, parsed: &mut Parsed) {
-    let Some(Value::Array(items)) = document.get_mut("items").map(Value::take) else {
-        parsed.problems.push(format!("{}: no items", list.kind));
-        return;
+pub(super) fn items(mut list: Value) -> Result<Vec<Value>, String> {
+    let [api_version, kind] =
+        ["apiVersion", "kind"].map(|field| list[field].as_str().unwrap_or_default().to_owned());
+    let Some(Value::Array(mut items)) = list.get_mut("items").map(Value::take) else {
+        return Err(format!("{kind}: no items"));
     };
-    let kind = list.kind.trim_end_matches("List");
-    for mut item in items {
-        if let (Value::Object(item), false) = (&mut item, kind.is_empty()) {
+    let kind = kind.trim_end_matches("List");
+    for item in &mut items {
+        if let (Value::Object(item), false) = (item, kind.is_empty()) {
             item.entry("kind").or_insert_with(|| kind.into());
-            item.entry("apiVersion").or_insert_with(|| list.api_version.clone().into());
+            item.entry("apiVersion").or_insert_with(|| api_version.clone().into());
         }
-        object(item, parsed);
     }
+    Ok(items)
 }
 
 fn convert<O: DeserializeOwned, M>(document: Value, convert: fn(O) -> M) -> Result<M, String> {
