@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
@@ -30,7 +30,7 @@ use crate::sys::{bpf, capabilities, kernel, netns};
 pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// The programs, built by `cargo xtask build-ebpf`.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FAIRLEAD_BPF_OBJECT"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FAIRLEAD_BPF_OBJECT"));
 
 /// The loaded programs and their maps. Dropping it takes nothing off its hook.
 pub struct Datapath {
@@ -78,7 +78,7 @@ impl Datapath {
             .lock()
             .map_err(|source| OpenError::Pin { action: "lock", path: pins.root().to_owned(), source })?
             .ok_or_else(|| OpenError::Busy { path: options.bpffs.clone() })?;
-        let mut datapath = Self::load(options, &sizes, Some(&pins))?;
+        let mut datapath = Self::load(options, &sizes, program_names(), |map| Some(pins.map(map)))?;
         for (name, program) in datapath.programs.iter() {
             replace_pin(program, &pins.programs(), name)?;
         }
@@ -93,7 +93,7 @@ impl Datapath {
         check_kernel()?;
         let sizes =
             MAPS.iter().map(|spec| (spec.name, options.sizes.wanted(spec.capacity).entries)).collect();
-        Self::load(options, &sizes, None)
+        Self::load(options, &sizes, program_names(), |_| None)
     }
 
     /// The service maps.
@@ -141,10 +141,12 @@ impl Datapath {
         self.logger.take()
     }
 
-    fn load(
+    /// Loads the programs of these names; `pin` says where the map of a name is, or is to be, pinned.
+    pub(super) fn load(
         options: &Options,
         sizes: &BTreeMap<&'static str, u32>,
-        pins: Option<&Pins>,
+        names: impl Iterator<Item = &'static str>,
+        pin: impl Fn(&'static str) -> Option<PathBuf>,
     ) -> Result<Self, OpenError> {
         let features = Features::probe();
         let features_text: Vec<String> =
@@ -160,13 +162,13 @@ impl Datapath {
             if let Some(entries) = sizes.get(spec.name) {
                 loader.map_max_entries(spec.name, *entries);
             }
-            if let Some(pins) = pins {
-                loader.map_pin_path(spec.name, pins.map(spec.name));
+            if let Some(path) = pin(spec.name) {
+                loader.map_pin_path(spec.name, path);
             }
         }
         let mut ebpf = loader.load(OBJECT).map_err(|error| OpenError::Object(Box::new(error)))?;
 
-        let programs = load_programs(&mut ebpf)?;
+        let programs = load_programs(&mut ebpf, names)?;
         let mut maps = BTreeMap::new();
         for spec in &MAPS {
             maps.insert(spec.name, take_map(&mut ebpf, spec.name)?);
@@ -261,7 +263,7 @@ impl Globals {
 }
 
 /// Compares what is pinned with what is needed, and decides the size of every map.
-fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, OpenError> {
+pub(super) fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, OpenError> {
     let mut sizes = BTreeMap::new();
     for spec in &MAPS {
         let wanted = options.sizes.wanted(spec.capacity);
@@ -298,7 +300,7 @@ fn adopt(pins: &Pins, options: &Options) -> Result<BTreeMap<&'static str, u32>, 
     Ok(sizes)
 }
 
-fn pinned_map(path: &Path) -> Result<Option<bpf::MapInfo>, OpenError> {
+pub(super) fn pinned_map(path: &Path) -> Result<Option<bpf::MapInfo>, OpenError> {
     let fail = |source| OpenError::Pin { action: "open pinned map", path: path.to_owned(), source };
     let fd = match bpf::obj_get(path) {
         Ok(fd) => fd,
@@ -326,12 +328,12 @@ fn replace_pin(program: BorrowedFd<'_>, dir: &Path, name: &str) -> Result<(), Op
     pin().map_err(|source| OpenError::Pin { action: "pin program", path: path.clone(), source })
 }
 
-/// Loads every program, each in a thread of its own: the verifier takes most of a cold start.
-fn load_programs(ebpf: &mut Ebpf) -> Result<Programs, OpenError> {
+/// Loads programs, each in a thread of its own: the verifier takes most of a cold start.
+fn load_programs(ebpf: &mut Ebpf, names: impl Iterator<Item = &'static str>) -> Result<Programs, OpenError> {
     let mut objects: BTreeMap<String, &mut Program> =
         ebpf.programs_mut().map(|(name, program)| (name.to_owned(), program)).collect();
     let mut found = Vec::new();
-    for name in program_names() {
+    for name in names {
         found.push((name, objects.remove(name).ok_or(OpenError::Missing { kind: "program", name })?));
     }
     thread::scope(|scope| {
@@ -400,7 +402,7 @@ fn map_error(name: &'static str, error: aya::maps::MapError) -> OpenError {
     OpenError::Map { name, source: Box::new(error) }
 }
 
-fn check_kernel() -> Result<(), OpenError> {
+pub(super) fn check_kernel() -> Result<(), OpenError> {
     if !Path::new(KERNEL_BTF).exists() {
         return Err(OpenError::NoKernelBtf);
     }
@@ -421,7 +423,7 @@ fn check_kernel() -> Result<(), OpenError> {
     Ok(())
 }
 
-fn check_privileges() -> Result<(), OpenError> {
+pub(super) fn check_privileges() -> Result<(), OpenError> {
     match capabilities::missing().as_slice() {
         [] => Ok(()),
         missing => Err(OpenError::Privileges { missing: capabilities::names(missing) }),

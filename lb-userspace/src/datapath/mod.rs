@@ -13,6 +13,7 @@ pub mod node;
 mod options;
 pub mod pins;
 pub mod test_run;
+mod twin;
 
 pub use cleanup::cleanup;
 pub use error::{AttachError, CleanupError, OpenError};
@@ -23,6 +24,7 @@ pub use kernel_maps::KernelMaps;
 pub(crate) use kernel_maps::{typed, walk};
 pub use load::{Datapath, Programs, forward_log, program_names};
 pub use options::{DEFAULT_BPFFS, Options, Sizes, SocketLb, TcMode, Timeouts};
+pub(crate) use twin::settings;
 
 use lb_common::maps::{Capacity, MAPS};
 

@@ -21,6 +21,7 @@ use aya::Pod;
 #[derive(Clone, Copy)]
 #[repr(u32)]
 enum Command {
+    MapLookupElem = 1,
     MapUpdateElem = 2,
     ProgLoad = 5,
     ObjPin = 6,
@@ -107,6 +108,8 @@ pub enum LinkTarget {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ProgInfo {
     pub id: u32,
+    /// Hash of its instructions as they were loaded.
+    pub tag: [u8; 8],
     pub name: String,
     /// Bytes of native code; 0: the JIT is off.
     pub jited_len: u32,
@@ -279,6 +282,7 @@ pub fn prog_info(prog: BorrowedFd<'_>) -> io::Result<ProgInfo> {
     let name = raw.name.split(|byte| *byte == 0).next().unwrap_or_default();
     Ok(ProgInfo {
         id: raw.id,
+        tag: raw.tag,
         name: String::from_utf8_lossy(name).into_owned(),
         jited_len: raw.jited_prog_len,
         verified_insns: raw.verified_insns,
@@ -538,6 +542,35 @@ pub fn map_update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io
     // SAFETY: key and value outlive the call; the callers' types have the sizes of the map, which was
     // checked when it was opened.
     unsafe { bpf(Command::MapUpdateElem, &mut attr) }.map(drop)
+}
+
+/// The value of an array's first entry. Not of arrays per CPU, whose values are larger than they say.
+pub fn map_lookup_first(map: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        pad: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let info = map_info(map)?;
+    if info.key_size as usize != size_of::<u32>() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let key = 0_u32;
+    let mut value = vec![0_u8; (info.value_size as usize).next_multiple_of(8)];
+    let mut attr = Attr {
+        map_fd: fd_number(map),
+        pad: 0,
+        key: std::ptr::from_ref(&key) as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the key has the size that the map says, the value at least that; both outlive the call.
+    unsafe { bpf(Command::MapLookupElem, &mut attr) }?;
+    value.truncate(info.value_size as usize);
+    Ok(value)
 }
 
 /// Where a walk over a map stands; opaque, at most the size of a key.

@@ -12,3 +12,4 @@ mod sharing;
 mod support;
 mod sweep;
 mod takeover;
+mod trace;

@@ -25,6 +25,7 @@ mod services;
 mod sharing;
 mod source_ranges;
 mod takeover;
+mod trace;
 mod tuples;
 mod udp;
 mod vlan;
