@@ -91,7 +91,7 @@ Examples:
   fairlead trace 10.244.1.5 svc/dns:53/udp -n kube-system
                                                       a pod asks for a Service
   fairlead trace node 10.96.0.1:443 -o json           a process of this node
-  fairlead trace 10.244.1.5:51234 10.96.0.1:443       the same port as a connection that is there: shows its backend
+  fairlead trace 10.244.1.5:51234 10.96.0.1:443       the port of a connection: shows its backend
   fairlead trace 10.244.1.5 10.96.0.1:443 --via veth7 through this device";
 
 #[derive(Args)]
