@@ -14,7 +14,7 @@ use crate::explain::load::{self, Source};
 use crate::explain::{Subject, explain, programmed};
 use crate::inspect::{InspectError, Inspector};
 use crate::settings::Settings;
-use crate::{agent, kept, kube_proxy, logging, show};
+use crate::{agent, kept, kube_proxy, logging, show, trace};
 
 /// A Service load balancer for Kubernetes nodes, on eBPF.
 #[derive(Parser)]
@@ -39,6 +39,9 @@ enum Command {
     /// Why a Service, or an address and port, answers or does not, and what to change
     #[command(after_help = EXPLAIN_EXAMPLES)]
     Explain(Box<Explain>),
+    /// What becomes of a packet, hook by hook, and why: runs the loaded programs on one that nobody sends
+    #[command(after_help = TRACE_EXAMPLES)]
+    Trace(Trace),
     /// Looks at whether this node can run the agent, and who else is on its hooks; changes nothing
     Check(Check),
     /// Removes every program, link, map and setting that the agent made on this node
@@ -112,6 +115,31 @@ struct Explain {
 }
 
 #[derive(Args)]
+struct Trace {
+    /// Who asks: ADDRESS[:PORT] of a pod or of a client outside, or `node` for a process of this node
+    from: trace::From,
+    /// What for: ADDRESS:PORT or svc/NAME[:PORT], and behind it /tcp (the default), /udp or /sctp
+    to: trace::To,
+    /// Where the Service is
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
+    /// The device the packet comes in through [default: the one that leads to FROM]
+    #[arg(long, value_name = "DEVICE")]
+    via: Option<String>,
+    #[command(flatten)]
+    read: Read,
+}
+
+const TRACE_EXAMPLES: &str = "\
+Examples:
+  fairlead trace 198.51.100.7 192.0.2.10:30080        a client outside asks for a NodePort
+  fairlead trace 10.244.1.5 svc/dns:53/udp -n kube-system
+                                                      a pod asks for a Service
+  fairlead trace node 10.96.0.1:443 -o json           a process of this node
+  fairlead trace 10.244.1.5:51234 10.96.0.1:443       the port of a connection: shows its backend
+  fairlead trace 10.244.1.5 10.96.0.1:443 --via veth7 through this device";
+
+#[derive(Args)]
 struct Check {
     #[command(flatten)]
     read: Read,
@@ -165,6 +193,7 @@ impl Cli {
             Command::Backends(Backends { read, all }) => read.show(|to| show::backends(to, all)),
             Command::Flows(read) => read.show(show::flows),
             Command::Explain(explain) => explain.run(),
+            Command::Trace(trace) => trace.run(),
             Command::Check(check) => check.run(),
             Command::Cleanup(cleanup) => cleanup.run(),
         }
@@ -234,6 +263,19 @@ impl Explain {
             }
         }
         self.read.show(|to| show::explain(to, &explanation))
+    }
+}
+
+impl Trace {
+    fn run(self) -> Result<()> {
+        let found = trace::trace(&trace::Question {
+            bpffs: self.read.pins.bpffs.clone(),
+            from: self.from,
+            to: self.to,
+            namespace: self.namespace,
+            via: self.via,
+        })?;
+        self.read.show(|to| trace::show(to, &found))
     }
 }
 

@@ -27,3 +27,4 @@ pub mod show;
 pub mod source;
 pub mod sys;
 pub mod table;
+pub mod trace;

@@ -28,7 +28,7 @@ pub struct To<'a> {
 }
 
 impl To<'_> {
-    fn json(&mut self, value: &impl Serialize) -> Result<()> {
+    pub(crate) fn json(&mut self, value: &impl Serialize) -> Result<()> {
         serde_json::to_writer_pretty(&mut self.out, value)?;
         Ok(writeln!(self.out)?)
     }

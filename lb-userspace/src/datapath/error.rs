@@ -52,6 +52,11 @@ pub enum OpenError {
     Missing { kind: &'static str, name: &'static str },
     #[error("program {name}: the kernel's verifier refused it: {source}: {verdict}")]
     Program { name: &'static str, verdict: String, source: io::Error },
+    #[error(
+        "{path} is of another build of Fairlead than this one: use the program that the agent runs",
+        path = path.display()
+    )]
+    OtherBuild { path: PathBuf },
     #[error("program {name}: {source}")]
     Aya { name: &'static str, source: Box<aya::programs::ProgramError> },
     #[error("map {name}: {source}")]

@@ -32,7 +32,7 @@ use crate::sys::{bpf, capabilities, kernel, netns};
 pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// The programs, built by `cargo xtask build-ebpf`.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FAIRLEAD_BPF_OBJECT"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FAIRLEAD_BPF_OBJECT"));
 
 /// The loaded programs and their maps. Dropping it takes nothing off its hook.
 pub struct Datapath {
@@ -85,9 +85,9 @@ impl Datapath {
         let sizes = adopt(&pins, options, &migration, &mut resize)?;
         migration.prepare()?;
         let path = |spec: &MapSpec| {
-            if migration.is_needed() { migration.place().map(spec.name) } else { resize.path(spec) }
+            Some(if migration.is_needed() { migration.place().map(spec.name) } else { resize.path(spec) })
         };
-        let mut datapath = Self::load(options, &sizes, Some(&path))?;
+        let mut datapath = Self::load(options, &sizes, program_names(), path)?;
         for (name, program) in datapath.programs.iter() {
             replace_pin(program, &migration.place().programs(), name)?;
         }
@@ -105,7 +105,7 @@ impl Datapath {
         check_kernel()?;
         let sizes =
             MAPS.iter().map(|spec| (spec.name, options.sizes.wanted(spec.capacity).entries)).collect();
-        Self::load(options, &sizes, None)
+        Self::load(options, &sizes, program_names(), |_| None)
     }
 
     /// The service maps.
@@ -174,10 +174,12 @@ impl Datapath {
         self.resize.take()
     }
 
-    fn load(
+    /// Loads the programs of these names; `pin` says where a map is, or is to be, pinned.
+    pub(super) fn load(
         options: &Options,
         sizes: &BTreeMap<&'static str, u32>,
-        path: Option<&dyn Fn(&MapSpec) -> PathBuf>,
+        names: impl Iterator<Item = &'static str>,
+        pin: impl Fn(&MapSpec) -> Option<PathBuf>,
     ) -> Result<Self, OpenError> {
         let features = Features::probe();
         let features_text: Vec<String> =
@@ -193,13 +195,13 @@ impl Datapath {
             if let Some(entries) = sizes.get(spec.name) {
                 loader.map_max_entries(spec.name, *entries);
             }
-            if let Some(path) = path {
-                loader.map_pin_path(spec.name, path(spec));
+            if let Some(path) = pin(spec) {
+                loader.map_pin_path(spec.name, path);
             }
         }
         let mut ebpf = loader.load(OBJECT).map_err(|error| OpenError::Object(Box::new(error)))?;
 
-        let programs = load_programs(&mut ebpf)?;
+        let programs = load_programs(&mut ebpf, names)?;
         let mut maps = BTreeMap::new();
         for spec in &MAPS {
             maps.insert(spec.name, take_map(&mut ebpf, spec.name)?);
@@ -349,7 +351,7 @@ fn adopt(
     Ok(sizes)
 }
 
-fn pinned_map(path: &Path) -> Result<Option<bpf::MapInfo>, OpenError> {
+pub(super) fn pinned_map(path: &Path) -> Result<Option<bpf::MapInfo>, OpenError> {
     let fail = |source| OpenError::Pin { action: "open pinned map", path: path.to_owned(), source };
     let fd = match bpf::obj_get(path) {
         Ok(fd) => fd,
@@ -377,12 +379,12 @@ fn replace_pin(program: BorrowedFd<'_>, dir: &Path, name: &str) -> Result<(), Op
     pin().map_err(|source| OpenError::Pin { action: "pin program", path: path.clone(), source })
 }
 
-/// Loads every program, each in a thread of its own: the verifier takes most of a cold start.
-fn load_programs(ebpf: &mut Ebpf) -> Result<Programs, OpenError> {
+/// Loads programs, each in a thread of its own: the verifier takes most of a cold start.
+fn load_programs(ebpf: &mut Ebpf, names: impl Iterator<Item = &'static str>) -> Result<Programs, OpenError> {
     let mut objects: BTreeMap<String, &mut Program> =
         ebpf.programs_mut().map(|(name, program)| (name.to_owned(), program)).collect();
     let mut found = Vec::new();
-    for name in program_names() {
+    for name in names {
         found.push((name, objects.remove(name).ok_or(OpenError::Missing { kind: "program", name })?));
     }
     thread::scope(|scope| {
@@ -451,7 +453,7 @@ fn map_error(name: &'static str, error: aya::maps::MapError) -> OpenError {
     OpenError::Map { name, source: Box::new(error) }
 }
 
-fn check_kernel() -> Result<(), OpenError> {
+pub(super) fn check_kernel() -> Result<(), OpenError> {
     if !Path::new(KERNEL_BTF).exists() {
         return Err(OpenError::NoKernelBtf);
     }
@@ -472,7 +474,7 @@ fn check_kernel() -> Result<(), OpenError> {
     Ok(())
 }
 
-fn check_privileges() -> Result<(), OpenError> {
+pub(super) fn check_privileges() -> Result<(), OpenError> {
     match capabilities::missing().as_slice() {
         [] => Ok(()),
         missing => Err(OpenError::Privileges { missing: capabilities::names(missing) }),

@@ -17,6 +17,7 @@ pub mod pins;
 mod rehearsal;
 mod resize;
 pub mod test_run;
+mod twin;
 
 pub use carry::Convert;
 pub use cleanup::cleanup;
@@ -30,6 +31,7 @@ pub use load::{Datapath, Programs, forward_log, program_names};
 pub use migrate::{Change, Known, Layout, Step};
 pub use options::{DEFAULT_BPFFS, Options, Sizes, SocketLb, TcMode, Timeouts};
 pub use resize::Resize;
+pub(crate) use twin::settings;
 
 use lb_common::maps::{Capacity, MAPS};
 

@@ -425,12 +425,14 @@ impl Inspector {
 
     /// What the service maps hold, as the agent reads them back.
     pub fn snapshot(&self) -> Result<Snapshot, InspectError> {
-        let open = |spec: &'static MapSpec| {
-            let missing = || OpenError::Missing { kind: "map", name: spec.name };
-            let data = self.maps.get(spec.name).ok_or_else(missing)?;
-            duplicate(data).map_err(|error| OpenError::Map { name: spec.name, source: Box::new(error) })
-        };
-        Ok(KernelMaps::new(open)?.read()?)
+        Ok(KernelMaps::new(|spec| self.map_data(spec))?.read()?)
+    }
+
+    /// A handle of its own on a map.
+    pub(crate) fn map_data(&self, spec: &'static MapSpec) -> Result<MapData, OpenError> {
+        let missing = || OpenError::Missing { kind: "map", name: spec.name };
+        let data = self.maps.get(spec.name).ok_or_else(missing)?;
+        duplicate(data).map_err(|error| OpenError::Map { name: spec.name, source: Box::new(error) })
     }
 
     fn count<K: Pod, V: Pod>(&self, spec: &MapSpec) -> Result<u32, InspectError> {
@@ -509,7 +511,7 @@ fn service_view(snapshot: &Snapshot, key: FrontendKey, service: &abi::Service) -
 }
 
 /// The backends of a window with their shares, in the order of ids.
-fn shares(snapshot: &Snapshot, family: Family, window: Window) -> Vec<ShareView> {
+pub(crate) fn shares(snapshot: &Snapshot, family: Family, window: Window) -> Vec<ShareView> {
     let mut slots: BTreeMap<u32, u32> = BTreeMap::new();
     for id in snapshot.slots.get(&window.base).into_iter().flatten().take(window.len as usize) {
         *slots.entry(*id).or_default() += 1;
@@ -529,7 +531,7 @@ fn shares(snapshot: &Snapshot, family: Family, window: Window) -> Vec<ShareView>
         .collect()
 }
 
-fn backend_view(family: Family, id: u32, entry: &BackendEntry) -> BackendView {
+pub(crate) fn backend_view(family: Family, id: u32, entry: &BackendEntry) -> BackendView {
     BackendView {
         id,
         family: family_name(family),
@@ -639,7 +641,7 @@ fn side_name(side: u8) -> &'static str {
         .unwrap_or("unknown")
 }
 
-fn action_name(action: Action) -> &'static str {
+pub(crate) fn action_name(action: Action) -> &'static str {
     match action {
         Action::Pass => "pass",
         Action::Carry => "carry",
@@ -650,7 +652,7 @@ fn action_name(action: Action) -> &'static str {
     }
 }
 
-fn owner_name(kind: u32) -> &'static str {
+pub(crate) fn owner_name(kind: u32) -> &'static str {
     match kind {
         owner_kind::SERVICE => "Service",
         owner_kind::POD => "Pod",

@@ -109,6 +109,8 @@ pub enum LinkTarget {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ProgInfo {
     pub id: u32,
+    /// Hash of its instructions as they were loaded.
+    pub tag: [u8; 8],
     pub name: String,
     /// Bytes of native code; 0: the JIT is off.
     pub jited_len: u32,
@@ -282,6 +284,7 @@ pub fn prog_info(prog: BorrowedFd<'_>) -> io::Result<ProgInfo> {
     let name = raw.name.split(|byte| *byte == 0).next().unwrap_or_default();
     Ok(ProgInfo {
         id: raw.id,
+        tag: raw.tag,
         name: String::from_utf8_lossy(name).into_owned(),
         jited_len: raw.jited_prog_len,
         verified_insns: raw.verified_insns,
@@ -690,6 +693,15 @@ pub fn map_next_key<K: Pod>(map: BorrowedFd<'_>, cursor: Option<Cursor>) -> io::
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// The value of an array's first entry. Not of arrays per CPU, whose values are larger than they say.
+pub fn map_lookup_first(map: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let info = map_info(map)?;
+    if info.key_size as usize != size_of::<u32>() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    map_lookup_bytes(map, &info, &0_u32.to_ne_bytes())?.ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 /// Where a walk over a map stands; opaque, at most the size of a key.

@@ -14,3 +14,4 @@ mod sharing;
 mod support;
 mod sweep;
 mod takeover;
+mod trace;

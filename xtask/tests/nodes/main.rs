@@ -28,6 +28,7 @@ mod sharing;
 mod source_ranges;
 mod survive;
 mod takeover;
+mod trace;
 mod tuples;
 mod udp;
 mod vlan;
