@@ -460,25 +460,24 @@ fn carry<F: Family, P: Packet, T: Tables<F>>(
     if flow::changes_nothing(&parsed.key, &flow) {
         return Err(Reason::Direct);
     }
+    let is_routed = flow.carry != Carry::Stack as u8;
+    // We are the router then: TTL and MTU are ours to respect.
+    if is_routed && parsed.ttl <= 1 {
+        return Err(Reason::TtlExceeded);
+    }
+    if flow.carry == Carry::Forward as u8 {
+        find_next_hop(packet, tables, parsed, entry)?;
+    }
+    // What is left to the hook behind is counted there.
     if !flow::is_direct(&flow) {
         tables.count(flow.service, Event::Packet(parsed.ip_len));
     }
-    if flow.carry == Carry::Stack as u8 {
-        rewrite(packet, parsed, &flow, false)?;
-        return Ok(Carry::Stack);
-    }
-    // From here on we are the router: TTL and MTU are ours to respect.
-    if parsed.ttl <= 1 {
-        return Err(Reason::TtlExceeded);
-    }
+    rewrite(packet, parsed, &flow, is_routed)?;
     if flow.carry == Carry::Bounce as u8 {
-        rewrite(packet, parsed, &flow, true)?;
         packet.turn_around()?;
         return Ok(Carry::Bounce);
     }
-    find_next_hop(packet, tables, parsed, entry)?;
-    rewrite(packet, parsed, &flow, true)?;
-    Ok(Carry::Forward)
+    Ok(if is_routed { Carry::Forward } else { Carry::Stack })
 }
 
 /// Has the packet remember where its flow's new destination is reached.

@@ -1139,6 +1139,14 @@ fn usage_is_counted_for_each_service<F: TestFamily>() {
     let usage = node.tables.usage.borrow();
     let web = Usage { connections: 1, packets: 2, bytes: 2 * bytes, refused: 0 };
     assert_eq!((usage[&1], usage[&3]), (web, Usage { refused: 1, ..Usage::default() }));
+    drop(usage);
+    // What is left to the hook behind counts there, once.
+    let mut node = Node::<F>::new();
+    open_forwarded(&node, 40000).seen(Verdict::Forward, Reason::Forwarded);
+    let before = node.tables.usage.borrow().clone();
+    node.route = HostRoute::NoNextHop;
+    open_forwarded(&node, 40000).untouched(Verdict::Pass, Reason::NoNextHop);
+    assert_eq!(*node.tables.usage.borrow(), before);
 }
 
 /// Rules 1 and 2, found by fuzzing.
