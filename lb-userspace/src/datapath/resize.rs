@@ -313,24 +313,8 @@ fn copy(from: &Table, to: &Table) -> io::Result<u64> {
 /// Copies flows that were in use at or after `since` (`CLOCK_MONOTONIC`, ns), unless `to` has them as of later. If not
 /// all have room, those in use most lately have.
 fn copy_flows(from: &Table, to: &Table, since: u64) -> io::Result<u64> {
-    let mut since = since;
-    if to.info.max_entries < from.info.max_entries {
-        let mut times = vec![];
-        from.each(|_, value| {
-            times.push(last_seen(value));
-            Ok(())
-        })?;
-        let room = to.info.max_entries as usize;
-        if times.len() > room {
-            let excess = times.len() - room;
-            since = since.max(*times.select_nth_unstable(excess).1);
-        }
-    }
     let mut copied = 0;
-    from.each(|key, value| {
-        if last_seen(value) < since {
-            return Ok(());
-        }
+    let mut put = |key: &[u8], value: &[u8]| {
         let flags = match bpf::map_lookup_bytes(to.fd(), &to.info, key)? {
             Some(have) if last_seen(&have) >= last_seen(value) => return Ok(()),
             Some(_) => 0,
@@ -341,8 +325,58 @@ fn copy_flows(from: &Table, to: &Table, since: u64) -> io::Result<u64> {
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
             result => result.map(|()| copied += 1),
         }
-    })?;
+    };
+    if to.info.max_entries < from.info.max_entries {
+        for (key, value) in Lately::of(from, since)?.entries(room(to)) {
+            put(key, value)?;
+        }
+    } else {
+        from.each(|key, value| if last_seen(value) < since { Ok(()) } else { put(key, value) })?;
+    }
     Ok(copied)
+}
+
+/// Flows that a table takes without losing any: the kernel's LRU keeps some entries free for each CPU.
+fn room(table: &Table) -> usize {
+    table.info.max_entries as usize / 4 * 3
+}
+
+/// Flows by the time of their last use: what an LRU is given first, it takes first.
+struct Lately {
+    keys: Vec<u8>,
+    values: Vec<u8>,
+    /// Time and place of each, the oldest first.
+    order: Vec<(u64, usize)>,
+    key_size: usize,
+    value_size: usize,
+}
+
+impl Lately {
+    /// Those in use at or after `since`.
+    fn of(table: &Table, since: u64) -> io::Result<Self> {
+        let (key_size, value_size) = (table.info.key_size as usize, table.info.value_size as usize);
+        let mut flows = Self { keys: vec![], values: vec![], order: vec![], key_size, value_size };
+        table.each(|key, value| {
+            if last_seen(value) >= since {
+                flows.order.push((last_seen(value), flows.order.len()));
+                flows.keys.extend_from_slice(key);
+                flows.values.extend_from_slice(value);
+            }
+            Ok(())
+        })?;
+        flows.order.sort_unstable();
+        Ok(flows)
+    }
+
+    /// The last `room` of them.
+    fn entries(&self, room: usize) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.order.iter().skip(self.order.len().saturating_sub(room)).map(|(_, at)| {
+            (
+                &self.keys[at * self.key_size..][..self.key_size],
+                &self.values[at * self.value_size..][..self.value_size],
+            )
+        })
+    }
 }
 
 fn last_seen(flow: &[u8]) -> u64 {

@@ -124,9 +124,8 @@ fn smaller_maps_are_made_if_everything_has_room_and_keep_the_newest_flows() {
         assert_eq!((limits.services, limits.backends, limits.slots), (256, 256, 4096));
         assert_eq!(second.maps().unwrap().read().unwrap(), before);
         let kept = content(&flows(&second, "FLOWS4"));
-        assert!(kept.keys().all(|port| *port > 4000 - 1024), "{:?}", kept.keys().next());
-        // The kernel's LRU gives up some before the last place is taken.
-        assert!(kept.len() > 500, "{}", kept.len());
+        // Three in four: the kernel's LRU gives up others before the last place is taken.
+        assert!(kept.keys().copied().eq(4000 - 767..=4000), "{:?}", kept.keys());
         second.take_resize().unwrap().finish().unwrap();
 
         // One backend beyond the new limit, and all maps of the flag stay as they are.
