@@ -103,13 +103,20 @@ fn tcp_to_a_removed_backend_is_kept_or_reset_as_asked() -> Result<()> {
     Ok(())
 }
 
-/// Sends first packets with sources that nobody has. Returns when all are sent.
+/// Sends first packets with sources that nobody has, in half a minute or so: what is lost in the queues of a device whose
+/// machine can do no more is no matter of flows. Returns when all are sent.
 fn flood(ns: &Netns, target: SocketAddr, packets: u32, seed: u32, datagrams: bool) -> Result<()> {
+    const TIME: Duration = Duration::from_secs(25);
+    const BURST: u32 = 32;
+    let begin = Instant::now();
     ns.run(|| -> Result<()> {
         // IPPROTO_RAW: the IP header is ours.
         let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Number::from(255)))?;
         let mut state = seed;
-        for _ in 0..packets {
+        for n in 0..packets {
+            if n % BURST == 0 {
+                thread::sleep((TIME / packets * n).saturating_sub(begin.elapsed()));
+            }
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             // 198.18.0.0/15 is for such tests (RFC 2544).
             let [a, b, c, d] = state.to_be_bytes();
