@@ -4,13 +4,20 @@ use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
 
 use lb_common::maps::MapKind;
 
+use super::error::OpenError;
 use crate::sys::bpf::{self, MapInfo};
 
 /// Entries read with one system call.
 const BATCH: usize = 4096;
+
+/// Passes over the flows before the switch, at most; and how short one is that leaves little to the next.
+pub(super) const PASSES: usize = 4;
+pub(super) const SHORT_PASS: Duration = Duration::from_millis(5);
 
 /// Makes an entry of the map it goes to from the key and the value of one it comes from; `None`: it is left out.
 pub type Convert = fn(&[u8], &[u8]) -> Option<(Vec<u8>, Vec<u8>)>;
@@ -32,8 +39,49 @@ impl Table {
         self.fd.as_fd()
     }
 
+    /// The map that is pinned at a path, if any is.
+    pub(super) fn open(path: &Path) -> Result<Option<Self>, OpenError> {
+        let opened = match bpf::obj_get(path) {
+            Ok(fd) => Self::new(fd).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        };
+        opened.map_err(|source| OpenError::Pin { action: "open pinned map", path: path.to_owned(), source })
+    }
+
     fn is(&self, kind: MapKind) -> bool {
         self.info.kind == kind as u32
+    }
+
+    /// Shows `visit` every entry, in the order of the map.
+    pub(super) fn each(&self, mut visit: impl FnMut(&[u8], &[u8]) -> io::Result<()>) -> io::Result<()> {
+        let info = &self.info;
+        // Tries are read in batches only since 5.13.
+        if self.is(MapKind::LpmTrie) {
+            let mut key = bpf::map_next_key_bytes(self.fd(), info, None)?;
+            while let Some(at) = key {
+                if let Some(value) = bpf::map_lookup_bytes(self.fd(), info, &at)? {
+                    visit(&at, &value)?;
+                }
+                key = bpf::map_next_key_bytes(self.fd(), info, Some(&at))?;
+            }
+            return Ok(());
+        }
+        if self.is(MapKind::PerCpuArray) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "a map with values for each CPU"));
+        }
+        let mut cursor = None;
+        loop {
+            let (entries, next) = bpf::map_lookup_batch_bytes(self.fd(), info, cursor, BATCH)?;
+            let keys = entries.keys.chunks_exact(info.key_size as usize);
+            for (key, value) in keys.zip(entries.values.chunks_exact(info.value_size as usize)) {
+                visit(key, value)?;
+            }
+            if next.is_none() {
+                return Ok(());
+            }
+            cursor = next;
+        }
     }
 }
 
@@ -66,7 +114,7 @@ impl<'a> Carrier<'a> {
     pub(super) fn pass(&mut self, clash: Clash) -> io::Result<u64> {
         let Self { from, to, convert, seen } = self;
         let mut written = 0;
-        walk(from, |key, value| {
+        from.each(|key, value| {
             let mut hasher = DefaultHasher::new();
             (key, value).hash(&mut hasher);
             let nobodys = from.is(MapKind::Array) && value.iter().all(|byte| *byte == 0);
@@ -116,37 +164,6 @@ fn counts(value: &[u8], have: &[u8], clash: Clash) -> bool {
             };
             time(value) > time(have)
         }
-    }
-}
-
-/// Each entry of a map, in the order of the map.
-fn walk(map: &Table, mut each: impl FnMut(&[u8], &[u8]) -> io::Result<()>) -> io::Result<()> {
-    let info = &map.info;
-    // Tries are read in batches only since 5.13.
-    if map.is(MapKind::LpmTrie) {
-        let mut key = bpf::map_next_key_bytes(map.fd(), info, None)?;
-        while let Some(at) = key {
-            if let Some(value) = bpf::map_lookup_bytes(map.fd(), info, &at)? {
-                each(&at, &value)?;
-            }
-            key = bpf::map_next_key_bytes(map.fd(), info, Some(&at))?;
-        }
-        return Ok(());
-    }
-    if map.is(MapKind::PerCpuArray) {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, "a map with values for each CPU"));
-    }
-    let mut cursor = None;
-    loop {
-        let (entries, next) = bpf::map_lookup_batch_bytes(map.fd(), info, cursor, BATCH)?;
-        let keys = entries.keys.chunks_exact(info.key_size as usize);
-        for (key, value) in keys.zip(entries.values.chunks_exact(info.value_size as usize)) {
-            each(key, value)?;
-        }
-        if next.is_none() {
-            return Ok(());
-        }
-        cursor = next;
     }
 }
 

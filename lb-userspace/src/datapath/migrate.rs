@@ -22,11 +22,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lb_common::maps::{LAYOUT_VERSION, MAPS, MapKind, MapSpec};
 
-use super::carry::{Carrier, Clash, Convert, Table};
+use super::carry::{Carrier, Clash, Convert, PASSES, SHORT_PASS, Table};
 use super::clsact;
 use super::error::OpenError;
 use super::hooks::{open_link, remove_link};
@@ -34,10 +34,6 @@ use super::load::Programs;
 use super::pins::{self, Pins};
 use super::rehearsal;
 use crate::sys::bpf::{self, MapInfo};
-
-/// Passes over the flows before the switch, at most; and how short one is that leaves little to the next.
-const PASSES: usize = 4;
-const SHORT_PASS: Duration = Duration::from_millis(5);
 
 /// A layout of the maps, and the others that its entries can be made of.
 #[derive(Clone, Copy, Debug)]

@@ -14,40 +14,27 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::mem::offset_of;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lb_common::abi::{Addr4, Addr6, Flow, Service, ServiceKey};
 use lb_common::maps::{MAPS, MapKind, MapSpec};
 use nix::time::{ClockId, clock_gettime};
 
+use super::carry::{PASSES, SHORT_PASS, Table};
 use super::error::OpenError;
 use super::hooks::open_link;
 use super::kernel_maps::walk;
 use super::load::Programs;
 use super::pins::{self, Pins};
-use crate::sys::bpf::{self, MapInfo};
-
-/// Entries read with one system call.
-const BATCH: usize = 4096;
+use crate::sys::bpf;
 
 /// Flows note that they are in use once a second; the datapath's clock may be coarse.
 const USED_SINCE: u64 = 2_000_000_000;
 
-/// Passes over the flows before the switch, at most; and how short one is that leaves little to the next.
-const PASSES: usize = 4;
-const SHORT_PASS: Duration = Duration::from_millis(5);
-
 /// Flows begin with the time of their last use.
 const _: () = assert!(offset_of!(Flow<Addr4>, last_seen) == 0 && offset_of!(Flow<Addr6>, last_seen) == 0);
-
-/// A map that was found.
-#[derive(Debug)]
-struct Table {
-    fd: OwnedFd,
-    info: MapInfo,
-}
 
 /// Maps that are replaced by others of another size.
 #[derive(Debug)]
@@ -115,7 +102,7 @@ impl Resize {
                 known.fresh = true;
                 continue;
             }
-            bpf::obj_pin(table.fd.as_fd(), &path).map_err(failed(spec.name))?;
+            bpf::obj_pin(table.fd(), &path).map_err(failed(spec.name))?;
             self.maps.push(Resized { spec, old: vec![table], new: None, fresh: true });
         }
         Ok(true)
@@ -134,7 +121,7 @@ impl Resize {
                 };
                 for name in ["SERVICES4", "SERVICES6"] {
                     let Some(services) = Table::open(&self.pins.map(name))? else { continue };
-                    let fd = services.fd.as_fd();
+                    let fd = services.fd();
                     let walked = if name == "SERVICES4" {
                         walk(name, fd, |_: ServiceKey<Addr4>, service| note(service))
                     } else {
@@ -250,43 +237,6 @@ impl Resize {
             links.extend(link.map(|link| (name, link)));
         }
         Ok(links)
-    }
-}
-
-impl Table {
-    fn new(fd: OwnedFd) -> io::Result<Self> {
-        let info = bpf::map_info(fd.as_fd())?;
-        Ok(Self { fd, info })
-    }
-
-    fn open(path: &Path) -> Result<Option<Self>, OpenError> {
-        let opened = match bpf::obj_get(path) {
-            Ok(fd) => Self::new(fd).map(Some),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        };
-        opened.map_err(|source| OpenError::Pin { action: "open pinned map", path: path.to_owned(), source })
-    }
-
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-
-    /// Shows `visit` every entry.
-    fn each(&self, mut visit: impl FnMut(&[u8], &[u8]) -> io::Result<()>) -> io::Result<()> {
-        let (key_size, value_size) = (self.info.key_size as usize, self.info.value_size as usize);
-        let mut cursor = None;
-        loop {
-            let (entries, next) = bpf::map_lookup_batch_bytes(self.fd(), &self.info, cursor, BATCH)?;
-            let values = entries.values.chunks_exact(value_size);
-            for (key, value) in entries.keys.chunks_exact(key_size).zip(values) {
-                visit(key, value)?;
-            }
-            if next.is_none() {
-                return Ok(());
-            }
-            cursor = next;
-        }
     }
 }
 
