@@ -56,6 +56,8 @@ pub struct Options {
     /// `--master`.
     pub master: Option<String>,
     pub node_name: String,
+    /// Other nodes are followed, too.
+    pub all_nodes: bool,
 }
 
 /// The API server cannot be asked.
@@ -134,16 +136,25 @@ fn parse_url(url: &str) -> Result<http::Uri, Error> {
     url.parse().map_err(|source| Error::Master { url: url.to_owned(), source })
 }
 
+/// Whose Node objects are followed.
+#[derive(Clone, Copy, Debug)]
+pub struct Nodes<'a> {
+    /// This node.
+    pub name: &'a str,
+    /// The others, too.
+    pub all: bool,
+}
+
 /// Follows every kind until the receiver of `events` is gone, or the set is dropped. Who listens knows `kept` already:
 /// what of it there is no more is told as gone.
-pub fn follow(client: &Client, node_name: &str, events: &Sender, kept: &Objects) -> JoinSet<()> {
-    follow_with(client, node_name, events, kept, || Box::new(DefaultBackoff::default()))
+pub fn follow(client: &Client, nodes: Nodes<'_>, events: &Sender, kept: &Objects) -> JoinSet<()> {
+    follow_with(client, nodes, events, kept, || Box::new(DefaultBackoff::default()))
 }
 
 /// [`follow`] with a patience of its own.
 pub fn follow_with(
     client: &Client,
-    node_name: &str,
+    nodes: Nodes<'_>,
     events: &Sender,
     kept: &Objects,
     backoff: fn() -> Box<dyn Backoff>,
@@ -151,8 +162,8 @@ pub fn follow_with(
     let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
     let labelled = config.clone().labels(LABELS);
     let cidrs = Follower::<ServiceCidr>::new(client, config.clone(), events, backoff(), kept);
-    let here = config.clone().fields(&format!("spec.nodeName={node_name}"));
-    let ours = config.fields(&format!("metadata.name={node_name}"));
+    let here = config.clone().fields(&format!("spec.nodeName={}", nodes.name));
+    let ours = if nodes.all { config } else { config.fields(&format!("metadata.name={}", nodes.name)) };
     let mut tasks = JoinSet::new();
     let services = Follower::<Service>::new(client, labelled.clone(), events, backoff(), kept);
     tasks.spawn(services.run());
@@ -280,7 +291,7 @@ impl Watched for Node {
     }
 
     fn names(objects: &Objects) -> BTreeSet<String> {
-        objects.node.iter().map(|node| node.name.clone()).collect()
+        objects.node.iter().map(|node| node.name.clone()).chain(objects.peers.keys().cloned()).collect()
     }
 }
 

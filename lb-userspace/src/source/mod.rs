@@ -1,6 +1,7 @@
 //! Where changes of Services, EndpointSlices, Pods and the Node come from: a Kubernetes API server, or manifest
 //! files. Both convert at their border: Kubernetes' types go no further than this directory.
 
+mod budget;
 pub mod convert;
 mod known;
 pub mod kubernetes;

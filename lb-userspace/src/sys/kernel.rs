@@ -4,7 +4,12 @@ use std::fs;
 
 /// Major and minor version; `None` where it cannot be told.
 pub fn release() -> Option<(u32, u32)> {
-    parse(&fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
+    parse(&release_text()?)
+}
+
+/// As `uname -r` has it.
+pub fn release_text() -> Option<String> {
+    Some(fs::read_to_string("/proc/sys/kernel/osrelease").ok()?.trim().to_owned())
 }
 
 fn parse(release: &str) -> Option<(u32, u32)> {

@@ -9,7 +9,6 @@
 //! file said before and does not say now stays as it was until all of it can be read again. A deleted
 //! file takes its objects along. Of an object that two files define the first file by name counts.
 
-mod bounded;
 mod parse;
 mod table;
 mod watch;

@@ -11,11 +11,12 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
-use super::bounded::Budget;
 use crate::entries::ServiceName;
 use crate::model::{Change, EndpointSlice, Node, Pod, Service, SliceName};
 use crate::owner::PodName;
+use crate::source::budget::Budget;
 use crate::source::convert::{self, ServiceCidr};
 
 /// An object's kind and name.
@@ -106,6 +107,15 @@ pub(super) struct Parsed {
     pub(super) problems: Problems,
 }
 
+impl Parsed {
+    fn insert(&mut self, object: Object) {
+        let key = object.key();
+        if self.objects.insert(key.clone(), object).is_some() {
+            self.problems.push(format!("{key} is defined twice; the last counts"));
+        }
+    }
+}
+
 /// What could not be read.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Problems {
@@ -137,8 +147,16 @@ impl Problems {
 pub(super) fn file(path: &Path) -> Parsed {
     match read(path) {
         Err(error) => failed(&error),
-        Ok(text) if path.extension().is_some_and(|extension| extension == "json") => documents(json(&text)),
-        Ok(text) => documents(yaml(&text)),
+        Ok(text) => parse(path, &text),
+    }
+}
+
+/// What a file of this name says.
+fn parse(path: &Path, text: &str) -> Parsed {
+    if path.extension().is_some_and(|extension| extension == "json") {
+        documents(unread(text).map(|document| document.map(Document::Text)))
+    } else {
+        documents(yaml(text).map(|document| document.map(Document::Value)))
     }
 }
 
@@ -178,6 +196,12 @@ pub(super) fn json(text: &str) -> impl Iterator<Item = Result<Value, String>> {
         over = value.is_err();
         Some(value)
     })
+}
+
+/// The same, told apart and no more.
+fn unread(text: &str) -> impl Iterator<Item = Result<&str, String>> {
+    let documents = serde_json::Deserializer::from_str(text).into_iter::<&RawValue>();
+    documents.map(|document| document.map(RawValue::get).map_err(|error| error.to_string()))
 }
 
 /// The documents of a YAML file. They are told apart before they are parsed, so that one that is broken does
@@ -233,7 +257,24 @@ fn is_separator(line: &str) -> bool {
     line.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
 }
 
-fn documents(documents: impl Iterator<Item = Result<Value, String>>) -> Parsed {
+/// A document of a file, or an item of a list.
+enum Document<'a> {
+    /// JSON that nobody has looked at.
+    Text(&'a str),
+    Value(Value),
+}
+
+impl Document<'_> {
+    fn read<O: DeserializeOwned>(self) -> Result<O, String> {
+        match self {
+            Self::Text(text) => serde_json::from_str(text),
+            Self::Value(value) => serde_json::from_value(value),
+        }
+        .map_err(|error| error.to_string())
+    }
+}
+
+fn documents<'a>(documents: impl Iterator<Item = Result<Document<'a>, String>>) -> Parsed {
     let mut parsed = Parsed::default();
     for (number, document) in documents.enumerate() {
         match document {
@@ -243,7 +284,9 @@ fn documents(documents: impl Iterator<Item = Result<Value, String>>) -> Parsed {
                     .push(format!("more than {DOCUMENTS} documents; divide it into several files"));
                 break;
             }
-            Ok(document) => object(document, &mut parsed),
+            Ok(Document::Value(value)) => object(value, &mut parsed),
+            Ok(Document::Text(text)) if straight(text, &mut parsed) => {}
+            Ok(Document::Text(text)) => with_values(text, &mut parsed),
             Err(problem) => parsed.problems.push(problem),
         }
     }
@@ -265,6 +308,50 @@ struct Meta {
     name: String,
 }
 
+/// Reads JSON as what it says it is, without all of its values in between: they take several times as long, and as much
+/// memory. `false`: it is not as it should be, or too large; nothing of it has been taken.
+fn straight(text: &str, parsed: &mut Parsed) -> bool {
+    #[derive(Deserialize)]
+    struct List<'a> {
+        #[serde(borrow)]
+        items: Vec<&'a RawValue>,
+    }
+    if !Budget::default().allows(text) {
+        return false;
+    }
+    let Ok(head) = serde_json::from_str::<Head>(text) else { return false };
+    if head.kind != "List" {
+        return straight_object(&head, text, parsed);
+    }
+    let Ok(List { items }) = serde_json::from_str(text) else { return false };
+    for item in items.into_iter().map(RawValue::get) {
+        let head = serde_json::from_str(item);
+        if !head.is_ok_and(|head| straight_object(&head, item, parsed)) {
+            with_values(item, parsed);
+        }
+    }
+    true
+}
+
+fn straight_object(head: &Head, text: &str, parsed: &mut Parsed) -> bool {
+    match convert(head, Document::Text(text)) {
+        Some(Ok(object)) => parsed.insert(object),
+        Some(Err(_)) => return false,
+        None => {}
+    }
+    true
+}
+
+/// Reads JSON that is not as it should be, and says why.
+fn with_values(text: &str, parsed: &mut Parsed) {
+    for document in json(text) {
+        match document {
+            Ok(value) => object(value, parsed),
+            Err(problem) => parsed.problems.push(problem),
+        }
+    }
+}
+
 fn object(document: Value, parsed: &mut Parsed) {
     if document.is_null() {
         return;
@@ -276,44 +363,51 @@ fn object(document: Value, parsed: &mut Parsed) {
             return;
         }
     };
+    if head.kind.ends_with("List") {
+        match items(document) {
+            Ok(items) => items.into_iter().for_each(|item| object(item, parsed)),
+            Err(problem) => parsed.problems.push(problem),
+        }
+        return;
+    }
+    match convert(&head, Document::Value(document)) {
+        Some(Ok(object)) => parsed.insert(object),
+        Some(Err(error)) => {
+            parsed.problems.push(format!("{} {:?}: {error}", head.kind, head.metadata.name));
+        }
+        None => {}
+    }
+}
+
+/// The object of a document; `None`: it is none of ours.
+fn convert(head: &Head, document: Document<'_>) -> Option<Result<Object, String>> {
     let converted = match (head.api_version.as_str(), head.kind.as_str()) {
         ("v1", "Service") => {
-            convert(document, convert::service).map(|service| Object::Service(Arc::new(service)))
+            document.read().map(|object| Object::Service(Arc::new(convert::service(object))))
         }
-        ("v1", "Pod") => convert(document, convert::pod).map(|pod| Object::Pod(Arc::new(pod))),
-        ("v1", "Node") => convert(document, convert::node).map(|node| Object::Node(Box::new(node))),
+        ("v1", "Pod") => document.read().map(|object| Object::Pod(Arc::new(convert::pod(object)))),
+        ("v1", "Node") => document.read().map(|object| Object::Node(Box::new(convert::node(object)))),
         ("networking.k8s.io/v1", "ServiceCIDR") => {
-            convert(document, convert::service_cidr).map(Object::ServiceCidr)
+            document.read().map(|object| Object::ServiceCidr(convert::service_cidr(object)))
         }
         ("discovery.k8s.io/v1", "EndpointSlice") => {
-            convert(document, convert::slice).map(|slice| Object::Slice(Arc::new(slice)))
-        }
-        (_, kind) if kind.ends_with("List") => {
-            match items(document) {
-                Ok(items) => items.into_iter().for_each(|item| object(item, parsed)),
-                Err(problem) => parsed.problems.push(problem),
-            }
-            return;
+            document.read().map(|object| Object::Slice(Arc::new(convert::slice(object))))
         }
         (version, "Service" | "Pod" | "Node" | "EndpointSlice") => Err(format!(
             "apiVersion {version:?} is not known; use v1, or discovery.k8s.io/v1 for EndpointSlices"
         )),
+        (_, kind) if kind.ends_with("List") => Err("lists are no objects".to_owned()),
         (_, kind) => {
             tracing::debug!(kind, name = head.metadata.name, "passed over");
-            return;
+            return None;
         }
     };
-    let named =
-        if head.metadata.name.is_empty() { Err("metadata.name is missing".to_owned()) } else { converted };
-    match named {
-        Ok(object) => {
-            let key = object.key();
-            if parsed.objects.insert(key.clone(), object).is_some() {
-                parsed.problems.push(format!("{key} is defined twice; the last counts"));
-            }
-        }
-        Err(error) => parsed.problems.push(format!("{} {:?}: {error}", head.kind, head.metadata.name)),
-    }
+    let is_named = !head.metadata.name.is_empty();
+    Some(
+        converted.and_then(
+            |object| if is_named { Ok(object) } else { Err("metadata.name is missing".to_owned()) },
+        ),
+    )
 }
 
 /// A `List`, or a `ServiceList` and the like, whose items need not say what they are.
@@ -333,16 +427,12 @@ pub(super) fn items(mut list: Value) -> Result<Vec<Value>, String> {
     Ok(items)
 }
 
-fn convert<O: DeserializeOwned, M>(document: Value, convert: fn(O) -> M) -> Result<M, String> {
-    serde_json::from_value(document).map(convert).map_err(|error| error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn keys(name: &str, text: &str) -> (Vec<String>, Vec<String>) {
-        let parsed = if name.ends_with("json") { documents(json(text)) } else { documents(yaml(text)) };
+        let parsed = parse(Path::new(name), text);
         (parsed.objects.keys().map(ToString::to_string).collect(), parsed.problems.first)
     }
 
@@ -380,6 +470,59 @@ mod tests {
         let (found, problems) = keys("f.json", &format!("{one} {{"));
         assert_eq!(found.len(), 1);
         assert_eq!(problems, ["EOF while parsing an object at line 1 column 68"]);
+    }
+
+    /// Of JSON most is read straight, and whatever is not as it should be the long way: the outcome is one.
+    #[test]
+    fn json_says_the_same_as_yaml_does() {
+        let service = |name: &str, more: &str| {
+            format!(r#"{{"apiVersion": "v1", "kind": "Service", "metadata": {{"name": "{name}"}}{more}}}"#)
+        };
+        let list = |kind: &str, items: &[String]| {
+            format!(r#"{{"items": [{}], "apiVersion": "v1", "kind": "{kind}"}}"#, items.join(", "))
+        };
+        let bad = service("bad", r#", "spec": {"ports": [{"port": "http"}]}"#);
+        let texts = [
+            (list("List", &[service("a", ""), service("b", "")]), 2, 0),
+            (list("List", &[service("a", ""), bad.clone(), service("b", "")]), 2, 1),
+            (list("List", &[service("a", ""), list("List", &[service("b", ""), bad.clone()])]), 2, 1),
+            (
+                list("List", &[r#"{"kind": "Deployment"}"#.to_owned(), "null".to_owned(), "7".to_owned()]),
+                0,
+                1,
+            ),
+            (list("ServiceList", &[r#"{"metadata": {"name": "a"}}"#.to_owned()]), 1, 0),
+            (list("List", &[service("a", ""), service("a", "")]), 1, 1),
+            (r#"{"apiVersion": "v1", "kind": "List", "items": {}}"#.to_owned(), 0, 1),
+            (r#"{"apiVersion": "v1", "kind": "List"}"#.to_owned(), 0, 1),
+            (r#"{"apiVersion": "v2", "kind": "Service", "metadata": {"name": "a"}}"#.to_owned(), 0, 1),
+            (service("", ""), 0, 1),
+            (bad, 0, 1),
+            (r#"["v1", "Service", {"name": "a"}]"#.to_owned(), 0, 1),
+        ];
+        for (text, objects, problems) in texts {
+            let (straight, long) = (parse(Path::new("f.json"), &text), parse(Path::new("f.yaml"), &text));
+            assert_eq!((straight.objects.len(), straight.problems.count), (objects, problems), "{text}");
+            let without_line = |problem: &String| problem.replace("document at line 1: ", "");
+            let long_problems: Vec<_> = long.problems.first.iter().map(without_line).collect();
+            assert_eq!((straight.objects, straight.problems.first), (long.objects, long_problems), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_as_it_should_be_is_read_straight() {
+        let service = r#"{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}}"#;
+        let list = format!(r#"{{"apiVersion": "v1", "items": [{service}], "kind": "List"}}"#);
+        for text in [service, &list] {
+            let mut parsed = Parsed::default();
+            assert!(straight(text, &mut parsed) && parsed.objects.len() == 1, "{text}");
+        }
+        let few_bytes = service.replace("}}", &format!("}}, \"spec\": [{}0]}}", "0,".repeat(2_000_000)));
+        let mut parsed = Parsed::default();
+        assert!(!straight(&few_bytes, &mut parsed) && parsed == Parsed::default());
+        assert!(
+            parse(Path::new("f.json"), &few_bytes).problems.first[0].starts_with("more than 2000000 values")
+        );
     }
 
     #[test]
