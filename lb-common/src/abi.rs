@@ -8,6 +8,9 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
+use crate::reason::Hook;
+use crate::wire::Mac;
+
 /// An IPv4 address as it stands in a packet.
 #[repr(C, align(2))]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -87,6 +90,8 @@ pub mod service_flags {
     pub const NODE_ALLOWED: u16 = 1 << 4;
     /// The client's address is kept also under `--masquerade-all`: an external frontend with policy Local, a host port.
     pub const SOURCE_KEPT: u16 = 1 << 5;
+    /// Backends on other nodes answer clients from outside themselves (`--mode`).
+    pub const DSR: u16 = 1 << 6;
 }
 
 /// Values of [`Service::kind`].
@@ -270,8 +275,21 @@ pub mod address_flags {
     pub const BACKEND_UDP: u32 = 1 << 7;
     /// The same of an SCTP backend.
     pub const BACKEND_SCTP: u32 = 1 << 8;
+    /// An address of another node of the cluster: what it sends through a tunnel is believed.
+    pub const PEER: u32 = 1 << 9;
     /// Backends of any protocol.
     pub const BACKEND: u32 = BACKEND_TCP | BACKEND_UDP | BACKEND_SCTP;
+}
+
+/// Value of `PLACES4/6`, keyed by address, port and protocol of a backend: where it is, so that packets can be tunnelled there
+/// as they came.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Place<A> {
+    /// Id of the backend.
+    pub backend: u32,
+    /// Address of its node; unspecified: this one.
+    pub node: A,
 }
 
 /// Value of `EDGES`, keyed by interface index: an external edge of this node; under `--masquerade-all` also a device
@@ -289,6 +307,18 @@ pub struct Edge {
     pub sources4: u16,
     /// Further IPv6 sources.
     pub sources6: u16,
+}
+
+/// Value of `MACS`: the Ethernet address that frames for this node have at an external edge. In an array, because every
+/// frame is compared; the place of a device is its index modulo [`crate::maps::MAX_MACS`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct OwnMac {
+    /// The device that has this place; others that would have it are not asked.
+    pub ifindex: u32,
+    /// Zeroes: any.
+    pub mac: Mac,
+    pub pad: u16,
 }
 
 /// Key of `EDGE_SOURCES`, whose values are edges of which the addresses alone count.
@@ -324,6 +354,18 @@ pub enum Side {
     PodIn = 3,
     /// Goes to a pod.
     PodOut = 4,
+}
+
+impl Side {
+    /// Number of the [`Hook`] where tc sees packets of the side with this number: the same.
+    #[inline(always)]
+    pub const fn hook(side: u8) -> u8 {
+        const _: () =
+            assert!(Side::NicIn as u8 == Hook::NicIn as u8 && Side::NicOut as u8 == Hook::NicOut as u8);
+        const _: () =
+            assert!(Side::PodIn as u8 == Hook::PodIn as u8 && Side::PodOut as u8 == Hook::PodOut as u8);
+        side
+    }
 }
 
 /// Key of `FLOWS4/6` and `PENDING4/6`: the five-tuple as seen at the edge, and the [`Side`].
@@ -369,10 +411,43 @@ pub struct Flow<A> {
     pub flags: u8,
     /// [`Carry`].
     pub carry: u8,
-    pub pad: [u8; 2],
+    /// [`crate::Tables::tick`] when the entry was last seen to.
+    pub tick: u16,
     /// TCP: the last acknowledgement number seen in this direction; 0: none. It is the sequence number that the other
     /// end sends next.
     pub ack: u32,
+    /// Of flows that XDP sends on.
+    pub hop: Hop,
+    /// Longest packet that fits through on the way to `hop`, as far as is known, bytes.
+    pub fits: u16,
+    /// What the new addresses change in a sum that covers them ([`crate::checksum::Diff::folded`]).
+    pub addresses: u16,
+}
+
+/// Where the packets of a flow are sent on to: what the routing table has said of its first ones.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Hop {
+    /// [`Routing::generation`] before the routing table was asked; 0: it was not, or is to be asked again.
+    pub generation: u32,
+    /// Device they leave by.
+    pub ifindex: u32,
+    /// Ethernet address of the device.
+    pub src: [u8; 6],
+    /// Ethernet address of the next hop.
+    pub dst: [u8; 6],
+}
+
+/// Value of `ROUTING`: how long flows may believe their [`Hop`]. The agent follows the changes of routes, neighbours,
+/// addresses and links; without one the routing table is asked for each packet.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Routing {
+    /// `CLOCK_MONOTONIC`, ns: until then the agent lives for sure.
+    pub until: u64,
+    /// Advances with each change; never 0.
+    pub generation: u32,
+    pub pad: u32,
 }
 
 /// Bits of [`Flow::flags`].
@@ -403,6 +478,9 @@ pub enum Carry {
     Forward = 2,
     /// Sent back out of the device it came from: a pod that is its own backend.
     Bounce = 3,
+    /// Sent on unchanged, but for its TTL, in a tunnel to the backend's node, which answers. New destination is the
+    /// backend, new source the address of its node; such a flow has one direction.
+    Tunnel = 4,
 }
 
 /// Key of `SOCKETS`: a remote address as one socket knows it. IPv4 addresses are IPv4-mapped.
@@ -484,6 +562,54 @@ pub struct Counter {
     pub bytes: u64,
 }
 
+/// Key of `REFUSALS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct RefusalKey {
+    /// [`Service::id`].
+    pub service: u32,
+    /// [`crate::Reason`].
+    pub reason: u32,
+}
+
+/// Value of `SAMPLING`: whether programs tell of packets that they do not carry on. Who wants to know says so again and
+/// again, so that nobody is told when he is gone.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Sampling {
+    /// `CLOCK_MONOTONIC`, ns: until then.
+    pub until: u64,
+    /// Samples that found no room since `until` was written.
+    pub lost: u64,
+}
+
+/// What `SAMPLES` tells of a packet, or of a call of a socket, that was dropped or answered in the backend's place. IPv4
+/// addresses are IPv4-mapped.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Sample {
+    /// `CLOCK_MONOTONIC`, ns; as old as [`crate::Tables::now`] may be.
+    pub time: u64,
+    /// Device the packet came in through or goes out of; 0 for sockets.
+    pub ifindex: u32,
+    /// Bytes of the IP packet; 0 for sockets, and where the header cannot be believed.
+    pub bytes: u32,
+    /// As the packet came; unspecified for sockets.
+    pub src: Addr6,
+    pub dst: Addr6,
+    /// Host byte order; 0 for sockets, and where there is none.
+    pub src_port: u16,
+    /// Host byte order.
+    pub dst_port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    pub tcp_flags: u8,
+    /// [`crate::Hook`].
+    pub hook: u8,
+    /// [`crate::Reason`].
+    pub reason: u8,
+}
+
 /// Ports that the datapath gives to flows whose source it rewrites: outside the default ephemeral range
 /// (32768 to 60999), the default NodePort range (30000 to 32767) and the ports of Kubernetes' own
 /// components. The agent adds them to `net.ipv4.ip_local_reserved_ports`.
@@ -524,25 +650,33 @@ layout!(Usage, size 32, align 8, packets 8, bytes 16, refused 24);
 layout!(Backend<Addr4>, size 12, align 4, port 4, state 6, generation 8);
 layout!(Backend<Addr6>, size 24, align 4, port 16, state 18, generation 20);
 layout!(AddressInfo, size 4, align 4);
+layout!(Place<Addr4>, size 8, align 4, node 4);
+layout!(Place<Addr6>, size 20, align 4, node 4);
 layout!(Edge, size 28, align 4, addr4 16, flags 20, sources4 24, sources6 26);
+layout!(OwnMac, size 12, align 4, mac 4);
 layout!(EdgeSourceKey, size 8, align 4, index 4);
 layout!(FlowKey<Addr4>, size 16, align 2, src_port 8, proto 12, side 13);
 layout!(FlowKey<Addr6>, size 40, align 2, src_port 32, proto 36, side 37);
-layout!(Flow<Addr4>, size 40, align 8, src 20, dst 24, src_port 28, flags 32, carry 33, ack 36);
-layout!(Flow<Addr6>, size 64, align 8, src 20, dst 36, src_port 52, flags 56, carry 57, ack 60);
+layout!(Flow<Addr4>, size 64, align 8, src 20, dst 24, src_port 28, flags 32, carry 33, tick 34, ack 36, hop 40, fits 60, addresses 62);
+layout!(Flow<Addr6>, size 88, align 8, src 20, dst 36, src_port 52, flags 56, carry 57, tick 58, ack 60, hop 64, fits 84, addresses 86);
+layout!(Hop, size 20, align 4, ifindex 4, src 8, dst 14);
+layout!(Routing, size 16, align 8, generation 8);
 layout!(SocketKey, size 32, align 8, addr 8, port 24, side 26, proto 27);
 layout!(SocketPeer, size 28, align 4, port 16, backend 20);
 layout!(FragmentKey<Addr4>, size 16, align 4, dst 4, id 8, proto 12, side 13);
 layout!(FragmentKey<Addr6>, size 40, align 4, dst 16, id 32, proto 36, side 37);
 layout!(Fragment, size 16, align 8, src_port 8, dst_port 10, proto 12);
 layout!(Counter, size 16, align 8);
+layout!(RefusalKey, size 8, align 4, reason 4);
+layout!(Sampling, size 16, align 8, lost 8);
+layout!(Sample, size 56, align 8, ifindex 8, src 16, dst 32, src_port 48, proto 52, hook 54, reason 55);
 
 #[cfg(feature = "aya")]
 mod pod {
     use super::{
         Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, EdgeSourceKey, Flow,
-        FlowKey, Fragment, FragmentKey, MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey,
-        SocketPeer, Source, Usage,
+        FlowKey, Fragment, FragmentKey, MemberKey, Network, OwnMac, OwnerName, Place, RefusalKey, Routing,
+        Sample, Sampling, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
     };
 
     macro_rules! pod {
@@ -554,7 +688,8 @@ mod pod {
     pod!(Addr4, Addr6, ServiceKey<Addr4>, ServiceKey<Addr6>, Service, Backend<Addr4>, Backend<Addr6>);
     pod!(AddressInfo, Edge, EdgeSourceKey, FlowKey<Addr4>, FlowKey<Addr6>, Flow<Addr4>, Flow<Addr6>);
     pod!(FragmentKey<Addr4>, FragmentKey<Addr6>, Fragment);
-    pod!(OwnerName);
+    pod!(Place<Addr4>, Place<Addr6>);
+    pod!(OwnMac, OwnerName, RefusalKey, Routing, Sample, Sampling);
     pod!(SocketKey, SocketPeer, Counter, Usage, Affinity, AffinityKey<Addr4>, AffinityKey<Addr6>, MemberKey);
     pod!(Source<Addr4>, Source<Addr6>, Network<Addr4>, Network<Addr6>);
 }

@@ -27,6 +27,24 @@ impl Diff {
         Self((!fold(old)) as u32 + fold(new) as u32)
     }
 
+    /// The same in 16 bits, as a flow remembers it.
+    #[inline(always)]
+    pub const fn folded(self) -> u16 {
+        fold(self.0)
+    }
+
+    /// The change that was [`Self::folded`].
+    #[inline(always)]
+    pub const fn unfolded(change: u16) -> Self {
+        Self(change as u32)
+    }
+
+    /// What takes a change back, both [`Self::folded`].
+    #[inline(always)]
+    pub const fn back(change: u16) -> u16 {
+        !change
+    }
+
     /// Both changes.
     #[inline(always)]
     #[must_use]

@@ -37,6 +37,9 @@ pub trait Family: Copy + Eq + Debug + 'static {
     /// How long the first fragment of a datagram is remembered, ns: as long as a receiver waits for the others.
     const FRAGMENT_TIMEOUT: u64;
 
+    /// The protocol that stands right behind an IP header without options; 0: none does.
+    fn protocol<P: Packet>(packet: &P) -> u8;
+
     /// Checks the IP header and finds the transport header: fills the addresses, protocol and offsets of `parsed`.
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason>;
 
@@ -155,6 +158,12 @@ impl Family for V4 {
     const TOO_BIG: (u8, u8) = (3, 4);
     /// `net.ipv4.ipfrag_time`.
     const FRAGMENT_TIMEOUT: u64 = 30_000_000_000;
+
+    #[inline(always)]
+    fn protocol<P: Packet>(packet: &P) -> u8 {
+        let plain = |ip: &Ipv4Hdr| if ip.version_ihl == Ipv4Hdr::VERSION_IHL { ip.proto } else { 0 };
+        packet.view::<Ipv4Hdr>(NETWORK).map_or(0, plain)
+    }
 
     #[inline(always)]
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason> {
@@ -341,6 +350,11 @@ impl Family for V6 {
     const TOO_BIG: (u8, u8) = (2, 0);
     /// `net.ipv6.ip6frag_time`.
     const FRAGMENT_TIMEOUT: u64 = 60_000_000_000;
+
+    #[inline(always)]
+    fn protocol<P: Packet>(packet: &P) -> u8 {
+        packet.view::<Ipv6Hdr>(NETWORK).map_or(0, |ip| ip.next_header)
+    }
 
     #[inline(always)]
     fn parse<P: Packet>(packet: &P, parsed: &mut Parsed<Self>) -> Result<(), Reason> {

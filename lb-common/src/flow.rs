@@ -5,12 +5,15 @@
 //! the half that is left.
 
 use core::cell::Cell;
+use core::ptr::write_volatile;
 
-use crate::abi::{Carry, Flow, FlowKey, RESERVED_PORTS_COUNT, RESERVED_PORTS_FIRST, Side, flow_flags};
+use crate::abi::{Carry, Flow, FlowKey, Hop, RESERVED_PORTS_COUNT, RESERVED_PORTS_FIRST, Side, flow_flags};
+use crate::checksum::Diff;
 use crate::family::Family;
 use crate::hash;
 use crate::parse::Parsed;
 use crate::reason::Reason;
+use crate::rewrite::address_change;
 use crate::tables::{FlowTable, Tables};
 use crate::wire::{IpProto, tcp_flags};
 
@@ -87,8 +90,8 @@ impl State {
     /// The number of the state that an entry says its flow is in, looked up: every branch of [`Self::of`] would be a way that the
     /// verifier walks again for each port that a new flow tries.
     #[inline(always)]
-    fn number<A: Copy>(table: FlowTable, proto: u8, flow: &Flow<A>) -> u8 {
-        let index = row(table, proto) | (flow.flags & STATE_FLAGS) as usize;
+    pub(crate) fn number(table: FlowTable, proto: u8, flags: u8) -> u8 {
+        let index = row(table, proto) | (flags & STATE_FLAGS) as usize;
         // Each row is as long as the flags may be large.
         STATES.get(index).copied().unwrap_or(Self::Established as u8)
     }
@@ -242,11 +245,12 @@ pub fn reverse_value<A: Copy>(key: &FlowKey<A>, flow: &Flow<A>) -> Flow<A> {
         dst: key.src,
         src_port: key.dst_port,
         dst_port: key.src_port,
-        flags: peer_flags(flow.flags)
-            | (flow.flags & flow_flags::CROSS)
-            | ((flow.flags & flow_flags::REPLY) ^ flow_flags::REPLY),
-        pad: [0; 2],
+        flags: turned_flags(flow.flags),
+        tick: 0,
         ack: 0,
+        hop: Hop::default(),
+        fits: 0,
+        addresses: Diff::back(flow.addresses),
         ..*flow
     }
 }
@@ -281,7 +285,7 @@ pub fn advance<F: Family, T: Tables<F>>(
         }
         flags = flow_flags::RST;
     } else {
-        confirmed = pending && is_confirmed::<F>(entry, parsed);
+        confirmed = pending && is_confirmed::<F, T>(tables, entry, parsed);
         if pending && !confirmed {
             answer::<F, T>(tables, entry, parsed);
         } else {
@@ -289,9 +293,13 @@ pub fn advance<F: Family, T: Tables<F>>(
         }
         if parsed.tcp_flags & tcp_flags::FIN != 0 {
             flags = flow_flags::FIN;
+            if is_one_way::<F, T>(tables, entry) {
+                // Nobody sees here when the other end closes.
+                flags |= flow_flags::PEER_FIN;
+            }
         }
     }
-    let changed = note(entry, flags, tables.now());
+    let changed = see_to::<F, T>(tables, entry, flags);
     if confirmed {
         promote::<F, T>(tables, &parsed.key, entry)?;
         Ok(Progress::Promoted)
@@ -302,12 +310,24 @@ pub fn advance<F: Family, T: Tables<F>>(
     }
 }
 
+/// [`is_tunnelled`] of an entry, where there are tunnels: one field alone, because a copy of the whole flow costs stack.
+#[inline(always)]
+pub fn is_one_way<F: Family, T: Tables<F>>(tables: &T, entry: &Cell<Flow<F::Addr>>) -> bool {
+    // SAFETY: the pointer of a live `Cell`.
+    tables.tunnel_port() != 0 && unsafe { (*entry.as_ptr()).carry == Carry::Tunnel as u8 }
+}
+
 /// Remembers what a packet acknowledges.
 #[inline(always)]
-fn set_ack<F: Family>(entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>) {
+pub fn set_ack<F: Family>(entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>) {
     if parsed.tcp_flags & tcp_flags::ACK != 0 {
-        // SAFETY: the pointer of a live `Cell`; one field alone, so that CPUs do not undo each other's notes.
-        unsafe { (*entry.as_ptr()).ack = parsed.ack };
+        // SAFETY: the pointer of a live `Cell`; one field alone, so that CPUs do not undo each other's notes. What is not
+        // news is not written: the line stays clean.
+        unsafe {
+            if (*entry.as_ptr()).ack != parsed.ack {
+                (*entry.as_ptr()).ack = parsed.ack;
+            }
+        }
     }
 }
 
@@ -324,7 +344,8 @@ fn is_believed<F: Family, T: Tables<F>>(
     entry: &Cell<Flow<F::Addr>>,
     parsed: &Parsed<F>,
 ) -> bool {
-    if !parsed.is_tcp() {
+    // Of a flow that is tunnelled the other node is the judge: what it does not believe the next packet takes back here.
+    if !parsed.is_tcp() || is_one_way::<F, T>(tables, entry) {
         return true;
     }
     let flow = entry.get();
@@ -349,6 +370,71 @@ pub fn abort<F: Family, T: Tables<F>>(
 ) {
     if note(entry, flow_flags::RST, tables.now()) {
         sync::<F, T>(tables, table, key, entry);
+    }
+}
+
+/// Whether a packet of an established flow has nothing to say but that the flow lives, which is known already. Of most
+/// packets that is all there is to know.
+#[inline(always)]
+pub fn is_at_rest<F: Family, T: Tables<F>>(tables: &T, flow: &Flow<F::Addr>, parsed: &Parsed<F>) -> bool {
+    parsed.tcp_flags & (tcp_flags::FIN | tcp_flags::RST) == 0
+        && flow.flags & flow_flags::RST == 0
+        && flow.tick == tables.tick()
+}
+
+/// [`note`]s flags and the time, if some has passed since the last packet. Then what the flow knows of its way is
+/// forgotten if nobody follows the changes of routes any more.
+#[inline(always)]
+fn see_to<F: Family, T: Tables<F>>(tables: &T, entry: &Cell<Flow<F::Addr>>, flags: u8) -> bool {
+    let (tick, now) = (tables.tick(), tables.now());
+    let flow = entry.as_ptr();
+    // SAFETY: as in `note`.
+    unsafe {
+        if (*flow).tick != tick {
+            (*flow).tick = tick;
+            if now >= tables.routing().until {
+                (*flow).hop.generation = 0;
+            }
+        }
+    }
+    note(entry, flags, now)
+}
+
+/// Where the packets of a flow go, if that is known and this one fits.
+#[inline(always)]
+pub fn known_hop<F: Family, T: Tables<F>>(
+    tables: &T,
+    flow: &Flow<F::Addr>,
+    parsed: &Parsed<F>,
+) -> Option<Hop> {
+    let generation = tables.routing().generation;
+    let known = generation != 0 && flow.hop.generation == generation;
+    (known && parsed.ip_len <= u32::from(flow.fits)).then_some(flow.hop)
+}
+
+/// Remembers where a packet of a flow goes, as the routing table said after it was of this generation.
+#[inline(always)]
+pub fn keep_hop<F: Family, T: Tables<F>>(
+    tables: &T,
+    entry: &Cell<Flow<F::Addr>>,
+    parsed: &Parsed<F>,
+    generation: u32,
+    hop: Hop,
+) {
+    if generation == 0 || tables.now() >= tables.routing().until {
+        return;
+    }
+    // SAFETY: the pointer of a live `Cell`. The generation goes first and comes last: what another CPU sees half written
+    // it does not believe.
+    unsafe {
+        let kept = &raw mut (*entry.as_ptr()).hop;
+        write_volatile(&raw mut (*kept).generation, 0);
+        write_volatile(&raw mut (*kept).ifindex, hop.ifindex);
+        write_volatile(&raw mut (*kept).src, hop.src);
+        write_volatile(&raw mut (*kept).dst, hop.dst);
+        let fits = parsed.ip_len.min(u32::from(u16::MAX)) as u16;
+        write_volatile(&raw mut (*entry.as_ptr()).fits, fits);
+        write_volatile(&raw mut (*kept).generation, generation);
     }
 }
 
@@ -388,6 +474,17 @@ fn set_src_port<A: Copy>(entry: &Cell<Flow<A>>, port: u16) {
     unsafe { (*entry.as_ptr()).src_port = port };
 }
 
+/// Notes what the addresses of a flow that is not in a table yet change in the sums of its packets.
+#[inline(always)]
+fn set_addresses<F: Family>(key: &FlowKey<F::Addr>, entry: &Cell<Flow<F::Addr>>) {
+    let flow = entry.as_ptr();
+    // SAFETY: as in `set_src_port`.
+    unsafe {
+        let change = address_change::<F>(&key.src, &key.dst, &(*flow).src, &(*flow).dst);
+        (*flow).addresses = change.folded();
+    }
+}
+
 /// Has the packets of a flow that is not in a table yet sent on with this source address; with `crosses`, the answers are
 /// met at the other class of edge.
 ///
@@ -412,6 +509,24 @@ pub fn send_on_from<A: Copy + Default + PartialEq>(
     Ok(())
 }
 
+/// Whether the packets of a flow are tunnelled to another node, which answers: it has one direction here.
+#[inline(always)]
+pub const fn is_tunnelled<A: Copy>(flow: &Flow<A>) -> bool {
+    flow.carry == Carry::Tunnel as u8
+}
+
+/// Has the packets of a flow that is not in a table yet tunnelled to this node. No packet has a port of 0: what would be the
+/// key of answers is nobody's.
+#[inline(always)]
+pub fn tunnel_to<A: Copy>(entry: &Cell<Flow<A>>, node: A) {
+    // SAFETY: as in `set_src_port`.
+    unsafe {
+        (*entry.as_ptr()).src = node;
+        (*entry.as_ptr()).src_port = 0;
+        (*entry.as_ptr()).carry = Carry::Tunnel as u8;
+    }
+}
+
 /// Has the node's stack take the packets of a flow that is not in a table yet.
 #[inline(always)]
 pub fn leave_to_stack<A: Copy>(entry: &Cell<Flow<A>>) {
@@ -431,6 +546,9 @@ fn sync<F: Family, T: Tables<F>>(
     key: &FlowKey<F::Addr>,
     entry: &Cell<Flow<F::Addr>>,
 ) -> bool {
+    if is_one_way::<F, T>(tables, entry) {
+        return true;
+    }
     let flow = entry.get();
     let other_key = reverse_key(key, &flow);
     for place in [FlowTable::Established, FlowTable::Pending] {
@@ -501,7 +619,16 @@ fn answer<F: Family, T: Tables<F>>(tables: &T, entry: &Cell<Flow<F::Addr>>, pars
 /// Whether a packet of a pending flow shows that it is no flood's: its client has heard the answer. Who has sent a SYN under
 /// another's address does not know what to acknowledge; who has sent a datagram so does not go on.
 #[inline(always)]
-fn is_confirmed<F: Family>(entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>) -> bool {
+fn is_confirmed<F: Family, T: Tables<F>>(
+    tables: &T,
+    entry: &Cell<Flow<F::Addr>>,
+    parsed: &Parsed<F>,
+) -> bool {
+    let acknowledges = parsed.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::ACK;
+    if is_one_way::<F, T>(tables, entry) {
+        // The answer does not come by here: that the client goes on is all that shows.
+        return !parsed.is_tcp() || acknowledges;
+    }
     // SAFETY: the pointer of a live `Cell`; two fields alone, because a copy of the whole flow costs stack.
     let (flags, ack) = unsafe { ((*entry.as_ptr()).flags, (*entry.as_ptr()).ack) };
     if flags & flow_flags::ANSWERED == 0 {
@@ -510,7 +637,6 @@ fn is_confirmed<F: Family>(entry: &Cell<Flow<F::Addr>>, parsed: &Parsed<F>) -> b
     if !parsed.is_tcp() {
         return true;
     }
-    let acknowledges = parsed.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::ACK;
     let near = parsed.ack.wrapping_sub(ack).wrapping_add(WINDOW) < 2 * WINDOW;
     flags & flow_flags::REPLY == 0 && acknowledges && near
 }
@@ -530,6 +656,11 @@ fn promote<F: Family, T: Tables<F>>(
 ) -> Result<(), Reason> {
     let flow = Cell::new(entry.get());
     if !tables.flow(FlowTable::Pending, key).is_some_and(|now| core::ptr::eq(&raw const *now, entry)) {
+        return Ok(());
+    }
+    if is_one_way::<F, T>(tables, &flow) {
+        tables.put_flow(FlowTable::Established, key, &flow)?;
+        tables.remove_flow(FlowTable::Pending, key);
         return Ok(());
     }
     let other_key = reverse_key(key, &flow.get());
@@ -560,7 +691,7 @@ pub fn forget<F: Family, T: Tables<F>>(
 
 /// [`State::is_over`] for the number of a state.
 #[inline(always)]
-const fn is_over(state: u8, idle: u64, timeout: u64, end: End) -> bool {
+pub(crate) const fn is_over(state: u8, idle: u64, timeout: u64, end: End) -> bool {
     let given_away = match end {
         End::Sweep => false,
         End::Reuse => state == State::Reset as u8,
@@ -578,9 +709,10 @@ fn has_ended<F: Family, T: Tables<F>>(
     entry: &Cell<Flow<F::Addr>>,
     end: End,
 ) -> bool {
-    let flow = entry.get();
-    let state = State::number(table, proto, &flow);
-    is_over(state, tables.now().saturating_sub(flow.last_seen), tables.timeout(state), end)
+    // SAFETY: the pointer of a live `Cell`; two fields alone, because a copy of the whole flow costs stack.
+    let (flags, last_seen) = unsafe { ((*entry.as_ptr()).flags, (*entry.as_ptr()).last_seen) };
+    let state = State::number(table, proto, flags);
+    is_over(state, tables.now().saturating_sub(last_seen), tables.timeout(state), end)
 }
 
 /// Enters a new flow, both halves, into `PENDING`: rule 1, the tuple a reply is known by belongs to one flow.
@@ -593,6 +725,10 @@ pub fn enter<F: Family, T: Tables<F>>(
     key: &FlowKey<F::Addr>,
     entry: &Cell<Flow<F::Addr>>,
 ) -> Result<(), Reason> {
+    if is_one_way::<F, T>(tables, entry) {
+        return tables.put_flow(FlowTable::Pending, key, entry);
+    }
+    set_addresses::<F>(key, entry);
     let spread = hash::tuple::<F>(key);
     // A forwarded packet bears this node's address: it needs a port of ours from the start.
     if entry.get().carry == Carry::Forward as u8 {
@@ -600,8 +736,10 @@ pub fn enter<F: Family, T: Tables<F>>(
     }
     // To ask whether a flow has ended is dear to the verifier. So it is asked at the first port and at the last; between
     // them only what nobody has is taken. What enters the flow stands behind the loop, once.
-    reclaim::<F, T>(tables, key, entry, End::Reuse);
     let mut vacant = is_vacant::<F, T>(tables, key, entry);
+    if !vacant {
+        vacant = reclaim::<F, T>(tables, key, entry, End::Reuse);
+    }
     let mut attempt = 1;
     while !vacant && attempt < PORT_ATTEMPTS {
         set_src_port(entry, reserved_port(spread, attempt));
@@ -610,8 +748,7 @@ pub fn enter<F: Family, T: Tables<F>>(
     }
     if !vacant {
         // A port that has not been used for a while is better than one whose last packets may still be on their way.
-        reclaim::<F, T>(tables, key, entry, End::LastResort);
-        vacant = is_vacant::<F, T>(tables, key, entry);
+        vacant = reclaim::<F, T>(tables, key, entry, End::LastResort);
     }
     if vacant && add_reply::<F, T>(tables, key, entry) {
         return tables.put_flow(FlowTable::Pending, key, entry);
@@ -631,23 +768,35 @@ fn is_vacant<F: Family, T: Tables<F>>(
         && tables.flow(FlowTable::Pending, &reply_key).is_none()
 }
 
-/// Clears away what has the tuple that replies of a new flow would have, if that is over or this flow itself.
-///
-/// It does not say what it found: the verifier goes on from here on one way instead of many.
-#[inline(never)]
+/// Clears away what has the tuple that replies of a new flow would have, if that is over or this flow itself. Answers
+/// whether nobody has it now.
+#[inline(always)]
 fn reclaim<F: Family, T: Tables<F>>(
     tables: &T,
     key: &FlowKey<F::Addr>,
     entry: &Cell<Flow<F::Addr>>,
     end: End,
+) -> bool {
+    clear::<F, T>(tables, FlowTable::Established, key, entry, end);
+    clear::<F, T>(tables, FlowTable::Pending, key, entry, end);
+    // Looked up instead of told by these: the verifier goes on from here on one way instead of many.
+    is_vacant::<F, T>(tables, key, entry)
+}
+
+/// [`reclaim`] in one table.
+#[inline(never)]
+fn clear<F: Family, T: Tables<F>>(
+    tables: &T,
+    table: FlowTable,
+    key: &FlowKey<F::Addr>,
+    entry: &Cell<Flow<F::Addr>>,
+    end: End,
 ) {
     let reply_key = reverse_key(key, &entry.get());
-    for table in [FlowTable::Established, FlowTable::Pending] {
-        if let Some(other) = tables.flow(table, &reply_key)
-            && (is_reverse(key, &other.get()) || has_ended::<F, T>(tables, table, key.proto, &other, end))
-        {
-            forget::<F, T>(tables, table, &reply_key, &other);
-        }
+    if let Some(other) = tables.flow(table, &reply_key)
+        && (is_reverse(key, &other.get()) || has_ended::<F, T>(tables, table, key.proto, &other, end))
+    {
+        forget::<F, T>(tables, table, &reply_key, &other);
     }
 }
 
@@ -659,10 +808,34 @@ fn add_reply<F: Family, T: Tables<F>>(
     entry: &Cell<Flow<F::Addr>>,
 ) -> bool {
     let reply_key = reverse_key(key, &entry.get());
-    let reply = Cell::new(reverse_value(key, &entry.get()));
-    let added = tables.add_flow(FlowTable::Pending, &reply_key, &reply);
+    // There and back: programs have no stack for both.
+    turn(key, entry);
+    let added = tables.add_flow(FlowTable::Pending, &reply_key, entry);
+    turn(&reply_key, entry);
     keep_newest::<F, T>(tables, FlowTable::Pending, &reply_key);
     added
+}
+
+/// Makes of the value of one direction of a flow that is in no table yet, and of its key, the value of the other: what
+/// [`reverse_value`] answers.
+#[inline(always)]
+fn turn<A: Copy>(key: &FlowKey<A>, entry: &Cell<Flow<A>>) {
+    let flow = entry.as_ptr();
+    // SAFETY: as in `set_src_port`.
+    unsafe {
+        (*flow).src = key.dst;
+        (*flow).dst = key.src;
+        (*flow).src_port = key.dst_port;
+        (*flow).dst_port = key.src_port;
+        (*flow).flags = turned_flags((*flow).flags);
+        (*flow).addresses = Diff::back((*flow).addresses);
+    }
+}
+
+/// The flags of one direction as the other has them.
+#[inline(always)]
+const fn turned_flags(flags: u8) -> u8 {
+    peer_flags(flags) | (flags & flow_flags::CROSS) | ((flags & flow_flags::REPLY) ^ flow_flags::REPLY)
 }
 
 /// Sees to it that an entry is not the next to go. The kernel's LRU first takes what nobody has looked up, be it the newest

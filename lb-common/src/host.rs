@@ -8,12 +8,14 @@ use std::rc::Rc;
 
 use crate::abi::{
     Addr6, AddressInfo, Affinity, AffinityKey, Backend, Edge, EdgeSourceKey, Flow, FlowKey, Fragment,
-    FragmentKey, MemberKey, Network, PrefixKey, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    FragmentKey, Hop, MemberKey, Network, OwnMac, Place, PrefixKey, RefusalKey, Routing, Sample, Service,
+    ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::family::Family;
 use crate::flow::State;
-use crate::packet::{Packet, Route};
+use crate::packet::{NETWORK, Packet, Route};
 use crate::reason::Reason;
+use crate::service;
 use crate::tables::{Admission, Event, FlowTable, Tables};
 use crate::wire::Wire;
 
@@ -46,6 +48,7 @@ pub struct HostPacket {
     out_ifindex: u32,
     mtu: u32,
     has_hook_behind: bool,
+    chosen: u32,
 }
 
 impl HostPacket {
@@ -61,6 +64,7 @@ impl HostPacket {
             out_ifindex: 0,
             mtu: 0,
             has_hook_behind: false,
+            chosen: 0,
         };
         packet.set(bytes);
         packet
@@ -118,6 +122,7 @@ impl HostPacket {
 
 impl Packet for HostPacket {
     const NEEDS_XDP_TRANSMIT: bool = false;
+    const KEEPS_HOP: bool = true;
 
     fn size(&self) -> u32 {
         u32::try_from(self.len).unwrap_or(u32::MAX)
@@ -148,7 +153,35 @@ impl Packet for HostPacket {
         Ok(())
     }
 
-    fn route<F: Family>(&mut self, _from: &F::Addr, to: &F::Addr, ip_len: u32) -> Result<Route, Reason> {
+    fn widen<F: Family>(&mut self, len: u16) -> Result<(), Reason> {
+        let mut bytes = self.bytes();
+        bytes.splice(NETWORK..NETWORK, vec![0; usize::from(len)]);
+        self.set(&bytes);
+        Ok(())
+    }
+
+    fn narrow(&mut self, len: u16) -> Result<(), Reason> {
+        let mut bytes = self.bytes();
+        bytes.drain(NETWORK..NETWORK + usize::from(len));
+        self.set(&bytes);
+        Ok(())
+    }
+
+    fn chosen(&self) -> u32 {
+        self.chosen
+    }
+
+    fn set_chosen(&mut self, backend: u32) {
+        self.chosen = backend;
+    }
+
+    fn route<F: Family>(
+        &mut self,
+        _from: &F::Addr,
+        to: &F::Addr,
+        ip_len: u32,
+        added: u16,
+    ) -> Result<Route, Reason> {
         if self.local.contains(&F::to_mapped(to)) {
             return Ok(Route::Local);
         }
@@ -156,8 +189,8 @@ impl Packet for HostPacket {
             HostRoute::Out { ifindex, mtu } => {
                 let behind = self.behind.iter().find(|(addr, _)| *addr == F::to_mapped(to));
                 self.out_ifindex = behind.map_or(ifindex, |(_, ifindex)| *ifindex);
-                self.mtu = mtu;
-                if ip_len > mtu { Err(Reason::PacketTooBig) } else { Ok(Route::Out) }
+                self.mtu = mtu - u32::from(added);
+                if ip_len > self.mtu { Err(Reason::PacketTooBig) } else { Ok(Route::Out) }
             }
             HostRoute::Local => Ok(Route::Local),
             HostRoute::NoNextHop => Err(Reason::NoNextHop),
@@ -167,6 +200,14 @@ impl Packet for HostPacket {
 
     fn out_ifindex(&self) -> u32 {
         self.out_ifindex
+    }
+
+    fn hop(&self) -> Hop {
+        Hop { ifindex: self.out_ifindex, ..Hop::default() }
+    }
+
+    fn set_hop(&mut self, hop: &Hop) {
+        self.out_ifindex = hop.ifindex;
     }
 
     fn mtu(&self) -> u32 {
@@ -194,10 +235,19 @@ pub struct HostTables<F: Family> {
     pub members: BTreeSet<MemberKey>,
     pub networks: Vec<Network<F::Addr>>,
     pub usage: RefCell<BTreeMap<u32, Usage>>,
+    pub refusals: RefCell<BTreeMap<RefusalKey, u64>>,
+    /// `None`: nobody wants to see any.
+    pub samples: RefCell<Option<Vec<Sample>>>,
     pub slots: BTreeMap<u32, u32>,
     pub backends: BTreeMap<u32, Backend<F::Addr>>,
     pub edges: BTreeMap<u32, Edge>,
     pub edge_sources: BTreeMap<EdgeSourceKey, Edge>,
+    pub places: BTreeMap<ServiceKey<F::Addr>, Place<F::Addr>>,
+    /// 0: there are no tunnels.
+    pub tunnel_port: u16,
+    /// Packets may be sent into tunnels, too.
+    pub sends_tunnelled: bool,
+    pub own_macs: BTreeMap<u32, OwnMac>,
     pub sockets: RefCell<BTreeMap<SocketKey, SocketPeer>>,
     pub flows: RefCell<FlowMap<F::Addr>>,
     pub pending: RefCell<FlowMap<F::Addr>>,
@@ -208,6 +258,7 @@ pub struct HostTables<F: Family> {
     pub resets_removed: bool,
     /// Times that are not the default, ns.
     pub timeouts: BTreeMap<State, u64>,
+    pub routing: Cell<Routing>,
     /// What the clock says, ns.
     pub now: Cell<u64>,
     /// What chance says.
@@ -224,10 +275,16 @@ impl<F: Family> Default for HostTables<F> {
             members: BTreeSet::new(),
             networks: Vec::new(),
             usage: RefCell::default(),
+            refusals: RefCell::default(),
+            samples: RefCell::default(),
             slots: BTreeMap::new(),
             backends: BTreeMap::new(),
             edges: BTreeMap::new(),
             edge_sources: BTreeMap::new(),
+            places: BTreeMap::new(),
+            tunnel_port: 0,
+            sends_tunnelled: true,
+            own_macs: BTreeMap::new(),
             sockets: RefCell::default(),
             flows: RefCell::default(),
             pending: RefCell::default(),
@@ -236,6 +293,7 @@ impl<F: Family> Default for HostTables<F> {
             masquerades_all: false,
             resets_removed: false,
             timeouts: BTreeMap::new(),
+            routing: Cell::default(),
             now: Cell::new(10_000_000_000),
             random: Cell::new(0),
         }
@@ -326,8 +384,8 @@ impl<F: Family> Tables<F> for HostTables<F> {
         self.members.contains(key)
     }
 
-    fn network(&self, index: u32) -> Option<Network<F::Addr>> {
-        self.networks.get(index as usize).copied()
+    fn networks(&self, addr: &F::Addr) -> u32 {
+        service::networks::<F>(addr, |index| self.networks.get(index as usize))
     }
 
     fn count(&self, service: u32, event: Event) {
@@ -339,7 +397,21 @@ impl<F: Family> Tables<F> for HostTables<F> {
                 usage.packets += 1;
                 usage.bytes += u64::from(bytes);
             }
-            Event::Refused => usage.refused += 1,
+            Event::Refused(reason) => {
+                usage.refused += 1;
+                let key = RefusalKey { service, reason: reason as u32 };
+                *self.refusals.borrow_mut().entry(key).or_default() += 1;
+            }
+        }
+    }
+
+    fn is_sampling(&self) -> bool {
+        self.samples.borrow().is_some()
+    }
+
+    fn put_sample(&self, sample: &Sample) {
+        if let Some(samples) = &mut *self.samples.borrow_mut() {
+            samples.push(*sample);
         }
     }
 
@@ -353,6 +425,22 @@ impl<F: Family> Tables<F> for HostTables<F> {
 
     fn edge(&self, ifindex: u32) -> Option<Edge> {
         self.edges.get(&ifindex).copied()
+    }
+
+    fn place(&self, key: &ServiceKey<F::Addr>) -> Option<Place<F::Addr>> {
+        self.places.get(key).copied()
+    }
+
+    fn tunnel_port(&self) -> u16 {
+        self.tunnel_port
+    }
+
+    fn sends_tunnelled(&self) -> bool {
+        self.sends_tunnelled
+    }
+
+    fn own_mac(&self, index: u32) -> Option<OwnMac> {
+        self.own_macs.get(&index).copied()
     }
 
     fn edge_source(&self, key: &EdgeSourceKey) -> Option<Edge> {
@@ -382,6 +470,15 @@ impl<F: Family> Tables<F> for HostTables<F> {
     fn timeout(&self, state: u8) -> u64 {
         let state = State::ALL[usize::from(state)];
         self.timeouts.get(&state).copied().unwrap_or(state.default_timeout())
+    }
+
+    fn routing(&self) -> Routing {
+        self.routing.get()
+    }
+
+    /// As a kernel with 250 jiffies in a second has it.
+    fn tick(&self) -> u16 {
+        (self.now.get() / 256_000_000) as u16
     }
 
     fn now(&self) -> u64 {

@@ -19,6 +19,7 @@ use crate::pipeline::{find_next_hop, is_left_alone};
 use crate::reason::Reason;
 use crate::rewrite::{address_change, port_change};
 use crate::tables::Tables;
+use crate::tunnel;
 use crate::wire::{Be16, IcmpHdr, IpProto, Ports, TcpHdr};
 
 /// Bytes behind the IP header that every error quotes (RFC 792; RFC 1812 and RFC 4443 ask for more).
@@ -68,10 +69,15 @@ pub fn follow<F: Family, P: Packet, T: Tables<F>>(
     if carry != Carry::Stack as u8 && parsed.ttl <= 1 {
         return Err(Reason::TtlExceeded);
     }
-    if carry == Carry::Forward as u8 {
+    let is_tunnelled = tables.tunnel_port() != 0 && carry == Carry::Tunnel as u8;
+    if carry == Carry::Forward as u8 || is_tunnelled {
         find_next_hop(packet, tables, parsed, &entry)?;
     }
     let flow = entry.get();
+    if is_tunnelled {
+        // About what the backend's node has answered in our name.
+        return tunnel::wrap(packet, tables, parsed, &flow).map(|()| Carry::Tunnel);
+    }
     let changed = requote(packet, parsed, &key, &flow)?;
     let from_end = parsed.key.src == key.src;
     readdress(packet, parsed, &flow, from_end, changed)?;
@@ -91,7 +97,7 @@ fn requote<F: Family, P: Packet>(
     flow: &Flow<F::Addr>,
 ) -> Result<Diff, Reason> {
     let quote = parsed.transport as usize + IcmpHdr::LEN;
-    let addresses = address_change::<F>(&key.src, &key.dst, &flow.src, &flow.dst);
+    let addresses = Diff::unfolded(flow.addresses);
     let changed = F::readdress_quote(packet, quote, &flow.dst, &flow.src, addresses)?;
 
     let header = quote + F::HEADER_LEN;

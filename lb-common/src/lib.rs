@@ -33,11 +33,14 @@ pub mod pipeline;
 pub mod reason;
 pub mod respond;
 pub mod rewrite;
+pub mod sample;
 pub mod service;
 pub mod socket;
+pub mod sweep;
 pub mod tables;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod tunnel;
 pub mod wire;
 
 pub use abi::{Addr4, Addr6};

@@ -5,8 +5,8 @@ use core::mem::size_of;
 
 use crate::abi::{
     Addr4, Addr6, AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, EdgeSourceKey, Flow, FlowKey,
-    Fragment, FragmentKey, MemberKey, Network, OwnerName, PrefixKey, Service, ServiceKey, SocketKey,
-    SocketPeer, Source, Usage,
+    Fragment, FragmentKey, MemberKey, Network, OwnMac, OwnerName, Place, PrefixKey, RefusalKey, Routing,
+    Sampling, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::reason;
 
@@ -19,9 +19,11 @@ pub const LAYOUT_VERSION: u32 = 1;
 pub enum MapKind {
     Hash = 1,
     Array = 2,
+    PerCpuHash = 5,
     PerCpuArray = 6,
     LruHash = 9,
     LpmTrie = 11,
+    RingBuf = 27,
 }
 
 /// What decides the size of a map.
@@ -93,10 +95,16 @@ pub const MAX_AFFINITIES: u32 = 64 * 1024;
 pub const MAX_MEMBERS: u32 = 128 * 1024;
 /// Services whose usage is counted one by one; the others share index 0.
 pub const MAX_USAGES: u32 = 16 * 1024;
+/// Pairs of a Service and a reason for which packets of it were refused.
+pub const MAX_REFUSALS: u32 = 16 * 1024;
+/// Bytes of samples that wait for their reader: a power of two, and whole pages.
+pub const SAMPLES_BYTES: u32 = 256 * 1024;
 /// Networks a node knows, per family.
 pub const MAX_NETWORKS: u32 = 8;
 /// External edges of a node.
 pub const MAX_EDGES: u32 = 256;
+/// Devices whose Ethernet address is compared with frames': a power of two.
+pub const MAX_MACS: u32 = 1024;
 /// Further sources of all of them (`--source-addresses`).
 pub const MAX_EDGE_SOURCES: u32 = 4096;
 
@@ -113,7 +121,7 @@ const fn spec<K, V>(name: &'static str, kind: MapKind, capacity: Capacity, flags
 }
 
 /// Every pinned map.
-pub const MAPS: [MapSpec; 26] = [
+pub const MAPS: [MapSpec; 33] = [
     spec::<ServiceKey<Addr4>, Service>("SERVICES4", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<ServiceKey<Addr6>, Service>("SERVICES6", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Backend<Addr4>>("BACKENDS4", MapKind::Array, Capacity::Backends, 0),
@@ -122,6 +130,9 @@ pub const MAPS: [MapSpec; 26] = [
     spec::<Addr4, AddressInfo>("ADDRESSES4", MapKind::Hash, Capacity::Addresses, NO_PREALLOC),
     spec::<Addr6, AddressInfo>("ADDRESSES6", MapKind::Hash, Capacity::Addresses, NO_PREALLOC),
     spec::<u32, Edge>("EDGES", MapKind::Hash, Capacity::Fixed(MAX_EDGES), NO_PREALLOC),
+    spec::<ServiceKey<Addr4>, Place<Addr4>>("PLACES4", MapKind::Hash, Capacity::Backends, NO_PREALLOC),
+    spec::<ServiceKey<Addr6>, Place<Addr6>>("PLACES6", MapKind::Hash, Capacity::Backends, NO_PREALLOC),
+    spec::<u32, OwnMac>("MACS", MapKind::Array, Capacity::Fixed(MAX_MACS), 0),
     spec::<EdgeSourceKey, Edge>(
         "EDGE_SOURCES",
         MapKind::Hash,
@@ -155,6 +166,11 @@ pub const MAPS: [MapSpec; 26] = [
     spec::<u32, OwnerName>("NAMES", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Usage>("USAGE", MapKind::PerCpuArray, Capacity::Fixed(MAX_USAGES), 0),
     spec::<u32, Counter>("COUNTERS", MapKind::PerCpuArray, Capacity::Fixed(reason::COUNTERS), 0),
+    spec::<RefusalKey, u64>("REFUSALS", MapKind::PerCpuHash, Capacity::Fixed(MAX_REFUSALS), NO_PREALLOC),
+    spec::<u32, Routing>("ROUTING", MapKind::Array, Capacity::Fixed(1), 0),
+    spec::<u32, Sampling>("SAMPLING", MapKind::Array, Capacity::Fixed(1), 0),
+    // A ring buffer has neither keys nor values; what lies in it is a `Sample`.
+    spec::<(), ()>("SAMPLES", MapKind::RingBuf, Capacity::Fixed(SAMPLES_BYTES), 0),
 ];
 
 /// Names of the load-time globals; each is a variable of `lb-ebpf` that the agent sets at load, so that
@@ -170,6 +186,11 @@ pub mod globals {
     pub const MASQUERADE_ALL: &str = "MASQUERADE_ALL";
     /// `u8`: TCP to a backend that is no endpoint any more is answered with a RST (`--tcp-to-removed-backend`).
     pub const RESETS_REMOVED: &str = "RESETS_REMOVED";
+    /// `u16`: UDP port at which nodes take packets of each other (`--tunnel-port`); 0: there is no direct server return.
+    pub const TUNNEL_PORT: &str = "TUNNEL_PORT";
+    /// `u8`: packets may be sent into tunnels, too: the kernel compares the length that `bpf_fib_lookup` is told with
+    /// the MTU also at tc (5.12, commit e1850ea9bd9e).
+    pub const SENDS_TUNNELLED: &str = "SENDS_TUNNELLED";
     /// `[u64; 8]`: after how long (ns) a flow is over, by [`State`](crate::flow::State).
     pub const TIMEOUTS: &str = "TIMEOUTS";
     /// `u8`: the kernel has `bpf_set_retval` (5.18, commit b44123b4a3dc) for socket hooks.
@@ -194,6 +215,13 @@ pub mod programs {
     pub const TC_POD_IN: &str = "tc_pod_in";
     /// Pod edge, tc egress: packets to the pod.
     pub const TC_POD_OUT: &str = "tc_pod_out";
+    /// Garbage collection: the program that the kernel runs for each entry of a flow table, and the table.
+    pub const SWEEPS: [(&str, &str); 4] = [
+        ("sweep_flows4", "FLOWS4"),
+        ("sweep_pending4", "PENDING4"),
+        ("sweep_flows6", "FLOWS6"),
+        ("sweep_pending6", "PENDING6"),
+    ];
     /// Socket edge: (program, attach type as the kernel names it).
     pub const SOCKETS: [&str; 8] = [
         "sock_connect4",

@@ -3,6 +3,7 @@
 
 use core::mem::offset_of;
 
+use crate::abi::Hop;
 use crate::checksum::Diff;
 use crate::family::Family;
 use crate::reason::Reason;
@@ -27,11 +28,20 @@ pub trait Packet {
     /// where it came from.
     const NEEDS_XDP_TRANSMIT: bool;
 
+    /// The hook writes the link header itself, and need not ask the routing table for each packet where it leads.
+    const KEEPS_HOP: bool;
+
     /// Length in bytes, the Ethernet header included.
     fn size(&self) -> u32;
 
     /// The device it came in through, or goes out of.
     fn ifindex(&self) -> u32;
+
+    /// Whether the frame may be addressed to another host; `false` where the kernel has said that it is not.
+    #[inline(always)]
+    fn may_be_for_others(&self) -> bool {
+        true
+    }
 
     /// Whether another hook of ours sees the packet after this one, on its way into the stack.
     fn has_hook_behind(&self) -> bool;
@@ -49,16 +59,42 @@ pub trait Packet {
     /// Makes the packet this long. What was in it is lost; offloads (GSO) are given up.
     fn resize(&mut self, len: u16) -> Result<(), Reason>;
 
-    /// Finds the way to `to` in the node's routing table and remembers next hop and MTU for the verdict.
+    /// Makes room for headers behind the Ethernet header: a tunnel of family `F` over UDP, around a packet of the same
+    /// family. Offloads (GSO) know of it.
+    fn widen<F: Family>(&mut self, len: u16) -> Result<(), Reason>;
+
+    /// Takes so much away behind the Ethernet header, with all that stands there.
+    fn narrow(&mut self, len: u16) -> Result<(), Reason>;
+
+    /// Id of the backend that another node has chosen for the packet, which has come out of a tunnel; 0: nobody has.
+    fn chosen(&self) -> u32;
+
+    /// Has [`Packet::chosen`] answer this.
+    fn set_chosen(&mut self, backend: u32);
+
+    /// Finds the way to `to` in the node's routing table and remembers next hop and MTU for the verdict. The packet will
+    /// be longer by `added` then, each segment of it.
     ///
     /// [`Reason::NoNextHop`]: this hook cannot send it there, a later one can. [`Reason::PacketTooBig`]: longer
     /// than the MTU of the way, which [`Packet::mtu`] then tells.
-    fn route<F: Family>(&mut self, from: &F::Addr, to: &F::Addr, ip_len: u32) -> Result<Route, Reason>;
+    fn route<F: Family>(
+        &mut self,
+        from: &F::Addr,
+        to: &F::Addr,
+        ip_len: u32,
+        added: u16,
+    ) -> Result<Route, Reason>;
 
     /// The device of the last [`Route::Out`].
     fn out_ifindex(&self) -> u32;
 
-    /// MTU of the last way that was too narrow, bytes.
+    /// The way of the last [`Route::Out`], as far as [`Packet::KEEPS_HOP`] needs it.
+    fn hop(&self) -> Hop;
+
+    /// Has the packet go this way without asking the routing table.
+    fn set_hop(&mut self, hop: &Hop);
+
+    /// MTU of the last way that was too narrow, less what would have been added, bytes.
     fn mtu(&self) -> u32;
 
     /// Updates a transport checksum: `pseudo` for the addresses, which it covers through the pseudo-header,

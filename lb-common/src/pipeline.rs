@@ -8,22 +8,25 @@
 use core::cell::Cell;
 
 use crate::abi::{
-    AddressInfo, Carry, Edge, EdgeSourceKey, Flow, FlowKey, Service, ServiceKey, Side, address_flags,
-    backend_flags, edge_flags, network_flags,
+    AddressInfo, Carry, Edge, EdgeSourceKey, Flow, FlowKey, Hop, Service, ServiceKey, Side, address_flags,
+    backend_flags, edge_flags, network_flags, service_flags,
 };
 use crate::family::Family;
 use crate::flow::{self, Progress};
 use crate::fragment;
 use crate::hash;
 use crate::icmp;
+use crate::maps::MAX_MACS;
 use crate::packet::{Packet, Route};
 use crate::parse::{Parsed, parse};
 use crate::reason::{Action, Reason};
 use crate::respond::respond;
 use crate::rewrite::rewrite;
+use crate::sample;
 use crate::service::{self, Scope};
 use crate::tables::{Admission, Event, FlowTable, Tables};
-use crate::wire::IcmpHdr;
+use crate::tunnel;
+use crate::wire::{EthHdr, IcmpHdr};
 
 /// What the hook has to do with the packet.
 #[repr(u32)]
@@ -45,6 +48,9 @@ pub fn process<F: Family, P: Packet, T: Tables<F>>(
     tables: &T,
     side: Side,
 ) -> (Verdict, Reason) {
+    if matches!(side, Side::NicIn) && is_for_others::<F, P, T>(packet, tables) {
+        return (Verdict::Pass, Reason::OtherHost);
+    }
     let mut parsed = Parsed::<F>::default();
     let result = match (translate(packet, tables, side, &mut parsed), side) {
         (Err(reason), Side::NicIn | Side::PodIn) => Err(refuse(packet, tables, &parsed, reason)),
@@ -54,15 +60,49 @@ pub fn process<F: Family, P: Packet, T: Tables<F>>(
         Ok(Carry::Stack) => (Verdict::Pass, Reason::Translated),
         Ok(Carry::Forward) => (Verdict::Forward, Reason::Forwarded),
         Ok(Carry::Bounce) => (Verdict::SendBack, Reason::Hairpinned),
+        Ok(Carry::Tunnel) => (Verdict::Forward, Reason::Tunnelled),
+        Err(reason) if came_tunnelled::<F, P, T>(packet, tables) => {
+            // Nobody here is to get it, and whom it is from would not take an answer that comes this way. What cannot be
+            // parsed does not say where it was seen.
+            parsed.key.side = side as u8;
+            sample::packet::<F, P, T>(packet, tables, &parsed, reason);
+            (Verdict::Drop, reason)
+        }
         Err(reason) => match reason.action() {
             Action::Pass => (Verdict::Pass, reason),
-            Action::Carry | Action::Drop => (Verdict::Drop, reason),
-            Action::Reject | Action::Expire | Action::Shrink => match respond(packet, &parsed, reason) {
-                Ok(()) => (Verdict::SendBack, reason),
-                Err(reason) => (Verdict::Drop, reason),
-            },
+            Action::Carry | Action::Drop => {
+                sample::packet::<F, P, T>(packet, tables, &parsed, reason);
+                (Verdict::Drop, reason)
+            }
+            Action::Reject | Action::Expire | Action::Shrink => {
+                sample::packet::<F, P, T>(packet, tables, &parsed, reason);
+                match respond(packet, &parsed, reason) {
+                    Ok(()) => (Verdict::SendBack, reason),
+                    Err(reason) => (Verdict::Drop, reason),
+                }
+            }
         },
     }
+}
+
+/// Whether another node has sent the packet through a tunnel, and has chosen its backend.
+#[inline(always)]
+fn came_tunnelled<F: Family, P: Packet, T: Tables<F>>(packet: &P, tables: &T) -> bool {
+    tables.tunnel_port() != 0 && packet.chosen() != 0
+}
+
+/// Whether a frame that came in is another host's: a device that listens to everything, or behind a switch that does not know
+/// better, sees it, and the stack will not take it (`eth_type_trans` in net/ethernet/eth.c).
+#[inline(always)]
+fn is_for_others<F: Family, P: Packet, T: Tables<F>>(packet: &P, tables: &T) -> bool {
+    if !packet.may_be_for_others() {
+        return false;
+    }
+    let Ok(eth) = packet.view::<EthHdr>(0) else { return false };
+    let dst = eth.dst;
+    let ifindex = packet.ifindex();
+    let own = tables.own_mac(ifindex & (MAX_MACS - 1));
+    !dst.is_group() && own.is_some_and(|own| own.ifindex == ifindex && dst.differs(own.mac))
 }
 
 /// Finds the flow of a packet and does as it says.
@@ -103,8 +143,13 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
         return Ok(carry);
     }
     // Every entry of an incoming side has an address of this node, of a Service or of a backend as destination.
-    let info = service::address::<F, T>(tables, &parsed.key.dst)?;
-    let fronts = info.flags & !address_flags::BACKEND != 0;
+    let info = if came_tunnelled::<F, P, T>(packet, tables) {
+        // Where the client has asked is an address of the other node.
+        AddressInfo { flags: address_flags::NODE_PORT }
+    } else {
+        service::address::<F, T>(tables, &parsed.key.dst)?
+    };
+    let fronts = info.flags & !(address_flags::BACKEND | address_flags::PEER) != 0;
     if !fronts && !names_backend(parsed, info) {
         return Err(Reason::NotOurs);
     }
@@ -214,8 +259,13 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
         }
         // A new SYN (INIT) on an old tuple is a new connection; on a pending one it is the first again.
         let reopens = parsed.is_opening() && !pending;
+        // Of a time when there were tunnels.
+        let is_cut_off = flow::is_tunnelled(&flow) && tables.tunnel_port() == 0;
         let may_move = (parsed.is_udp() || parsed.is_opening()) && !flow::is_direct(&flow);
-        if reopens || (may_move && !service::is_alive::<F, T>(tables, flow.backend, flow.generation)) {
+        if reopens
+            || is_cut_off
+            || (may_move && !service::is_alive::<F, T>(tables, flow.backend, flow.generation))
+        {
             flow::forget::<F, T>(tables, table, &parsed.key, entry);
             return Ok(None);
         }
@@ -227,6 +277,10 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             flow::abort::<F, T>(tables, table, &parsed.key, entry);
             return Err(Reason::BackendRemoved);
         }
+    }
+    if !pending && flow::is_at_rest::<F, T>(tables, &flow, parsed) {
+        flow::set_ack(entry, parsed);
+        return carry(packet, tables, parsed, entry).map(Some);
     }
     match flow::advance::<F, T>(tables, table, entry, parsed)? {
         Progress::Lost => return Ok(None),
@@ -315,9 +369,14 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
         open_direct::<F, T>(tables, key, &flow);
         Ok(())
     } else {
-        admit::<F, T>(tables, &service, parsed)
+        admit::<F, P, T>(packet, tables, &service, parsed)
             .and_then(|id| open::<F, T>(tables, key, service.id, id, &flow))
             .and_then(|()| {
+                if may_tunnel::<F, T>(tables, key, &service, &flow)
+                    && tunnel::begin::<F, T>(tables, key.proto, &flow)
+                {
+                    return Ok(());
+                }
                 find_way(packet, tables, parsed, &flow, service::masquerades::<F, T>(tables, &service))
             })
     };
@@ -326,25 +385,52 @@ fn begin<F: Family, P: Packet, T: Tables<F>>(
         _ if direct => {}
         Ok(()) => tables.count(service.id, Event::Connection),
         Err(reason) if matches!(reason.action(), Action::Pass) => {}
-        Err(_) => tables.count(service.id, Event::Refused),
+        Err(reason) => tables.count(service.id, Event::Refused(reason)),
     }
     entered
 }
 
 /// Chooses a backend for a client, if it may ask for the frontend.
 #[inline(always)]
-fn admit<F: Family, T: Tables<F>>(tables: &T, service: &Service, parsed: &Parsed<F>) -> Result<u32, Reason> {
+fn admit<F: Family, P: Packet, T: Tables<F>>(
+    packet: &P,
+    tables: &T,
+    service: &Service,
+    parsed: &Parsed<F>,
+) -> Result<u32, Reason> {
     let key = &parsed.key;
     if !service::is_source_allowed::<F, T>(tables, service, &key.src) {
         return Err(Reason::SourceNotAllowed);
     }
+    if came_tunnelled::<F, P, T>(packet, tables) {
+        return if packet.chosen() == tunnel::GONE {
+            Err(Reason::NoSuchBackend)
+        } else {
+            Ok(packet.chosen())
+        };
+    }
     if parsed.is_tcp() && !parsed.is_opening() && service::is_chosen_at_random(service) {
         return Err(Reason::FlowLost);
     }
-    let inside = key.side == Side::PodIn as u8
-        || service::networks::<F, T>(tables, &key.src) & network_flags::POD != 0;
+    let inside = key.side == Side::PodIn as u8 || tables.networks(&key.src) & network_flags::POD != 0;
     let scope = if inside { Scope::Internal } else { Scope::External };
     service::choose::<F, T>(tables, service, scope, hash::tuple::<F>(key), &key.src)
+}
+
+/// Whether a new connection is one whose backend's node shall answer: from a client outside, to another node.
+#[inline(always)]
+fn may_tunnel<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F::Addr>,
+    service: &Service,
+    entry: &Cell<Flow<F::Addr>>,
+) -> bool {
+    tables.tunnel_port() != 0
+        && tables.sends_tunnelled()
+        && service.flags & service_flags::DSR != 0
+        && entry.get().carry == Carry::Forward as u8
+        && !service::masquerades::<F, T>(tables, service)
+        && tables.networks(&key.src) & network_flags::POD == 0
 }
 
 /// Writes down what becomes of a new connection to a backend.
@@ -377,8 +463,11 @@ fn open<F: Family, T: Tables<F>>(
             (false, true) => Carry::Stack,
             (false, false) => Carry::Forward,
         } as u8,
-        pad: [0; 2],
+        tick: tables.tick(),
         ack: 0,
+        hop: Hop::default(),
+        fits: 0,
+        addresses: 0,
     });
     Ok(())
 }
@@ -411,7 +500,7 @@ fn find_way<F: Family, P: Packet, T: Tables<F>>(
     if carry == Carry::Bounce as u8 || (carry == Carry::Stack as u8 && !masquerades) {
         return Ok(());
     }
-    let edge = match packet.route::<F>(&src, &dst, parsed.ip_len)? {
+    let edge = match packet.route::<F>(&src, &dst, parsed.ip_len, 0)? {
         Route::Out => tables.edge(packet.out_ifindex()),
         Route::Local => None,
     };
@@ -465,12 +554,24 @@ fn carry<F: Family, P: Packet, T: Tables<F>>(
     if is_routed && parsed.ttl <= 1 {
         return Err(Reason::TtlExceeded);
     }
-    if flow.carry == Carry::Forward as u8 {
-        find_next_hop(packet, tables, parsed, entry)?;
+    let is_tunnelled = flow::is_tunnelled(&flow);
+    if is_tunnelled && tables.tunnel_port() == 0 {
+        return Err(Reason::NoRoute);
+    }
+    let is_tunnelled = tables.tunnel_port() != 0 && is_tunnelled;
+    if flow.carry == Carry::Forward as u8 || is_tunnelled {
+        let known = if P::KEEPS_HOP { flow::known_hop::<F, T>(tables, &flow, parsed) } else { None };
+        match known {
+            Some(hop) => packet.set_hop(&hop),
+            None => find_next_hop(packet, tables, parsed, entry)?,
+        }
     }
     // What is left to the hook behind is counted there.
     if !flow::is_direct(&flow) {
         tables.count(flow.service, Event::Packet(parsed.ip_len));
+    }
+    if is_tunnelled {
+        return tunnel::wrap(packet, tables, parsed, &flow).map(|()| Carry::Tunnel);
     }
     rewrite(packet, parsed, &flow, is_routed)?;
     if flow.carry == Carry::Bounce as u8 {
@@ -480,16 +581,62 @@ fn carry<F: Family, P: Packet, T: Tables<F>>(
     Ok(if is_routed { Carry::Forward } else { Carry::Stack })
 }
 
-/// Has the packet remember where its flow's new destination is reached.
-#[inline(never)]
+/// Has the packet remember where its flow's new destination is reached, or the node that it is tunnelled to.
+#[inline(always)]
 pub(crate) fn find_next_hop<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
     tables: &T,
     parsed: &Parsed<F>,
     entry: &Cell<Flow<F::Addr>>,
 ) -> Result<(), Reason> {
+    if flow::is_one_way::<F, T>(tables, entry) {
+        find_node(packet, tables, parsed, entry)
+    } else {
+        find_destination(packet, tables, parsed, entry)
+    }
+}
+
+/// [`find_next_hop`] of a packet that is rewritten.
+#[inline(never)]
+fn find_destination<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<(), Reason> {
+    let generation = tables.routing().generation;
     let Flow { src, dst, .. } = entry.get();
-    if matches!(packet.route::<F>(&src, &dst, parsed.ip_len)?, Route::Local) {
+    let route = packet.route::<F>(&src, &dst, parsed.ip_len, 0)?;
+    keep_next_hop(packet, tables, parsed, entry, (route, generation))
+}
+
+/// [`find_next_hop`] of a packet that is tunnelled.
+#[inline(never)]
+fn find_node<F: Family, P: Packet, T: Tables<F>>(
+    packet: &mut P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+) -> Result<(), Reason> {
+    let generation = tables.routing().generation;
+    let Flow { src: node, .. } = entry.get();
+    match packet.route::<F>(&F::Addr::default(), &node, parsed.ip_len, tunnel::overhead::<F>()) {
+        Ok(route) => keep_next_hop(packet, tables, parsed, entry, (route, generation)),
+        Err(Reason::PacketTooBig) => Err(Reason::TunnelTooBig),
+        Err(reason) => Err(reason),
+    }
+}
+
+/// What was found is remembered, if the packet can be sent there.
+#[inline(always)]
+fn keep_next_hop<F: Family, P: Packet, T: Tables<F>>(
+    packet: &P,
+    tables: &T,
+    parsed: &Parsed<F>,
+    entry: &Cell<Flow<F::Addr>>,
+    (route, generation): (Route, u32),
+) -> Result<(), Reason> {
+    if matches!(route, Route::Local) {
         return Err(Reason::NoRoute);
     }
     if P::NEEDS_XDP_TRANSMIT && packet.out_ifindex() != packet.ifindex() {
@@ -498,6 +645,9 @@ pub(crate) fn find_next_hop<F: Family, P: Packet, T: Tables<F>>(
         if !transmits {
             return Err(Reason::NoNextHop);
         }
+    }
+    if P::KEEPS_HOP {
+        flow::keep_hop::<F, T>(tables, entry, parsed, generation, packet.hop());
     }
     Ok(())
 }

@@ -155,6 +155,18 @@ reasons! {
     BackendRemoved = 29, "backend_removed", Reject;
     /// Of a TCP connection whose flow is gone, and whose backend was chosen at random: no other shall get it.
     FlowLost = 30, "flow_lost", Reject;
+    /// A frame for another Ethernet address than the device's: a switch floods it, or somebody listens to everything.
+    OtherHost = 31, "other_host", Pass;
+    /// Sent on unchanged in a tunnel to the backend's node, which answers the client.
+    Tunnelled = 32, "tunnelled", Carry;
+    /// Larger than the MTU of the way to the backend's node, less what the tunnel takes.
+    TunnelTooBig = 33, "tunnel_too_big", Shrink;
+    /// Says that it comes out of a tunnel of ours, and comes from nobody we know as a node of the cluster.
+    TunnelStranger = 34, "tunnel_stranger", Drop;
+    /// From another node through a tunnel, with headers that we do not write.
+    TunnelBroken = 35, "tunnel_broken", Drop;
+    /// Another node has chosen a backend that is not here (any more), for a connection that is not known here.
+    NoSuchBackend = 36, "no_such_backend", Drop;
 }
 
 /// Number of entries of `COUNTERS`.

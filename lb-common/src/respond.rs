@@ -30,7 +30,10 @@ pub fn respond<F: Family, P: Packet>(
     }
     match reason.action() {
         Action::Reject if parsed.is_tcp() => reset::<F, P>(packet, parsed, reason),
-        Action::Shrink if !F::wants_too_big(packet)? => Err(reason),
+        // Who has filled the MTU of every link on the way is told of the tunnel, whether or not it has asked to be.
+        Action::Shrink if !matches!(reason, Reason::TunnelTooBig) && !F::wants_too_big(packet)? => {
+            Err(reason)
+        }
         action => icmp_error::<F, P>(packet, parsed, action),
     }
 }

@@ -22,7 +22,7 @@ pub fn rewrite<F: Family, P: Packet>(
     forward: bool,
 ) -> Result<(), Reason> {
     let key = &parsed.key;
-    let addresses = address_change::<F>(&key.src, &key.dst, &flow.src, &flow.dst);
+    let addresses = Diff::unfolded(flow.addresses);
     F::readdress(packet, &flow.src, &flow.dst, addresses, forward)?;
 
     if parsed.is_later_fragment() {

@@ -1,7 +1,7 @@
 //! From the address a client asked for to the backend that answers.
 
 use crate::abi::{
-    AddressInfo, Affinity, AffinityKey, Backend, MemberKey, Service, ServiceKey, Source, Window,
+    AddressInfo, Affinity, AffinityKey, Backend, MemberKey, Network, Service, ServiceKey, Source, Window,
     address_flags, backend_state, frontend_kind, network_flags, service_flags,
 };
 use crate::family::Family;
@@ -31,7 +31,7 @@ pub fn address<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Result<Ad
     if let Some(info) = tables.address(addr) {
         return Ok(info);
     }
-    let unallocated = networks::<F, T>(tables, addr) & network_flags::SERVICE != 0;
+    let unallocated = tables.networks(addr) & network_flags::SERVICE != 0;
     Err(if unallocated { Reason::NoSuchService } else { Reason::NotOurs })
 }
 
@@ -181,12 +181,12 @@ pub fn masquerades<F: Family, T: Tables<F>>(tables: &T, service: &Service) -> bo
     tables.masquerades_all() && service.flags & service_flags::SOURCE_KEPT == 0
 }
 
-/// Flags of the networks that have this address ([`network_flags`]).
-#[inline(never)]
-pub fn networks<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> u32 {
+/// Flags of those networks that have this address ([`network_flags`]), of the list that `at` reads.
+#[inline(always)]
+pub fn networks<'a, F: Family>(addr: &F::Addr, at: impl Fn(u32) -> Option<&'a Network<F::Addr>>) -> u32 {
     let mut flags = 0;
     for index in 0..MAX_NETWORKS {
-        match tables.network(index) {
+        match at(index) {
             Some(network) if network.flags != 0 => {
                 if F::is_within(addr, &network.addr, &network.mask) {
                     flags |= network.flags;

@@ -95,7 +95,11 @@ fn choose<F: Family, T: Tables<F>>(
     service::find::<F, T>(tables, &frontend, info, &mut service)?;
     let chosen = admit::<F, T>(tables, socket, peer, &service)
         .and_then(|id| service::backend::<F, T>(tables, id).map(|backend| (id, backend)));
-    tables.count(service.id, if chosen.is_ok() { Event::Connection } else { Event::Refused });
+    // Each by itself: of an event that is chosen first, old kernels see the part that is not there read.
+    match chosen {
+        Ok(_) => tables.count(service.id, Event::Connection),
+        Err(reason) => tables.count(service.id, Event::Refused(reason)),
+    }
     let (id, chosen) = chosen?;
     let backend = Peer::<F> { addr: chosen.addr, port: chosen.port };
     let mut known = SocketPeer {

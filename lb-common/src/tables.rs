@@ -5,7 +5,7 @@ use core::ops::Deref;
 
 use crate::abi::{
     AddressInfo, Affinity, AffinityKey, Backend, Edge, EdgeSourceKey, Flow, FlowKey, Fragment, FragmentKey,
-    MemberKey, Network, Service, ServiceKey, SocketKey, SocketPeer, Source,
+    MemberKey, OwnMac, Place, Routing, Sample, Service, ServiceKey, SocketKey, SocketPeer, Source,
 };
 use crate::family::Family;
 use crate::reason::Reason;
@@ -26,7 +26,8 @@ pub enum Event {
     Connection,
     /// A translated packet of so many bytes.
     Packet(u32),
-    Refused,
+    /// A packet, or a call of a socket, that does not get what it asks for.
+    Refused(Reason),
 }
 
 /// Which packets without a flow may begin one, while another Service proxy is there (`--takeover`, `--drain`).
@@ -80,10 +81,17 @@ pub trait Tables<F: Family> {
 
     fn is_member(&self, key: &MemberKey) -> bool;
 
-    fn network(&self, index: u32) -> Option<Network<F::Addr>>;
+    /// Flags of the networks that have this address ([`network_flags`](crate::abi::network_flags)).
+    fn networks(&self, addr: &F::Addr) -> u32;
 
     /// Adds to what went through a Service.
     fn count(&self, service: u32, event: Event);
+
+    /// Whether somebody wants to see samples.
+    fn is_sampling(&self) -> bool;
+
+    /// Shows a sample; lost if too many wait already.
+    fn put_sample(&self, sample: &Sample);
 
     fn slot(&self, index: u32) -> Option<u32>;
 
@@ -91,6 +99,18 @@ pub trait Tables<F: Family> {
 
     /// The edge with this interface index.
     fn edge(&self, ifindex: u32) -> Option<Edge>;
+
+    /// Where the backend with this address, port and protocol is.
+    fn place(&self, key: &ServiceKey<F::Addr>) -> Option<Place<F::Addr>>;
+
+    /// UDP port at which nodes take packets of each other; 0: there are no tunnels.
+    fn tunnel_port(&self) -> u16;
+
+    /// Whether packets may be sent into tunnels, too.
+    fn sends_tunnelled(&self) -> bool;
+
+    /// What stands at this place of `MACS`.
+    fn own_mac(&self, index: u32) -> Option<OwnMac>;
 
     /// A further source of an edge (`EDGE_SOURCES`).
     fn edge_source(&self, key: &EdgeSourceKey) -> Option<Edge>;
@@ -109,6 +129,13 @@ pub trait Tables<F: Family> {
 
     /// Without a packet for this long (ns) a flow in the [`State`](crate::flow::State) of this number is over.
     fn timeout(&self, state: u8) -> u64;
+
+    /// How long flows may believe the next hop that they know.
+    fn routing(&self) -> Routing;
+
+    /// A clock that costs nothing, and says only whether some time has passed: it changes every 64 to 640 ms, and begins
+    /// again after 65,536 of these.
+    fn tick(&self) -> u16;
 
     /// `CLOCK_MONOTONIC`, ns; may be a few milliseconds old.
     fn now(&self) -> u64;

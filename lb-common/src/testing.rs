@@ -22,7 +22,7 @@ pub mod node;
 
 /// Ethernet address of whoever sends a test packet.
 pub const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 1];
-/// Ethernet address of the device that takes it.
+/// Ethernet address that packets of tests are sent to.
 pub const RECEIVER: [u8; 6] = [2, 0, 0, 0, 0, 2];
 /// TTL of test packets.
 pub const TTL: u8 = 60;

@@ -95,9 +95,31 @@ impl Le32 {
 
 /// An Ethernet address.
 #[repr(C, align(2))]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Mac {
     pub octets: [u8; 6],
+}
+
+impl Mac {
+    /// Whether it is a group's, or everybody's.
+    #[inline(always)]
+    pub const fn is_group(self) -> bool {
+        self.octets[0] & 1 != 0
+    }
+
+    /// Whether it is another's than `own`; one of zeroes is not known.
+    #[inline(always)]
+    pub const fn differs(self, own: Self) -> bool {
+        let ([a0, a1, a2], [b0, b1, b2]) = (self.words(), own.words());
+        b0 | b1 | b2 != 0 && (a0 ^ b0) | (a1 ^ b1) | (a2 ^ b2) != 0
+    }
+
+    /// A comparison of bytes would be a call.
+    #[inline(always)]
+    const fn words(self) -> [u16; 3] {
+        let [a0, a1, b0, b1, c0, c1] = self.octets;
+        [u16::from_ne_bytes([a0, a1]), u16::from_ne_bytes([b0, b1]), u16::from_ne_bytes([c0, c1])]
+    }
 }
 
 /// Ethernet header.
@@ -249,6 +271,37 @@ impl UdpHdr {
     pub const LEN: usize = size_of::<Self>();
 }
 
+/// Geneve header without options (RFC 8926, section 3.4).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GeneveHdr {
+    /// Version, and length of the options in units of 4 octets.
+    pub version_len: u8,
+    pub flags: u8,
+    /// Ethertype of what is inside.
+    pub protocol: Be16,
+    /// Virtual network identifier, in the upper 24 bits.
+    pub vni: Be32,
+}
+
+impl GeneveHdr {
+    /// Bytes.
+    pub const LEN: usize = size_of::<Self>();
+    /// In [`GeneveHdr::flags`]: there are options that must be understood.
+    pub const CRITICAL: u8 = 0x40;
+}
+
+/// Start of a Geneve option (RFC 8926, section 3.5).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GeneveOptHdr {
+    pub class: Be16,
+    /// The highest bit: it must be understood.
+    pub kind: u8,
+    /// Length in units of 4 octets, this header not counted.
+    pub len: u8,
+}
+
 /// SCTP common header (RFC 9260, section 3.1).
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -336,6 +389,8 @@ wire!(
     Addr4,
     Addr6,
     Le32,
+    GeneveHdr,
+    GeneveOptHdr,
     SctpHdr,
     SctpChunkHdr
 );

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use lb_common::abi::{
-    EdgeSourceKey, Flow, MemberKey, Network, PrefixKey, RESERVED_PORTS_COUNT, ServiceKey, Side, Source,
+    EdgeSourceKey, Flow, Hop, MemberKey, Network, PrefixKey, RESERVED_PORTS_COUNT, ServiceKey, Side, Source,
     Usage, address_flags, backend_state, edge_flags, network_flags, service_flags,
 };
 use lb_common::flow::{self, State};
@@ -576,7 +576,10 @@ fn pending_flows_are_promoted_when_the_client_has_heard_the_answer<F: TestFamily
     let entries = node.tables.entries(FlowTable::Established);
     for (key, flow) in &entries {
         let other = entries.get(&flow::reverse_key(key, flow)).expect("the other half");
-        assert_eq!(Flow { ack: 0, ..*other }, flow::reverse_value(key, flow));
+        assert_eq!(
+            Flow { ack: 0, tick: 0, hop: Hop::default(), fits: 0, ..*other },
+            flow::reverse_value(key, flow)
+        );
     }
 }
 

@@ -15,39 +15,40 @@ use lb_common::{Family, Reason};
 
 /// MTU that senders are told where the kernel does not tell it: before 5.12 (commit e1850ea9bd9e) it leaves the length
 /// that it was asked about, which is none that fits. Every link for IPv6 carries so much (RFC 8200, section 5).
-const UNTOLD_MTU: u32 = 1280;
+const UNTOLD_MTU: u16 = 1280;
 
 /// The way out that was found.
 #[derive(Clone, Copy, Default)]
 pub struct Hop {
     pub ifindex: u32,
-    /// MTU of a way that was too narrow, bytes.
-    pub mtu: u32,
     /// Ethernet address of the device.
     pub src: Mac,
     /// Ethernet address of the next hop.
     pub dst: Mac,
+    /// MTU of a way that was too narrow, bytes.
+    pub mtu: u16,
     /// The next hop's address is known.
     pub resolved: bool,
 }
 
 /// Asks where a packet from `from` to `to` goes that came in through `ifindex`.
 ///
-/// `ip_len` is compared with the MTU; 0: the kernel looks at the socket buffer, which knows of segments.
+/// `ip_len` and `added` are compared with the MTU; 0: the kernel looks at the socket buffer, which knows of segments.
 #[inline(always)]
 pub fn route<F: Family>(
     ctx: *mut c_void,
     ifindex: u32,
     from: &F::Addr,
     to: &F::Addr,
-    ip_len: u16,
+    (ip_len, added): (u16, u16),
     hop: &mut Hop,
 ) -> Result<Route, Reason> {
+    let len = ip_len.saturating_add(added);
     // SAFETY: all zeroes are a valid `bpf_fib_lookup`.
     let mut params: bpf_fib_lookup = unsafe { zeroed() };
     params.family = F::ADDRESS_FAMILY;
     params.ifindex = ifindex;
-    params.__bindgen_anon_1.tot_len = ip_len;
+    params.__bindgen_anon_1.tot_len = len;
     // SAFETY: both unions hold an address of either family at their start, and are as large as the larger one.
     unsafe {
         addr_of_mut!(params.__bindgen_anon_3).cast::<F::Addr>().write_unaligned(*from);
@@ -71,7 +72,8 @@ pub fn route<F: Family>(
         Ok(BPF_FIB_LKUP_RET_FRAG_NEEDED) => {
             // SAFETY: a field of a union of two u16.
             let told = unsafe { params.__bindgen_anon_1.mtu_result };
-            hop.mtu = if told == ip_len { UNTOLD_MTU } else { u32::from(told) };
+            let mtu = if told == len { UNTOLD_MTU } else { told };
+            hop.mtu = mtu.saturating_sub(added);
             Err(Reason::PacketTooBig)
         }
         _ => Err(Reason::NoRoute),

@@ -32,6 +32,14 @@ pub static HAVE_COARSE_CLOCK: Global<u8> = Global::new(1);
 #[unsafe(no_mangle)]
 pub static HAVE_CSUM_IPV6: Global<u8> = Global::new(1);
 
+/// UDP port at which nodes take packets of each other; 0: there are no tunnels.
+#[unsafe(no_mangle)]
+pub static TUNNEL_PORT: Global<u16> = Global::new(0);
+
+/// Packets may be sent into tunnels, too.
+#[unsafe(no_mangle)]
+pub static SENDS_TUNNELLED: Global<u8> = Global::new(1);
+
 /// After how long without a packet, in ns, a flow is over, by the number of its state.
 #[unsafe(no_mangle)]
 pub static TIMEOUTS: [u64; State::ALL.len()] = [0; State::ALL.len()];

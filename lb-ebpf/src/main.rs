@@ -24,6 +24,7 @@ mod globals;
 mod maps;
 mod skb;
 mod sockets;
+mod sweep;
 mod xdp;
 
 use aya_ebpf::bindings::xdp_action;
@@ -33,6 +34,7 @@ use aya_log_ebpf::debug;
 use lb_common::abi::Side;
 use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
+use lb_common::tunnel;
 use lb_common::wire::EthHdr;
 use lb_common::{Family, Hook, Packet, Reason, V4, V6};
 
@@ -103,6 +105,12 @@ fn classify(ctx: &TcContext, hook: Hook, side: Side) -> i32 {
 #[inline(always)]
 fn run<P: Packet>(packet: &mut P, ether_type: u16, hook: Hook, side: Side) -> (Verdict, Reason) {
     let bytes = packet.size().wrapping_sub(NETWORK as u32);
+    if side as u8 == Side::NicIn as u8
+        && let Err(reason) = unwrap(packet, ether_type)
+    {
+        count(hook, reason, bytes);
+        return (Verdict::Drop, reason);
+    }
     let (verdict, reason) = match ether_type {
         V4::ETHER_TYPE => process::<V4, P, Kernel>(packet, &Kernel, side),
         V6::ETHER_TYPE => process::<V6, P, Kernel>(packet, &Kernel, side),
@@ -110,6 +118,16 @@ fn run<P: Packet>(packet: &mut P, ether_type: u16, hook: Hook, side: Side) -> (V
     };
     count(hook, reason, bytes);
     (verdict, reason)
+}
+
+/// Takes the packet out of the tunnel that it came in by, if it did. It is of the same family inside.
+#[inline(always)]
+fn unwrap<P: Packet>(packet: &mut P, ether_type: u16) -> Result<bool, Reason> {
+    match ether_type {
+        V4::ETHER_TYPE => tunnel::unwrap::<V4, P, Kernel>(packet, &Kernel),
+        V6::ETHER_TYPE => tunnel::unwrap::<V6, P, Kernel>(packet, &Kernel),
+        _ => Ok(false),
+    }
 }
 
 #[cfg(target_arch = "bpf")]

@@ -5,23 +5,28 @@ use core::ptr::read_volatile;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
-use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf};
+use aya_ebpf::helpers::generated::{
+    bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+};
 use aya_ebpf::macros::btf_map;
 use lb_common::abi::{
     AddressInfo, Affinity, AffinityKey, Backend, Counter, Edge, EdgeSourceKey, Flow, FlowKey, Fragment,
-    FragmentKey, MemberKey, Network, OwnerName, Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    FragmentKey, MemberKey, Network, OwnMac, OwnerName, Place, RefusalKey, Routing, Sample, Sampling,
+    Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use lb_common::maps::{
     DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, MAX_ADDRESSES, MAX_AFFINITIES,
-    MAX_EDGE_SOURCES, MAX_EDGES, MAX_FRAGMENTS, MAX_MEMBERS, MAX_NETWORKS, MAX_SOCKETS, MAX_SOURCES,
-    MAX_USAGES, NO_PREALLOC, SLOTS_PER_BACKEND, max_pending,
+    MAX_EDGE_SOURCES, MAX_EDGES, MAX_FRAGMENTS, MAX_MACS, MAX_MEMBERS, MAX_NETWORKS, MAX_REFUSALS,
+    MAX_SOCKETS, MAX_SOURCES, MAX_USAGES, NO_PREALLOC, SAMPLES_BYTES, SLOTS_PER_BACKEND, max_pending,
 };
 use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
 use lb_common::tables::{Admission, Event, FlowTable};
-use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6};
+use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6, service};
 
-use crate::globals::{ADMISSION, HAVE_COARSE_CLOCK, MASQUERADE_ALL, RESETS_REMOVED, TIMEOUTS};
+use crate::globals::{
+    ADMISSION, HAVE_COARSE_CLOCK, MASQUERADE_ALL, RESETS_REMOVED, SENDS_TUNNELLED, TIMEOUTS, TUNNEL_PORT,
+};
 
 const SERVICE_COUNT: usize = DEFAULT_MAX_SERVICES as usize;
 const BACKEND_COUNT: usize = DEFAULT_MAX_BACKENDS as usize;
@@ -47,6 +52,12 @@ static ADDRESSES4: HashMap<Addr4, AddressInfo, ADDRESS_COUNT, WRITTEN_BY_AGENT> 
 static ADDRESSES6: HashMap<Addr6, AddressInfo, ADDRESS_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
 #[btf_map]
 static EDGES: HashMap<u32, Edge, { MAX_EDGES as usize }, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static PLACES4: HashMap<ServiceKey<Addr4>, Place<Addr4>, BACKEND_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static PLACES6: HashMap<ServiceKey<Addr6>, Place<Addr6>, BACKEND_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
+#[btf_map]
+static MACS: Array<OwnMac, { MAX_MACS as usize }> = Array::new();
 #[btf_map]
 static EDGE_SOURCES: HashMap<EdgeSourceKey, Edge, { MAX_EDGE_SOURCES as usize }, WRITTEN_BY_AGENT> =
     HashMap::new();
@@ -85,6 +96,15 @@ static NAMES: HashMap<u32, OwnerName, SERVICE_COUNT, WRITTEN_BY_AGENT> = HashMap
 static USAGE: PerCpuArray<Usage, { MAX_USAGES as usize }> = PerCpuArray::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, { COUNTER_COUNT as usize }> = PerCpuArray::new();
+#[btf_map]
+static REFUSALS: PerCpuHashMap<RefusalKey, u64, { MAX_REFUSALS as usize }, { NO_PREALLOC as usize }> =
+    PerCpuHashMap::new();
+#[btf_map]
+static ROUTING: Array<Routing, 1> = Array::new();
+#[btf_map]
+static SAMPLING: Array<Sampling, 1> = Array::new();
+#[btf_map]
+static SAMPLES: RingBuf<(), { SAMPLES_BYTES as usize }> = RingBuf::new();
 
 /// Counts one packet, or one call of a socket hook.
 #[inline(always)]
@@ -111,9 +131,23 @@ fn use_service(service: u32, event: Event) {
                     (*usage).packets = (*usage).packets.wrapping_add(1);
                     (*usage).bytes = (*usage).bytes.wrapping_add(u64::from(bytes));
                 }
-                Event::Refused => (*usage).refused = (*usage).refused.wrapping_add(1),
+                Event::Refused(reason) => {
+                    (*usage).refused = (*usage).refused.wrapping_add(1);
+                    refuse(RefusalKey { service, reason: reason as u32 });
+                }
             }
         }
+    }
+}
+
+/// Counts what a Service was asked for in vain. If there is no room for more reasons, the Service's own count has it.
+#[inline(never)]
+fn refuse(key: RefusalKey) {
+    if let Some(count) = REFUSALS.get_ptr_mut(key) {
+        // SAFETY: as in `count`.
+        unsafe { *count = (*count).wrapping_add(1) };
+    } else {
+        let _ = REFUSALS.insert(key, 1, u64::from(BPF_NOEXIST));
     }
 }
 
@@ -127,11 +161,40 @@ fn value<A: Copy>(flow: &Cell<Flow<A>>) -> &Flow<A> {
     unsafe { &*flow.as_ptr() }
 }
 
+/// Flags of the networks that have an address, which is passed as it lies in memory.
+///
+/// A "global" function, as [`crc32c_remainder`](lb_common::crc32c::crc32c_remainder) is, and for the same reason: the
+/// verifier follows the list once.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn network_flags4(addr: u32) -> u32 {
+    service::networks::<V4>(&Addr4 { octets: addr.to_ne_bytes() }, |index| NETWORKS4.get(index))
+}
+
+/// The same of an IPv6 address, in two halves.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn network_flags6(first: u64, last: u64) -> u32 {
+    let octets = (u128::from(first) | u128::from(last) << 64).to_le_bytes();
+    service::networks::<V6>(&Addr6 { octets }, |index| NETWORKS6.get(index))
+}
+
+#[inline(always)]
+fn networks4(addr: &Addr4) -> u32 {
+    network_flags4(u32::from_ne_bytes(addr.octets))
+}
+
+#[inline(always)]
+fn networks6(addr: &Addr6) -> u32 {
+    let all = u128::from_le_bytes(addr.octets);
+    network_flags6(all as u64, (all >> 64) as u64)
+}
+
 /// The maps of one family differ in their names alone.
 macro_rules! tables {
     (
         $family:ty, $addr:ty, $services:ident, $backends:ident, $addresses:ident, $flows:ident, $pending:ident,
-        $sources:ident, $affinity:ident, $networks:ident, $fragments:ident
+        $sources:ident, $affinity:ident, $networks:expr, $fragments:ident, $places:ident
     ) => {
         impl Tables<$family> for Kernel {
             type Entry = &'static Cell<Flow<$addr>>;
@@ -227,13 +290,30 @@ macro_rules! tables {
             }
 
             #[inline(always)]
-            fn network(&self, index: u32) -> Option<Network<$addr>> {
-                $networks.get(index).copied()
+            fn networks(&self, addr: &$addr) -> u32 {
+                $networks(addr)
             }
 
             #[inline(always)]
             fn count(&self, service: u32, event: Event) {
                 use_service(service, event);
+            }
+
+            #[inline(always)]
+            fn is_sampling(&self) -> bool {
+                SAMPLING.get(0).is_some_and(|sampling| {
+                    sampling.until != 0 && Tables::<$family>::now(self) < sampling.until
+                })
+            }
+
+            #[inline(always)]
+            fn put_sample(&self, sample: &Sample) {
+                if SAMPLES.output_untyped::<Sample>(sample, 0).is_err()
+                    && let Some(sampling) = SAMPLING.get_ptr_mut(0)
+                {
+                    // SAFETY: a map value; CPUs that lose one at the same time may count one.
+                    unsafe { (*sampling).lost = (*sampling).lost.wrapping_add(1) };
+                }
             }
 
             #[inline(always)]
@@ -259,6 +339,27 @@ macro_rules! tables {
             fn edge(&self, ifindex: u32) -> Option<Edge> {
                 // SAFETY: the value is copied at once.
                 unsafe { EDGES.get(ifindex) }.copied()
+            }
+
+            #[inline(always)]
+            fn place(&self, key: &ServiceKey<$addr>) -> Option<Place<$addr>> {
+                // SAFETY: the value is copied at once.
+                unsafe { $places.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn tunnel_port(&self) -> u16 {
+                TUNNEL_PORT.load()
+            }
+
+            #[inline(always)]
+            fn sends_tunnelled(&self) -> bool {
+                SENDS_TUNNELLED.load() != 0
+            }
+
+            #[inline(always)]
+            fn own_mac(&self, index: u32) -> Option<OwnMac> {
+                MACS.get(index).copied()
             }
 
             #[inline(always)]
@@ -296,6 +397,18 @@ macro_rules! tables {
             }
 
             #[inline(always)]
+            fn routing(&self) -> Routing {
+                ROUTING.get(0).copied().unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn tick(&self) -> u16 {
+                // The JIT makes a load of it (kernel commit 5576b991e9c1).
+                // SAFETY: a helper without arguments.
+                unsafe { (bpf_jiffies64() >> 6) as u16 }
+            }
+
+            #[inline(always)]
             fn now(&self) -> u64 {
                 // SAFETY: helpers without arguments.
                 unsafe {
@@ -313,8 +426,10 @@ macro_rules! tables {
 }
 
 tables!(
-    V4, Addr4, SERVICES4, BACKENDS4, ADDRESSES4, FLOWS4, PENDING4, SOURCES4, AFFINITY4, NETWORKS4, FRAGMENTS4
+    V4, Addr4, SERVICES4, BACKENDS4, ADDRESSES4, FLOWS4, PENDING4, SOURCES4, AFFINITY4, networks4,
+    FRAGMENTS4, PLACES4
 );
 tables!(
-    V6, Addr6, SERVICES6, BACKENDS6, ADDRESSES6, FLOWS6, PENDING6, SOURCES6, AFFINITY6, NETWORKS6, FRAGMENTS6
+    V6, Addr6, SERVICES6, BACKENDS6, ADDRESSES6, FLOWS6, PENDING6, SOURCES6, AFFINITY6, networks6,
+    FRAGMENTS6, PLACES6
 );

@@ -2,7 +2,10 @@
 
 use core::ptr::{addr_of, null_mut, read_volatile};
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
+    BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode,
+};
 use aya_ebpf::helpers::generated::{
     bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room,
     bpf_skb_change_tail, bpf_skb_pull_data,
@@ -10,8 +13,8 @@ use aya_ebpf::helpers::generated::{
 use lb_common::checksum::Diff;
 use lb_common::family::MAX_TRANSPORT;
 use lb_common::packet::{ChecksumField, NETWORK, Route};
-use lb_common::wire::{EthHdr, Ipv6FragHdr, Wire};
-use lb_common::{Family, Packet, Reason};
+use lb_common::wire::{EthHdr, Ipv6FragHdr, TcpHdr, Wire};
+use lb_common::{Family, Packet, Reason, abi};
 
 use crate::bounds::locate;
 use crate::fib::{self, Hop};
@@ -26,6 +29,9 @@ pub const SHOT: i32 = 2;
 /// `CHECKSUM_COMPLETE` covers, so that its change and the checksum's cancel out.
 const BPF_F_IPV6: u64 = 1 << 7;
 
+/// `PACKET_OTHERHOST` (include/uapi/linux/if_packet.h).
+const PACKET_OTHERHOST: u32 = 3;
+
 /// `gso_size` of a packet that consists of a list of packets (`GSO_BY_FRAGS`): SCTP's.
 const BY_FRAGS: u32 = 0xffff;
 
@@ -35,9 +41,11 @@ const HEADERS: usize = NETWORK + 40 + 20;
 /// More than stands before a transport header that was parsed; a multiple of 4, as headers are aligned.
 const HEAD: u32 = (MAX_TRANSPORT + Ipv6FragHdr::LEN + 4) as u32;
 
+#[expect(clippy::struct_field_names, reason = "the kernel's name of it")]
 pub struct Skb {
     skb: *mut __sk_buff,
     hop: Hop,
+    chosen: u32,
 }
 
 impl Skb {
@@ -47,7 +55,7 @@ impl Skb {
     /// SCTP's common header, and to pull the first of the packets in would change where the kernel divides them.
     #[inline(always)]
     pub fn new(skb: *mut __sk_buff) -> Self {
-        let mut packet = Self { skb, hop: Hop::default() };
+        let mut packet = Self { skb, hop: Hop::default(), chosen: 0 };
         // SAFETY: the context is valid while the program runs.
         if unsafe { (*skb).gso_size } != BY_FRAGS {
             packet.pull(HEADERS);
@@ -78,6 +86,15 @@ impl Skb {
         }
     }
 
+    /// Makes room behind the Ethernet header, or takes it away.
+    #[inline(always)]
+    fn adjust(&mut self, by: i32, flags: u32) -> Result<(), Reason> {
+        let flags = u64::from(flags | BPF_F_ADJ_ROOM_FIXED_GSO);
+        // SAFETY: the context is valid; all pointers into the packet are read anew afterwards.
+        let result = unsafe { bpf_skb_adjust_room(self.skb, by, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, flags) };
+        if result == 0 { Ok(()) } else { Err(Reason::RewriteFailed) }
+    }
+
     /// Sends the packet to the device that [`Packet::route`] found; the kernel resolves the next hop.
     #[inline(always)]
     pub fn forward(&self) -> i32 {
@@ -95,6 +112,7 @@ impl Skb {
 
 impl Packet for Skb {
     const NEEDS_XDP_TRANSMIT: bool = false;
+    const KEEPS_HOP: bool = false;
 
     #[inline(always)]
     fn size(&self) -> u32 {
@@ -106,6 +124,12 @@ impl Packet for Skb {
     fn ifindex(&self) -> u32 {
         // SAFETY: the context is valid while the program runs.
         unsafe { (*self.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn may_be_for_others(&self) -> bool {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.skb).pkt_type == PACKET_OTHERHOST }
     }
 
     #[inline(always)]
@@ -152,10 +176,48 @@ impl Packet for Skb {
         if changed { Ok(()) } else { Err(Reason::RewriteFailed) }
     }
 
+    /// The sizes of segments stay as they are: that they fit has been asked.
     #[inline(always)]
-    fn route<F: Family>(&mut self, from: &F::Addr, to: &F::Addr, _ip_len: u32) -> Result<Route, Reason> {
+    fn widen<F: Family>(&mut self, len: u16) -> Result<(), Reason> {
+        let family =
+            if F::HEADER_LEN == 40 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 };
+        self.adjust(i32::from(len), family | BPF_F_ADJ_ROOM_ENCAP_L4_UDP)
+    }
+
+    #[inline(always)]
+    fn narrow(&mut self, len: u16) -> Result<(), Reason> {
+        self.adjust(-i32::from(len), 0)
+    }
+
+    #[inline(always)]
+    fn chosen(&self) -> u32 {
+        self.chosen
+    }
+
+    #[inline(always)]
+    fn set_chosen(&mut self, backend: u32) {
+        self.chosen = backend;
+    }
+
+    /// With nothing added the kernel compares lengths itself; else it is told that of a segment, with headers of the usual
+    /// size before it.
+    #[inline(always)]
+    fn route<F: Family>(
+        &mut self,
+        from: &F::Addr,
+        to: &F::Addr,
+        ip_len: u32,
+        added: u16,
+    ) -> Result<Route, Reason> {
         let ifindex = self.ifindex();
-        fib::route::<F>(self.skb.cast(), ifindex, from, to, 0, &mut self.hop)
+        // SAFETY: the context is valid while the program runs.
+        let segment = unsafe { (*self.skb).gso_size };
+        let len = match (added, segment) {
+            (0, _) => 0,
+            (_, 0 | BY_FRAGS) => ip_len,
+            (_, segment) => segment + (F::HEADER_LEN + TcpHdr::LEN) as u32,
+        };
+        fib::route::<F>(self.skb.cast(), ifindex, from, to, (len as u16, added), &mut self.hop)
     }
 
     #[inline(always)]
@@ -164,8 +226,16 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn hop(&self) -> abi::Hop {
+        abi::Hop::default()
+    }
+
+    #[inline(always)]
+    fn set_hop(&mut self, _hop: &abi::Hop) {}
+
+    #[inline(always)]
     fn mtu(&self) -> u32 {
-        self.hop.mtu
+        self.hop.mtu.into()
     }
 
     /// The kernel's helper knows whether the field holds a checksum or, with `CHECKSUM_PARTIAL`, the sum of the

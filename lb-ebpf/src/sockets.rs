@@ -10,7 +10,7 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::reason::Action;
 use lb_common::socket::{self, Peer, Socket};
 use lb_common::wire::IpProto;
-use lb_common::{Addr4, Addr6, Family, Hook, Reason, V4, V6};
+use lb_common::{Addr4, Addr6, Family, Hook, Reason, Tables, V4, V6, sample};
 
 use crate::globals::{HAVE_SET_RETVAL, NODE_NETNS, SERVES_PODS};
 use crate::maps::{Kernel, count};
@@ -120,7 +120,7 @@ fn inet6(ctx: *mut bpf_sock_addr, call: Call, hook: Hook) -> i32 {
 #[inline(always)]
 fn run<F: Family>(ctx: *mut bpf_sock_addr, call: Call, hook: Hook, addr: F::Addr) -> Result<Peer<F>, i32>
 where
-    Kernel: lb_common::Tables<F>,
+    Kernel: Tables<F>,
 {
     let result = translate::<F>(ctx, call, addr);
     let reason = match result {
@@ -134,31 +134,39 @@ where
             unsafe { write_volatile(addr_of_mut!((*ctx).user_port), u32::from(peer.port.to_be())) };
             Ok(peer)
         }
-        Err(reason) => Err(match (call, reason.action()) {
-            (Call::Connect | Call::Sendmsg, Action::Reject) => fail(ECONNREFUSED),
-            (Call::Connect | Call::Sendmsg, Action::Drop) => fail(EHOSTUNREACH),
-            _ => PROCEED,
-        }),
+        Err(reason) => {
+            let errno = match (call, reason.action()) {
+                (Call::Connect | Call::Sendmsg, Action::Reject) => ECONNREFUSED,
+                (Call::Connect | Call::Sendmsg, Action::Drop) => EHOSTUNREACH,
+                _ => return Err(PROCEED),
+            };
+            let (proto, port) = asked(ctx);
+            sample::call::<F, Kernel>(&Kernel, hook, proto as u8, &addr, port, reason);
+            Err(fail(errno))
+        }
     }
+}
+
+/// Protocol and port that the process has named.
+#[inline(always)]
+fn asked(ctx: *mut bpf_sock_addr) -> (u32, u16) {
+    // SAFETY: fields of a context that is valid while the program runs.
+    let (protocol, port) =
+        unsafe { (read_volatile(addr_of!((*ctx).protocol)), read_volatile(addr_of!((*ctx).user_port))) };
+    (protocol, u16::from_be(port as u16))
 }
 
 #[inline(always)]
 fn translate<F: Family>(ctx: *mut bpf_sock_addr, call: Call, addr: F::Addr) -> Result<Peer<F>, Reason>
 where
-    Kernel: lb_common::Tables<F>,
+    Kernel: Tables<F>,
 {
     const TCP: u32 = IpProto::Tcp as u32;
     const UDP: u32 = IpProto::Udp as u32;
     let netns = NODE_NETNS.load();
-    // SAFETY: helpers on, and a field of, a context that is valid while the program runs.
-    let (owner, cookie, protocol, port) = unsafe {
-        (
-            bpf_get_netns_cookie(ctx.cast()),
-            bpf_get_socket_cookie(ctx.cast()),
-            read_volatile(addr_of!((*ctx).protocol)),
-            read_volatile(addr_of!((*ctx).user_port)),
-        )
-    };
+    // SAFETY: helpers on a context that is valid while the program runs.
+    let (owner, cookie) = unsafe { (bpf_get_netns_cookie(ctx.cast()), bpf_get_socket_cookie(ctx.cast())) };
+    let (protocol, port) = asked(ctx);
     if SERVES_PODS.load() == 0 && owner != netns {
         return Err(Reason::OtherNamespace);
     }
@@ -170,7 +178,7 @@ where
     // Namespaces are numbered from 1 on; 24 bits of it fit into an address that nobody has.
     let owner = if owner == netns { 0 } else { owner as u32 & 0x00ff_ffff };
     let socket = Socket { cookie, proto, owner };
-    let peer = Peer::<F> { addr, port: u16::from_be(port as u16) };
+    let peer = Peer::<F> { addr, port };
     match call {
         Call::Connect => socket::connect(&Kernel, socket, peer),
         Call::Sendmsg => socket::sendmsg(&Kernel, socket, peer),

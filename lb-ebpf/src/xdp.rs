@@ -5,8 +5,8 @@ use core::ptr::{addr_of, read_volatile};
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
 use lb_common::packet::Route;
-use lb_common::wire::{EthHdr, Wire};
-use lb_common::{Family, Packet, Reason};
+use lb_common::wire::{EthHdr, Mac, Wire};
+use lb_common::{Family, Packet, Reason, abi};
 
 use crate::bounds::locate;
 use crate::fib::{self, Hop};
@@ -14,12 +14,13 @@ use crate::fib::{self, Hop};
 pub struct Xdp {
     ctx: *mut xdp_md,
     hop: Hop,
+    chosen: u32,
 }
 
 impl Xdp {
     #[inline(always)]
     pub fn new(ctx: *mut xdp_md) -> Self {
-        Self { ctx, hop: Hop::default() }
+        Self { ctx, hop: Hop::default(), chosen: 0 }
     }
 
     /// Start and end of the packet.
@@ -35,6 +36,14 @@ impl Xdp {
                 read_volatile(addr_of!((*self.ctx).data_end)) as usize,
             )
         }
+    }
+
+    /// Has the packet begin so much later, or earlier.
+    #[inline(always)]
+    fn adjust(&mut self, by: i32) -> Result<(), Reason> {
+        // SAFETY: the context is valid; all pointers into the packet are read anew afterwards.
+        let result = unsafe { bpf_xdp_adjust_head(self.ctx, by) };
+        if result == 0 { Ok(()) } else { Err(Reason::RewriteFailed) }
     }
 
     /// Sends the packet to the next hop that [`Packet::route`] found.
@@ -54,6 +63,7 @@ impl Xdp {
 
 impl Packet for Xdp {
     const NEEDS_XDP_TRANSMIT: bool = true;
+    const KEEPS_HOP: bool = true;
 
     #[inline(always)]
     fn size(&self) -> u32 {
@@ -100,9 +110,41 @@ impl Packet for Xdp {
     }
 
     #[inline(always)]
-    fn route<F: Family>(&mut self, from: &F::Addr, to: &F::Addr, ip_len: u32) -> Result<Route, Reason> {
+    fn widen<F: Family>(&mut self, len: u16) -> Result<(), Reason> {
+        self.adjust(-i32::from(len))?;
+        let eth = *self.view::<EthHdr>(usize::from(len))?;
+        *self.view_mut::<EthHdr>(0)? = eth;
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn narrow(&mut self, len: u16) -> Result<(), Reason> {
+        let eth = *self.view::<EthHdr>(0)?;
+        *self.view_mut::<EthHdr>(usize::from(len))? = eth;
+        self.adjust(i32::from(len))
+    }
+
+    #[inline(always)]
+    fn chosen(&self) -> u32 {
+        self.chosen
+    }
+
+    #[inline(always)]
+    fn set_chosen(&mut self, backend: u32) {
+        self.chosen = backend;
+    }
+
+    #[inline(always)]
+    fn route<F: Family>(
+        &mut self,
+        from: &F::Addr,
+        to: &F::Addr,
+        ip_len: u32,
+        added: u16,
+    ) -> Result<Route, Reason> {
         let ifindex = self.ifindex();
-        let route = fib::route::<F>(self.ctx.cast(), ifindex, from, to, ip_len as u16, &mut self.hop)?;
+        let len = (ip_len as u16, added);
+        let route = fib::route::<F>(self.ctx.cast(), ifindex, from, to, len, &mut self.hop)?;
         if route as u32 == Route::Out as u32 && !self.hop.resolved {
             // tc comes next, and has the kernel resolve it.
             return Err(Reason::NoNextHop);
@@ -116,7 +158,24 @@ impl Packet for Xdp {
     }
 
     #[inline(always)]
+    fn hop(&self) -> abi::Hop {
+        let Hop { ifindex, src, dst, .. } = self.hop;
+        abi::Hop { ifindex, src: src.octets, dst: dst.octets, ..abi::Hop::default() }
+    }
+
+    #[inline(always)]
+    fn set_hop(&mut self, hop: &abi::Hop) {
+        self.hop = Hop {
+            ifindex: hop.ifindex,
+            src: Mac { octets: hop.src },
+            dst: Mac { octets: hop.dst },
+            resolved: true,
+            mtu: 0,
+        };
+    }
+
+    #[inline(always)]
     fn mtu(&self) -> u32 {
-        self.hop.mtu
+        self.hop.mtu.into()
     }
 }

@@ -13,7 +13,7 @@ use super::node::{MTU, NIC, Node};
 use super::{
     Segment, TestFamily, at, cluster, fragments, icmp_error, ports, read, reassemble, sctp, tcp, udp,
 };
-use crate::abi::{Flow, FlowKey, Side, backend_flags, backend_state, service_flags};
+use crate::abi::{Flow, FlowKey, Hop, Side, backend_flags, backend_state, service_flags};
 use crate::family::{V4, V6};
 use crate::flow::{is_reply, reverse_key, reverse_value};
 use crate::host::{HostPacket, HostRoute};
@@ -378,7 +378,11 @@ impl<F: TestFamily> World<F> {
     fn tuples(&self) -> Entries<F::Addr> {
         let tables =
             [FlowTable::Established, FlowTable::Pending].map(|table| self.node.tables.entries(table));
-        tables.into_iter().flatten().map(|(key, flow)| (key, Flow { last_seen: 0, ..flow })).collect()
+        tables
+            .into_iter()
+            .flatten()
+            .map(|(key, flow)| (key, Flow { last_seen: 0, tick: 0, ..flow }))
+            .collect()
     }
 
     fn ask(&mut self, side: Side, who: Who, shape: &Shape) {
@@ -692,13 +696,25 @@ fn build(from: SocketAddr, to: SocketAddr, proto: u8, shape: &Shape) -> Vec<u8> 
 
 /// Each half of a flow says the same of the other, and no tuple belongs to two.
 fn check_tables<F: TestFamily>(node: &Node<F>, evicted: bool) {
-    let shape = |flow: Flow<F::Addr>| Flow { last_seen: 0, ack: 0, flags: flow.flags & 1, ..flow };
+    let shape = |flow: Flow<F::Addr>| Flow {
+        last_seen: 0,
+        tick: 0,
+        ack: 0,
+        hop: Hop::default(),
+        fits: 0,
+        flags: flow.flags & 1,
+        ..flow
+    };
     for table in [FlowTable::Established, FlowTable::Pending] {
         let entries = node.tables.entries(table);
         for (key, flow) in &entries {
             let (other, turned) = (reverse_key(key, flow), reverse_value(key, flow));
             assert_eq!(reverse_key(&other, &turned), *key, "{flow:?}");
-            assert_eq!(reverse_value(&other, &turned), Flow { ack: 0, ..*flow }, "{key:?}");
+            assert_eq!(
+                reverse_value(&other, &turned),
+                Flow { ack: 0, tick: 0, hop: Hop::default(), fits: 0, ..*flow },
+                "{key:?}"
+            );
             let met = entries.get(&other).copied();
             assert!(evicted || met.map(shape) == Some(shape(turned)), "{key:?} {flow:?}: {met:?}");
         }
