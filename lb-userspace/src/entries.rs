@@ -177,6 +177,37 @@ pub struct Target {
     pub when_empty: WhenEmpty,
 }
 
+/// Where a backend is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Place {
+    /// Its id.
+    pub backend: u32,
+    /// Address of its node; none: this one.
+    pub node: Option<IpAddr>,
+}
+
+/// How clients from outside reach backends on other nodes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum Mode {
+    /// Through the node that they ask, both ways: it puts its own address in place of theirs.
+    Snat,
+    /// The backend's node answers them itself.
+    Dsr,
+    /// TCP as with [`Self::Dsr`], the rest as with [`Self::Snat`].
+    Hybrid,
+}
+
+impl Mode {
+    /// Whether backends' nodes answer themselves.
+    pub const fn is_dsr(self, protocol: Protocol) -> bool {
+        match self {
+            Self::Snat => false,
+            Self::Dsr => true,
+            Self::Hybrid => matches!(protocol, Protocol::Tcp),
+        }
+    }
+}
+
 /// How a backend is chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum Algorithm {
@@ -193,6 +224,8 @@ pub struct Frontend {
     pub restricted: bool,
     /// Its backends see their clients also under `--masquerade-all`.
     pub source_kept: bool,
+    /// Nodes of its backends answer clients from outside themselves.
+    pub dsr: bool,
     /// The number of the Service's port: frontends of one port share what is known of a client.
     pub port: u16,
     /// How many seconds a client is remembered that opens no connection; 0: it is not.
@@ -225,6 +258,8 @@ pub struct Compiled {
     /// Endpoints that no frontend chooses now: not ready, terminating, elsewhere. Flows they have from
     /// earlier outlive the choice.
     pub kept: BTreeMap<Backend, Keep>,
+    /// Nodes of backends elsewhere that frontends with [`Frontend::dsr`] choose.
+    pub homes: BTreeMap<Backend, Arc<str>>,
     /// Load balancers ask for it.
     pub health: Option<HealthCheck>,
 }
@@ -269,11 +304,15 @@ pub enum Op {
     SetAddress { addr: IpAddr, flags: u32 },
     /// Removes `ADDRESSES4/6[addr]`; fine if it is not there.
     RemoveAddress { addr: IpAddr },
+    /// `PLACES4/6[key] = place`: where a backend is.
+    SetPlace { key: FrontendKey, place: Place },
+    /// Removes `PLACES4/6[key]`; fine if it is not there.
+    RemovePlace { key: FrontendKey },
 }
 
 impl Op {
     /// Names of all maps that operations write.
-    pub const MAPS: [&str; 13] = [
+    pub const MAPS: [&str; 15] = [
         "ADDRESSES4",
         "ADDRESSES6",
         "BACKENDS4",
@@ -282,6 +321,8 @@ impl Op {
         "NAMES",
         "NETWORKS4",
         "NETWORKS6",
+        "PLACES4",
+        "PLACES6",
         "SERVICES4",
         "SERVICES6",
         "SLOTS",
@@ -306,6 +347,9 @@ impl Op {
             Self::SetName { .. } | Self::RemoveName { .. } => "NAMES",
             Self::SetAddress { addr, .. } | Self::RemoveAddress { addr } => {
                 of(addr.is_ipv4(), ["ADDRESSES4", "ADDRESSES6"])
+            }
+            Self::SetPlace { key, .. } | Self::RemovePlace { key } => {
+                of(key.addr.is_ipv4(), ["PLACES4", "PLACES6"])
             }
         }
     }
@@ -332,6 +376,7 @@ impl Op {
                 format!("source range {net} of Service {service}")
             }
             Self::SetAddress { addr, .. } | Self::RemoveAddress { addr } => format!("address {addr}"),
+            Self::SetPlace { key, .. } | Self::RemovePlace { key } => format!("place of {key}"),
         }
     }
 }
@@ -347,6 +392,7 @@ pub enum Table {
     Networks,
     Frontends,
     Addresses,
+    Places,
 }
 
 /// An entry of `BACKENDS4/6`, of either family.
@@ -379,6 +425,7 @@ pub struct Snapshot {
     /// Every window that a frontend refers to, by its base.
     pub slots: BTreeMap<u32, Vec<u32>>,
     pub addresses: BTreeMap<IpAddr, u32>,
+    pub places: BTreeMap<FrontendKey, Place>,
     /// Networks with their flags, in the order of the map, IPv4 and IPv6.
     pub networks: [Vec<(IpNet, u32)>; 2],
     /// Backends by the base of the window.

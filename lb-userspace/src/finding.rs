@@ -25,6 +25,9 @@ pub enum Finding {
     /// A host port is asked for at an address of a family that the Pod has no address of.
     #[error("port {port}: hostIP {addr} is of a family in which the Pod has no address; it is left out")]
     NoPodAddress { port: String, addr: IpAddr },
+    /// More than the API server of Kubernetes lets into an object, or than anybody can serve.
+    #[error("{field}: {count} are too many; the first {most} are used")]
+    TooMany { field: String, count: usize, most: usize },
     /// A port number outside 1 to 65535.
     #[error("{field}: {value} is no port number; it is left out")]
     BadPort { field: String, value: i64 },
@@ -43,6 +46,11 @@ pub enum Finding {
     /// A type that has a cluster IP, without one.
     #[error("no clusterIP is given, and nobody here allocates one")]
     NoClusterIp,
+    /// A mode that needs tunnels between nodes, of which this one was not told.
+    #[error(
+        "annotation fairlead.io/mode: there are no tunnels between nodes here (--mode, --tunnel-port); taken as snat"
+    )]
+    NoTunnels,
     /// An older Service or Pod has this frontend.
     #[error("{key} belongs to {owner}; it is left out here")]
     Taken { key: FrontendKey, owner: Owner },

@@ -145,6 +145,11 @@ impl Health {
         self.facts().freshness = freshness;
     }
 
+    /// What was noted last.
+    pub fn freshness(&self) -> Freshness {
+        self.facts().freshness
+    }
+
     /// Whether everything has been in the maps once.
     pub fn is_synced(&self) -> bool {
         self.facts().synced

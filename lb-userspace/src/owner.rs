@@ -77,6 +77,11 @@ fn field(text: &str) -> [i8; NAME_LEN] {
     field
 }
 
+/// A name as [`OwnerName`] has it.
+pub fn shortened(name: &str) -> String {
+    text(&field(name))
+}
+
 /// The text in a field of [`OwnerName`].
 pub fn text(field: &[i8; NAME_LEN]) -> String {
     let bytes = field.iter().take_while(|byte| **byte != 0).map(|byte| byte.cast_unsigned());

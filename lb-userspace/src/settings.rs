@@ -11,10 +11,11 @@ use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use lb_common::tables::Admission;
+use lb_common::tunnel::DEFAULT_PORT;
 use serde::Deserialize;
 
 use crate::agent::{Config, SourceOptions};
-use crate::datapath::{self, DEFAULT_BPFFS, Sizes, TcMode, Timeouts};
+use crate::datapath::{self, DEFAULT_BPFFS, Idle, Sizes, SweepMode, TcMode, Timeouts};
 use crate::edges::{self, Rules};
 use crate::entries;
 use crate::kept;
@@ -47,8 +48,8 @@ pub struct Settings {
     #[arg(long, value_name = "URL")]
     master: Option<String>,
 
-    /// No API server: read Services, EndpointSlices and Nodes from the YAML and JSON files of this directory,
-    /// and follow their changes
+    /// No API server: read Services, EndpointSlices, Pods, Nodes and ServiceCIDRs from the YAML and JSON files of this
+    /// directory, and follow their changes
     #[arg(long, value_name = "DIR", conflicts_with = "master")]
     manifests: Option<PathBuf>,
 
@@ -75,6 +76,17 @@ pub struct Settings {
     /// [default: maglev]
     #[arg(long, value_name = "NAME")]
     algorithm: Option<Algorithm>,
+
+    /// How clients outside reach endpoints on other nodes: `snat` through the node that they ask, both ways; with `dsr` the
+    /// endpoint's node answers them itself and keeps their address; `hybrid` is `dsr` for TCP, `snat` for the rest. The
+    /// annotation fairlead.io/mode of a Service goes before it [default: snat]
+    #[arg(long, value_name = "MODE")]
+    mode: Option<Mode>,
+
+    /// UDP port at which nodes take packets of each other (Geneve). To name it also lets Services choose `dsr` themselves where
+    /// --mode is snat [default: 6081 with --mode=dsr and --mode=hybrid]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    tunnel_port: Option<u16>,
 
     /// Node addresses that NodePorts answer on: networks, or `primary` for those that the Node object names
     /// first [default: all]
@@ -109,11 +121,11 @@ pub struct Settings {
     pod_interface_name_prefix: Option<String>,
 
     /// Another Service proxy is being replaced: its connections are left to the stack, which knows their translations,
-    /// until they end
+    /// until they end [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     takeover: Option<bool>,
 
-    /// Another Service proxy takes over: connections go on, new ones are left to it
+    /// Another Service proxy takes over: connections go on, new ones are left to it [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     drain: Option<bool>,
 
@@ -143,7 +155,7 @@ pub struct Settings {
     #[arg(long, value_name = "FILE", value_parser = OsStringValueParser::new().map(PathBuf::from))]
     state_file: Option<PathBuf>,
 
-    /// Flows per family [default: 524288, or what is pinned]
+    /// Entries of flows per family, of which a flow has two [default: 524288, or what is pinned]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_flows: Option<u32>,
 
@@ -184,7 +196,7 @@ pub struct Settings {
     #[arg(long, env = "RUST_LOG", value_name = "FILTER")]
     log_level: Option<String>,
 
-    /// [default: human]
+    /// How the log is written: for people, or a JSON object a line [default: human]
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<LogFormat>,
 
@@ -212,12 +224,31 @@ enum SocketLb {
     Off,
 }
 
+impl From<SocketLb> for datapath::SocketLb {
+    fn from(whose: SocketLb) -> Self {
+        match whose {
+            SocketLb::Host => Self::Host,
+            SocketLb::All => Self::All,
+            SocketLb::Off => Self::Off,
+        }
+    }
+}
+
 /// `--algorithm`.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Algorithm {
     Random,
     Maglev,
+}
+
+/// `--mode`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Mode {
+    Snat,
+    Dsr,
+    Hybrid,
 }
 
 /// `--detect-local-mode`, with kube-proxy's values.
@@ -344,6 +375,13 @@ pub enum Error {
         "--masquerade-all and --socket-lb=all exclude each other: a pod's socket that is translated keeps its address"
     )]
     MasqueradedSockets,
+    #[error(
+        "--masquerade-all excludes --tunnel-port, --mode=dsr and --mode=hybrid: who answers a client itself cannot hide it from the \
+         backend"
+    )]
+    MasqueradedTunnels,
+    #[error("--tunnel-port: 0 is no port")]
+    TunnelPort,
 }
 
 macro_rules! or {
@@ -378,6 +416,8 @@ impl Settings {
             xdp,
             socket_lb,
             algorithm,
+            mode,
+            tunnel_port,
             nodeport_addresses,
             source_addresses,
             cluster_cidr,
@@ -415,8 +455,24 @@ impl Settings {
         self.log_level.as_deref().filter(|level| !level.is_empty()).unwrap_or("info")
     }
 
+    /// `--takeover` and `--drain`.
+    fn admission(&self) -> Result<Admission, Error> {
+        match (self.takeover.unwrap_or_default(), self.drain.unwrap_or_default()) {
+            (true, true) => Err(Error::TakeoverAndDrain),
+            (true, false) => Ok(Admission::Opening),
+            (false, true) => Ok(Admission::None),
+            (false, false) => Ok(Admission::All),
+        }
+    }
+
+    /// Programs of what is switched off.
+    fn idle(&self) -> Idle {
+        Idle { xdp: self.xdp == Some(Xdp::Off), tc: false, sockets: self.socket_lb == Some(SocketLb::Off) }
+    }
+
     /// What the agent needs of them, with every default filled in.
     pub fn config(self) -> Result<Config, Error> {
+        let (admission, idle) = (self.admission()?, self.idle());
         let node_name = match self.node_name.map(|name| name.trim().to_lowercase()) {
             Some(name) if !name.is_empty() => name,
             _ => host_name().map_err(Error::HostName)?,
@@ -428,6 +484,7 @@ impl Settings {
         if masquerade_all && self.socket_lb == Some(SocketLb::All) {
             return Err(Error::MasqueradedSockets);
         }
+        let (mode, tunnel_port) = tunnels(self.mode, self.tunnel_port, masquerade_all)?;
         let bpffs = self.bpffs.unwrap_or_else(|| DEFAULT_BPFFS.into());
         let state_file = self.state_file.unwrap_or_else(|| kept::default_path(&bpffs));
         let source = match self.manifests {
@@ -436,16 +493,17 @@ impl Settings {
                 kubeconfig: self.kubeconfig.filter(|path| !path.as_os_str().is_empty()),
                 master: self.master.filter(|url| !url.is_empty()),
                 node_name: node_name.clone(),
+                all_nodes: mode.is_some(),
             }),
         };
-        let mode = self.detect_local_mode.unwrap_or_default();
+        let detection = self.detect_local_mode.unwrap_or_default();
         let bridge = named(
-            mode == DetectLocalMode::BridgeInterface,
+            detection == DetectLocalMode::BridgeInterface,
             self.pod_bridge_interface,
             ("BridgeInterface", "pod-bridge-interface"),
         )?;
         let prefix = named(
-            mode == DetectLocalMode::InterfaceNamePrefix,
+            detection == DetectLocalMode::InterfaceNamePrefix,
             self.pod_interface_name_prefix,
             ("InterfaceNamePrefix", "pod-interface-name-prefix"),
         )?;
@@ -457,7 +515,6 @@ impl Settings {
             rules = rules.with_pod_prefix(prefix);
         }
         let cluster_networks = networks("cluster-cidr", self.cluster_cidr)?;
-        let source_networks = networks("source-addresses", self.source_addresses)?;
         let any = SocketAddr::from(([0, 0, 0, 0], HEALTHZ_PORT));
         let loopback = SocketAddr::from(([127, 0, 0, 1], METRICS_PORT));
         Ok(Config {
@@ -470,19 +527,11 @@ impl Settings {
                     services: self.max_services,
                     backends: self.max_backends,
                 },
-                socket_lb: match self.socket_lb {
-                    Some(SocketLb::Host) | None => datapath::SocketLb::Host,
-                    Some(SocketLb::All) => datapath::SocketLb::All,
-                    Some(SocketLb::Off) => datapath::SocketLb::Off,
-                },
+                socket_lb: self.socket_lb.map(datapath::SocketLb::from).unwrap_or_default(),
                 masquerade_all,
                 tc: TcMode::from_env(),
-                admission: match (self.takeover.unwrap_or_default(), self.drain.unwrap_or_default()) {
-                    (true, true) => return Err(Error::TakeoverAndDrain),
-                    (true, false) => Admission::Opening,
-                    (false, true) => Admission::None,
-                    (false, false) => Admission::All,
-                },
+                sweep: SweepMode::from_env(),
+                admission,
                 timeouts: Timeouts {
                     tcp_established: time(self.conntrack_tcp_timeout_established),
                     tcp_close_wait: time(self.conntrack_tcp_timeout_close_wait),
@@ -490,6 +539,8 @@ impl Settings {
                     udp_stream: time(self.conntrack_udp_timeout_stream),
                 },
                 resets_removed: self.tcp_to_removed_backend == Some(RemovedBackend::Reset),
+                tunnel_port,
+                idle,
                 log_level: self.datapath_log_level.unwrap_or_default() as u8,
                 layout: datapath::Layout::from_env(),
             },
@@ -505,9 +556,10 @@ impl Settings {
                 Some(Algorithm::Maglev) | None => entries::Algorithm::Maglev,
                 Some(Algorithm::Random) => entries::Algorithm::Random,
             },
-            source_networks,
+            mode,
+            source_networks: networks("source-addresses", self.source_addresses)?,
             nodeport_addresses: NodePortAddresses::parse(&self.nodeport_addresses.unwrap_or_default())?,
-            pod_networks: match mode {
+            pod_networks: match detection {
                 DetectLocalMode::ClusterCidr => Some(cluster_networks),
                 DetectLocalMode::NodeCidr => None,
                 DetectLocalMode::BridgeInterface | DetectLocalMode::InterfaceNamePrefix => Some(vec![]),
@@ -533,6 +585,26 @@ fn named(
 ) -> Result<Option<String>, Error> {
     let value = value.filter(|text| !text.is_empty());
     if asked == value.is_some() { Ok(value) } else { Err(Error::LocalMode { mode, name }) }
+}
+
+/// The mode of Services that do not choose one, if there are tunnels, and the port of these; 0: there are none.
+fn tunnels(
+    mode: Option<Mode>,
+    port: Option<u16>,
+    masquerade_all: bool,
+) -> Result<(Option<entries::Mode>, u16), Error> {
+    let mode = match mode {
+        Some(Mode::Snat) | None => entries::Mode::Snat,
+        Some(Mode::Dsr) => entries::Mode::Dsr,
+        Some(Mode::Hybrid) => entries::Mode::Hybrid,
+    };
+    let by_mode = (mode != entries::Mode::Snat).then_some(DEFAULT_PORT);
+    match port.or(by_mode) {
+        Some(0) => Err(Error::TunnelPort),
+        Some(_) if masquerade_all => Err(Error::MasqueradedTunnels),
+        Some(port) => Ok((Some(mode), port)),
+        None => Ok((None, 0)),
+    }
 }
 
 /// Values of `--cluster-cidr`; empty ones as kube-proxy's configurations have them.
@@ -680,6 +752,25 @@ mod tests {
         assert_eq!(bind("[::1]:80").as_deref(), Some("[::1]:80"));
     }
 
+    #[test]
+    fn tunnels_are_there_if_a_mode_or_a_port_asks_for_them() {
+        let tunnels = |args: &[&str]| {
+            let config = line(args).config().unwrap();
+            (config.mode, config.datapath.tunnel_port)
+        };
+        assert_eq!(tunnels(&[]), (None, 0));
+        assert_eq!(tunnels(&["--mode=snat"]), (None, 0));
+        assert_eq!(tunnels(&["--mode=dsr"]), (Some(entries::Mode::Dsr), 6081));
+        assert_eq!(tunnels(&["--mode=hybrid", "--tunnel-port=7000"]), (Some(entries::Mode::Hybrid), 7000));
+        assert_eq!(tunnels(&["--tunnel-port=7000"]), (Some(entries::Mode::Snat), 7000));
+        for both in [["--masquerade-all", "--mode=dsr"], ["--masquerade-all", "--tunnel-port=6081"]] {
+            assert!(matches!(line(&both).config(), Err(Error::MasqueradedTunnels)));
+        }
+        assert!(line(&["--masquerade-all", "--mode=snat"]).config().is_ok());
+        let none = Settings { tunnel_port: Some(0), ..line(&[]) };
+        assert!(matches!(none.config(), Err(Error::TunnelPort)));
+    }
+
     /// As kube-proxy's flags take them, and its configurations are written.
     #[test]
     fn times() {
@@ -759,6 +850,8 @@ mod tests {
         let metrics = line(&["--metrics-bind-address=::"]).config().unwrap().metrics;
         assert_eq!(metrics.unwrap().to_string(), "[::]:10249");
         assert_eq!(config.datapath, datapath::Options::default());
+        let idle = line(&["--xdp=off", "--socket-lb=off"]).config().unwrap().datapath.idle;
+        assert_eq!(idle, Idle { xdp: true, tc: false, sockets: true });
         let state_file = |args: &[&str]| line(args).config().unwrap().state_file;
         assert_eq!(config.state_file.unwrap(), Path::new("/var/lib/fairlead/sys-fs-bpf-fairlead.state"));
         assert_eq!(state_file(&["--bpffs=/b/c"]).unwrap(), Path::new("/var/lib/fairlead/b-c.state"));

@@ -24,10 +24,11 @@ enum Part {
     Found(Table),
 }
 
-const ROUND: [Part; 15] = [
+const ROUND: [Part; 17] = [
     Part::Found(Table::Addresses),
     Part::Found(Table::Frontends),
     Part::Expected(Table::Backends),
+    Part::Expected(Table::Places),
     Part::Expected(Table::Slots),
     Part::Expected(Table::Members),
     Part::Expected(Table::Sources),
@@ -36,6 +37,7 @@ const ROUND: [Part; 15] = [
     Part::Expected(Table::Frontends),
     Part::Expected(Table::Addresses),
     Part::Found(Table::Backends),
+    Part::Found(Table::Places),
     Part::Found(Table::Members),
     Part::Found(Table::Sources),
     Part::Found(Table::Names),

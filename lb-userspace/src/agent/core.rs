@@ -1,5 +1,6 @@
 //! From events to map operations: model, compile, reconcile, apply.
 
+mod queue;
 mod restored;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
+use lb_common::abi::address_flags;
 use tracing::field::display;
 
+use self::queue::{Queue, Waiting};
 use self::restored::Restored;
 use super::check::{Check, Slice};
 use super::lifeline::Lifeline;
@@ -91,6 +94,8 @@ pub struct Agent<M> {
     networks_changed: bool,
     /// Services and Pods to compile again.
     pending: BTreeSet<Owner>,
+    /// What they come to, on its way to the maps.
+    queue: Queue,
     /// Those that the maps refused, and when to try again.
     refused: BTreeMap<Owner, Refused>,
     /// The same by time.
@@ -136,6 +141,7 @@ impl<M: Maps> Agent<M> {
             cidrs_listed: false,
             networks_changed: false,
             pending: BTreeSet::new(),
+            queue: Queue::default(),
             refused: BTreeMap::new(),
             retries: BTreeSet::new(),
             unfinished: true,
@@ -204,6 +210,7 @@ impl<M: Maps> Agent<M> {
                 let news = News::from(&change);
                 let touched = self.model.apply(change);
                 self.networks_changed |= touched.service_cidrs || touched.node;
+                self.addresses_changed |= touched.peers;
                 self.revision += u64::from(touched != Touched::default());
                 if touched.node {
                     self.note_node();
@@ -268,6 +275,16 @@ impl<M: Maps> Agent<M> {
     /// What has not been listed yet.
     pub fn unlisted(&self) -> &Unlisted {
         &self.unlisted
+    }
+
+    /// What is wrong, and with whom.
+    pub fn findings(&self) -> impl Iterator<Item = (&Owner, &Finding)> {
+        self.said.iter().flat_map(|(owner, findings)| findings.iter().map(move |finding| (owner, finding)))
+    }
+
+    /// What was told to whoever asks how the agent is.
+    pub fn health(&self) -> &Health {
+        &self.health
     }
 
     pub fn stats(&self) -> Stats {
@@ -359,7 +376,11 @@ impl<M: Maps> Agent<M> {
         }
         while let Some(name) = self.pending.pop_first() {
             self.settle_service(&name, now)?;
+            if self.queue.is_full() {
+                self.flush(now)?;
+            }
         }
+        self.flush(now)?;
         for name in self.ports.settle(now).into_iter().map(Owner::Service) {
             let told = self.said.get(&name).into_iter().flatten().cloned().collect();
             self.say(&name, told);
@@ -439,12 +460,14 @@ impl<M: Maps> Agent<M> {
             self.metrics.forget_service(name);
             self.want_health(name, None);
             let batch = self.reconciler.remove_service(name, now);
+            self.flush(now)?;
             return self.carry_out(batch, Some(name), now);
         };
         if desired.compiled.frontends.is_empty() {
             self.metrics.forget_service(name);
             self.want_health(name, None);
             let batch = self.reconciler.remove_service(name, now);
+            self.flush(now)?;
             self.carry_out(batch, Some(name), now)?;
             self.accept(name);
             self.say(name, findings);
@@ -460,14 +483,37 @@ impl<M: Maps> Agent<M> {
             self.metrics.note_service(name, id);
         }
         findings.extend(batch.findings.remove(name).unwrap_or_default());
-        self.carry_out(batch, Some(name), now)?;
-        self.accept(name);
-        self.want_health(name, health);
         self.say(name, findings);
-        if let Some(service) = name.service() {
-            self.metrics.work().note_programmed(service);
+        self.say_of_others(batch.findings);
+        let waiting = Waiting { owner: name.clone(), health };
+        if !self.queue.takes(&batch.ops) {
+            self.flush(now)?;
+            self.apply(&batch.ops, Some(name), now)?;
+            self.note_settled(waiting);
+            return Ok(());
+        }
+        self.queue.push(batch.ops, waiting);
+        Ok(())
+    }
+
+    /// Carries out what waits.
+    fn flush(&mut self, now: Instant) -> Result<(), Trouble> {
+        let (ops, whose, waiting) = self.queue.take();
+        let owner = |done: usize| Some(&waiting.get(*whose.get(done)?)?.owner);
+        self.apply_of(&ops, owner, now)?;
+        for waiting in waiting {
+            self.note_settled(waiting);
         }
         Ok(())
+    }
+
+    /// The maps are as a Service or Pod wants them.
+    fn note_settled(&mut self, Waiting { owner, health }: Waiting) {
+        self.accept(&owner);
+        self.want_health(&owner, health);
+        if let Some(service) = owner.service() {
+            self.metrics.work().note_programmed(service);
+        }
     }
 
     /// What load balancers may ask about a Service.
@@ -517,8 +563,15 @@ impl<M: Maps> Agent<M> {
     }
 
     fn settle_addresses(&mut self, now: Instant) -> Result<(), Trouble> {
-        let Some(addresses) = &self.addresses else { return Ok(()) };
-        let (ops, findings) = self.reconciler.set_node_addresses(addresses);
+        let Some(mut addresses) = self.addresses.clone() else { return Ok(()) };
+        if self.facts.mode.is_some() {
+            for addr in self.model.peers().values().flatten() {
+                addresses.entry(*addr).or_insert(address_flags::PEER);
+            }
+            let ops = self.reconciler.set_peers(self.model.peers().clone());
+            self.apply(&ops, None, now)?;
+        }
+        let (ops, findings) = self.reconciler.set_node_addresses(&addresses);
         for finding in findings {
             tracing::warn!("this node: {finding}");
         }
@@ -545,14 +598,18 @@ impl<M: Maps> Agent<M> {
 
     fn carry_out(&mut self, batch: Batch, name: Option<&Owner>, now: Instant) -> Result<(), Trouble> {
         self.apply(&batch.ops, name, now)?;
-        // Of other Services, that the change concerns too.
-        for (name, findings) in batch.findings {
+        self.say_of_others(batch.findings);
+        Ok(())
+    }
+
+    /// Says what is wrong with Services that the change of another one concerns, too.
+    fn say_of_others(&mut self, findings: BTreeMap<Owner, Vec<Finding>>) {
+        for (name, findings) in findings {
             let told = self.said.get(&name).into_iter().flatten();
             let own = told.filter(|finding| !finding.is_of_maps()).cloned();
             let findings = own.chain(findings).collect();
             self.say(&name, findings);
         }
-        Ok(())
     }
 
     /// The Service or Pod is refused no longer; answers how long it was left alone.
@@ -563,6 +620,16 @@ impl<M: Maps> Agent<M> {
     }
 
     fn apply(&mut self, ops: &[Op], name: Option<&Owner>, now: Instant) -> Result<(), Trouble> {
+        self.apply_of(ops, |_| name, now)
+    }
+
+    /// Carries out operations of several Services; `whose` tells whose each of them is.
+    fn apply_of<'a>(
+        &mut self,
+        ops: &[Op],
+        whose: impl Fn(usize) -> Option<&'a Owner>,
+        now: Instant,
+    ) -> Result<(), Trouble> {
         if ops.is_empty() {
             return Ok(());
         }
@@ -573,6 +640,7 @@ impl<M: Maps> Agent<M> {
             }
             Err(error) => {
                 self.stats.ops += error.done as u64;
+                let name = whose(error.done);
                 if let Some(name) = name {
                     let pause = self.accept(name).map_or(RETRY, |pause| (pause * 2).min(RETRY_AT_MOST));
                     self.refused.insert(name.clone(), Refused { again: now + pause, pause });
@@ -587,6 +655,7 @@ impl<M: Maps> Agent<M> {
     fn read_again(&mut self) -> Result<(), Trouble> {
         let snapshot = self.maps.read().map_err(Trouble::Read)?;
         self.stats.read += 1;
+        self.queue = Queue::default();
         self.reconciler = Reconciler::adopt(snapshot, self.maps.limits(), GRACE);
         self.metrics.note_found(self.reconciler.unclaimed_ids());
         self.doubtful = None;

@@ -18,16 +18,19 @@ use tokio::task::JoinSet;
 use super::core::Agent;
 use crate::compile::Facts;
 use crate::datapath::node::{self, StateFile};
-use crate::datapath::{self, Datapath, KernelMaps, Resize, SocketLb};
+use crate::datapath::{self, Datapath, KernelMaps, SocketLb};
 use crate::edges::{self, Edges, Rules, View, XdpMode};
-use crate::entries::Algorithm;
+use crate::entries::{Algorithm, Mode};
 use crate::events::Events;
 use crate::flows::Sweeper;
 use crate::health::{self, Health};
+use crate::inspect::Inspector;
 use crate::kept::{Identity, Keeper, Kept};
 use crate::metrics::{self, KernelCounts, Metrics};
 use crate::model::Objects;
 use crate::nodeports::{self, NodePortAddresses};
+use crate::report::{self, Reporter};
+use crate::routing::{self, Routing};
 use crate::source::{CHANNEL, Event, kubernetes, manifests};
 
 /// How long the source may take to tell everything before what was kept is served.
@@ -46,6 +49,8 @@ pub struct Config {
     pub rules: Rules,
     pub xdp: XdpMode,
     pub algorithm: Algorithm,
+    /// `--mode`; none: there are no tunnels between nodes.
+    pub mode: Option<Mode>,
     pub nodeport_addresses: NodePortAddresses,
     /// `--source-addresses`.
     pub source_networks: Vec<IpNet>,
@@ -98,13 +103,25 @@ pub async fn run(config: Config) -> Result<()> {
         tracing::info!(addr = %served, "metrics are answered");
     }
     let mut datapath = Datapath::open(&config.datapath)?;
+    if config.mode.is_some_and(|mode| mode != Mode::Snat) && !datapath.features().checks_mtu {
+        tracing::warn!(
+            "this kernel (before 5.12) does not tell tc which packets fit into a tunnel: for other nodes' endpoints \
+             --mode=snat is in effect here; what other nodes tunnel to this one is taken"
+        );
+    }
     metrics.attach(Box::new(KernelCounts::new(&datapath)?), datapath.features());
     if let Some(logger) = datapath.take_logger() {
         tokio::spawn(datapath::forward_log(logger));
     }
     tokio::spawn(Sweeper::new(&datapath)?.run(metrics.flows().clone()));
+    let routes = tokio::spawn(routing::follow(Routing::open(&datapath)?));
     let edges = attach(&config, &datapath, &metrics)?;
-    let facts = Facts { node_name: config.node_name.clone(), zone: None, algorithm: config.algorithm };
+    let facts = Facts {
+        node_name: config.node_name.clone(),
+        zone: None,
+        algorithm: config.algorithm,
+        mode: config.mode,
+    };
     let mut agent = Agent::new(facts, datapath.maps()?, health)?;
     if let Some(client) = source.client.clone() {
         agent.report(Events::start(client, &config.node_name, metrics.events()));
@@ -119,11 +136,26 @@ pub async fn run(config: Config) -> Result<()> {
         agent.restore(&kept.objects, saved, Instant::now() + PATIENCE);
     }
     agent.check_maps_every(config.map_check_period, Instant::now());
+    let reporter = reporter(&config, &datapath, source.server)?;
 
-    let outcome = follow(agent, source, edges.view(), datapath.take_resize(), &config, stop).await;
+    let outcome = follow(agent, source, edges.view(), reporter, &config, stop).await;
     // The follower of devices ends first, so that nothing is attached behind our back.
     drop(edges);
+    // So that nobody vouches any more.
+    routes.abort();
+    let _ = routes.await;
     outcome
+}
+
+/// Tells `fairlead status` how the agent is.
+fn reporter(config: &Config, datapath: &Datapath, server: Option<SocketAddr>) -> Result<Reporter> {
+    let source = match &config.source {
+        SourceOptions::Manifests(path) => ("manifests", Some(path.display().to_string())),
+        SourceOptions::Kubernetes(options) => {
+            ("kubernetes", options.master.clone().or_else(|| server.map(|server| server.to_string())))
+        }
+    };
+    Ok(Reporter::new(&config.datapath.bpffs, Inspector::of(datapath)?, &config.node_name, source))
 }
 
 /// Every healthCheckNodePort takes file descriptors.
@@ -155,12 +187,14 @@ fn attach(config: &Config, datapath: &Datapath, metrics: &Metrics) -> Result<Edg
         hooks: hooks()?,
         map: datapath.edges_map()?,
         sources: datapath.edge_sources_map()?,
+        macs: datapath.macs_map()?,
         source_networks: config.source_networks.clone(),
         rules: config.rules.clone(),
         xdp: config.xdp,
         sockets,
         state,
         reattached: metrics.reattached().clone(),
+        repairs: metrics.work().repairs().clone(),
     });
     edges.context("cannot follow the node's devices")
 }
@@ -199,7 +233,8 @@ impl Source {
         let kept = keeper.as_ref().and_then(Keeper::read);
         let nothing = Objects::default();
         let objects = kept.as_ref().map_or(&nothing, |kept| &kept.objects);
-        let tasks = kubernetes::follow(&client, &options.node_name, &sender, objects);
+        let nodes = kubernetes::Nodes { name: &options.node_name, all: options.all_nodes };
+        let tasks = kubernetes::follow(&client, nodes, &sender, objects);
         tracing::info!("following the API server");
         Ok(Self { events, tasks, client: Some(client), server, keeper, kept })
     }
@@ -234,7 +269,7 @@ async fn follow(
     mut agent: Agent<KernelMaps>,
     mut source: Source,
     mut view: watch::Receiver<Option<Arc<View>>>,
-    mut resize: Option<Resize>,
+    mut reporter: Reporter,
     config: &Config,
     stop: impl Future<Output = &'static str>,
 ) -> Result<()> {
@@ -242,7 +277,7 @@ async fn follow(
     let mut first = true;
     loop {
         let keep = source.next_wake().filter(|_| agent.is_complete());
-        let wake = [agent.next_wake(), keep].into_iter().flatten().min();
+        let wake = [agent.next_wake(), keep, Some(reporter.next_wake())].into_iter().flatten().min();
         let sleep = async {
             match wake {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -266,10 +301,6 @@ async fn follow(
                     bail!("the node's devices cannot be followed any more; see the log");
                 }
                 addresses = true;
-                // Every device has been looked at, so that no hook has an old program any more.
-                if let Some(mut resize) = resize.take() {
-                    resize.finish()?;
-                }
             }
             Some(ended) = source.tasks.join_next() => {
                 // They end only when we do.
@@ -297,6 +328,7 @@ async fn follow(
         }
         agent.settle(Instant::now());
         source.keep(&agent, Instant::now());
+        report(&mut reporter, &agent, view.borrow().as_deref());
         if first && agent.unlisted().is_empty() {
             first = false;
             if agent.node().is_none() {
@@ -304,6 +336,18 @@ async fn follow(
             }
         }
     }
+}
+
+fn report(reporter: &mut Reporter, agent: &Agent<KernelMaps>, view: Option<&View>) {
+    reporter.note_revision(agent.revision());
+    let facts = report::Facts {
+        findings: Box::new(agent.findings()),
+        view,
+        freshness: agent.health().freshness(),
+        synced: agent.health().is_synced(),
+        complete: agent.is_complete(),
+    };
+    reporter.write(facts, Instant::now());
 }
 
 /// What does not work without the Node object of this node.

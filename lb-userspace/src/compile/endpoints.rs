@@ -20,6 +20,8 @@ pub(super) struct Choice {
     pub(super) ready_here: BTreeSet<IpAddr>,
     /// Every endpoint, chosen or not.
     pub(super) all: BTreeMap<Backend, Keep>,
+    /// Nodes of those of the cluster set that are elsewhere, if they answer clients themselves.
+    pub(super) homes: BTreeMap<Backend, Arc<str>>,
 }
 
 /// What one set makes of an endpoint.
@@ -85,17 +87,27 @@ pub fn judge<'a>(
     judged.collect()
 }
 
-pub(super) fn choose(slices: &[&EndpointSlice], port: &ServicePort, family: Family, facts: &Facts) -> Choice {
+/// `dsr`: nodes of endpoints answer clients of the port themselves.
+pub(super) fn choose(
+    slices: &[&EndpointSlice],
+    port: &ServicePort,
+    family: Family,
+    facts: &Facts,
+    dsr: bool,
+) -> Choice {
     let judged = judge(slices, port, family, facts);
     let set = |verdict: fn(&Judged<'_>) -> Verdict| {
         shared(judged.iter().filter(|judged| verdict(judged).takes()).map(|judged| judged.backend))
     };
     let ready_here = judged.iter().filter(|judged| judged.local == Verdict::Used);
+    let elsewhere = judged.iter().filter(|judged| dsr && judged.cluster.takes() && !judged.backend.local);
+    let homes = elsewhere.filter_map(|judged| Some((judged.backend, judged.endpoint.node.clone()?)));
     let keep = |e: &Endpoint| if e.serving || e.ready { Keep::Flows } else { Keep::Connections };
     Choice {
         cluster: set(|judged| judged.cluster),
         local: set(|judged| judged.local),
         ready_here: ready_here.map(|judged| judged.backend.addr.ip()).collect(),
+        homes: homes.collect(),
         all: judged.iter().map(|judged| (judged.backend, keep(judged.endpoint))).collect(),
     }
 }

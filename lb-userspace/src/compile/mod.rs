@@ -13,7 +13,8 @@ pub use self::endpoints::{Judged, Verdict, judge};
 pub use self::pods::compile_pod;
 use crate::compile::endpoints::Choice;
 use crate::entries::{
-    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, HealthCheck, Target, WhenEmpty,
+    Algorithm, Backend, Compiled, Family, Frontend, FrontendKey, FrontendKind, HealthCheck, Mode, Target,
+    WhenEmpty,
 };
 use crate::finding::Finding;
 use crate::model::{EndpointSlice, Policy, Service, ServicePort, ServiceType};
@@ -25,6 +26,8 @@ pub struct Facts {
     pub zone: Option<String>,
     /// For Services that do not choose one themselves.
     pub algorithm: Algorithm,
+    /// For Services that do not choose one themselves; none: there are no tunnels between nodes.
+    pub mode: Option<Mode>,
 }
 
 /// What `service` with its `slices` means on this node, and what is wrong with it.
@@ -34,6 +37,9 @@ pub fn compile(service: &Service, slices: &[&EndpointSlice], facts: &Facts) -> (
         return (out.compiled, out.findings);
     }
     out.findings.extend(service.findings.iter().cloned());
+    if facts.mode.is_none() && service.mode.is_some_and(|mode| mode != Mode::Snat) {
+        out.findings.push(Finding::NoTunnels);
+    }
     out.findings.extend(slices.iter().flat_map(|slice| slice.findings.iter().cloned()));
     if service.cluster_ips.is_empty() && service.kind == ServiceType::ClusterIP {
         out.findings.push(Finding::NoClusterIp);
@@ -42,12 +48,14 @@ pub fn compile(service: &Service, slices: &[&EndpointSlice], facts: &Facts) -> (
     let families = families(service, slices);
     let mut ready_here: BTreeMap<Family, BTreeSet<IpAddr>> = BTreeMap::new();
     for port in &service.ports {
+        let dsr = is_dsr(service, slices, port, facts);
         for family in &families {
-            let choice = endpoints::choose(slices, port, *family, facts);
+            let choice = endpoints::choose(slices, port, *family, facts, dsr);
             for (backend, keep) in &choice.all {
                 out.compiled.kept.insert(*backend, *keep);
             }
-            out.add_port(service, port, *family, algorithm, &choice);
+            out.add_port(service, port, *family, (algorithm, dsr), &choice);
+            out.compiled.homes.extend(choice.homes);
             ready_here.entry(*family).or_default().extend(choice.ready_here);
         }
         if port.node_port.is_none() && service.kind == ServiceType::NodePort {
@@ -85,7 +93,7 @@ impl Output {
         service: &Service,
         port: &ServicePort,
         family: Family,
-        algorithm: Algorithm,
+        (algorithm, dsr): (Algorithm, bool),
         choice: &Choice,
     ) {
         let internal = choice.target(service.internal_policy);
@@ -103,9 +111,19 @@ impl Output {
             let affinity = service.affinity.unwrap_or(0);
             // A client that came for its address' sake keeps it; pods are in on that.
             let source_kept = kind != FrontendKind::ClusterIP && service.external_policy == Policy::Local;
+            let dsr = dsr && kind != FrontendKind::ClusterIP;
             let port = port.port;
-            let frontend =
-                Frontend { kind, algorithm, restricted, source_kept, port, affinity, internal, external };
+            let frontend = Frontend {
+                kind,
+                algorithm,
+                restricted,
+                source_kept,
+                dsr,
+                port,
+                affinity,
+                internal,
+                external,
+            };
             match self.compiled.frontends.entry(key) {
                 Entry::Vacant(entry) => {
                     entry.insert(frontend);
@@ -136,6 +154,15 @@ impl Output {
             add(FrontendKind::NodePort, family.unspecified(), node_port);
         }
     }
+}
+
+/// Whether nodes of backends answer clients of a port from outside themselves. Where hints narrow the choice, nodes do not know
+/// each other's backends.
+fn is_dsr(service: &Service, slices: &[&EndpointSlice], port: &ServicePort, facts: &Facts) -> bool {
+    let mode = facts.mode.map(|default| service.mode.unwrap_or(default));
+    mode.is_some_and(|mode| mode.is_dsr(port.protocol))
+        && service.external_policy == Policy::Cluster
+        && !slices.iter().any(|slice| slice.has_hints())
 }
 
 /// The families that the Service is served in. An API server fills in cluster IPs; a manifest without one

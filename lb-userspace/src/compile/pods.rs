@@ -49,6 +49,7 @@ fn frontend(pod: IpAddr, port: &HostPort) -> Frontend {
         algorithm: Algorithm::Random,
         restricted: false,
         source_kept: true,
+        dsr: false,
         port: port.host_port,
         affinity: 0,
         internal: target.clone(),

@@ -7,7 +7,7 @@ use crate::model::{Endpoint, Hints, SliceName, SlicePort};
 const HERE: &str = "node-a";
 
 fn facts() -> Facts {
-    Facts { node_name: HERE.into(), zone: Some("z1".into()), algorithm: Algorithm::Maglev }
+    Facts { node_name: HERE.into(), zone: Some("z1".into()), algorithm: Algorithm::Maglev, mode: None }
 }
 
 fn ip(s: &str) -> IpAddr {
@@ -465,6 +465,33 @@ fn endpoints_not_chosen_keep_what_they_have() {
     let service = Service { internal_policy: Policy::Local, ..node_port() };
     let kept = compiled(&service, vec![endpoint("10.0.1.1", "other", "R")]).kept;
     assert_eq!(kept, BTreeMap::new());
+}
+
+#[test]
+fn the_mode_is_the_services_or_the_agents_and_for_outside_clients_of_policy_cluster() {
+    let port = |protocol| ServicePort {
+        protocol,
+        ..ServicePort { node_port: Some(30080), ..cluster_ip().ports[0].clone() }
+    };
+    let ports = vec![port(Protocol::Tcp), port(Protocol::Udp)];
+    let node_port = Service { kind: ServiceType::NodePort, ports, ..cluster_ip() };
+    let dsr = |service: &Service, mode: Option<Mode>| {
+        let (compiled, findings) = compile(service, &[], &Facts { mode, ..facts() });
+        let dsr = compiled.frontends.iter().filter(|(_, frontend)| frontend.dsr);
+        assert!(dsr.clone().all(|(key, _)| key.addr.is_unspecified()));
+        (dsr.map(|(key, _)| key.protocol).collect::<Vec<_>>(), findings.contains(&Finding::NoTunnels))
+    };
+    let with = |mode| Service { mode, ..node_port.clone() };
+    let both = vec![Protocol::Tcp, Protocol::Udp];
+    assert_eq!(dsr(&with(None), None), (vec![], false));
+    assert_eq!(dsr(&with(Some(Mode::Dsr)), None), (vec![], true));
+    assert_eq!(dsr(&with(Some(Mode::Snat)), None), (vec![], false));
+    assert_eq!(dsr(&with(None), Some(Mode::Dsr)), (both.clone(), false));
+    assert_eq!(dsr(&with(None), Some(Mode::Hybrid)), (vec![Protocol::Tcp], false));
+    assert_eq!(dsr(&with(Some(Mode::Dsr)), Some(Mode::Snat)), (both, false));
+    assert_eq!(dsr(&with(Some(Mode::Snat)), Some(Mode::Dsr)), (vec![], false));
+    let local = Service { external_policy: Policy::Local, ..node_port.clone() };
+    assert_eq!(dsr(&local, Some(Mode::Dsr)), (vec![], false));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use super::error::CleanupError;
 use super::hooks::{device_name, remove_link};
 use super::node::{self, StateFile};
 use super::pins::{self, Pins};
+use crate::report;
 use crate::sys::sysctl;
 
 /// Removes every link, filter, program, map and setting of the agent with this `--bpffs`; what was
@@ -32,6 +33,7 @@ pub async fn cleanup(bpffs: &Path) -> Result<Vec<String>, CleanupError> {
     if node::release_ports(&state).map_err(sysctl)? {
         done.push(format!("ports {} in {}", state.reserved_ports, sysctl::RESERVED_PORTS));
     }
+    report::remove(bpffs).map_err(|source| CleanupError::Remove { path: report::path(bpffs), source })?;
     let removed = state_file.remove();
     removed.map_err(|source| CleanupError::Remove { path: bpffs.to_owned(), source })?;
     Ok(done)

@@ -3,6 +3,7 @@
 //! Filters belong to their device and outlive the agent. Ours have a priority, a handle and a name of
 //! their own, so that a restart replaces them in place and cleanup takes away nothing else.
 
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use futures::{StreamExt, TryStreamExt};
@@ -54,6 +55,15 @@ pub(super) async fn detach(handle: &Handle, ifindex: u32, place: Place) -> Resul
         Err(error) if !is_gone(&error) => Err(error),
         _ => Ok(()),
     }
+}
+
+/// [`filters`], with a socket of its own.
+pub(crate) async fn all_filters() -> io::Result<Vec<(Place, u32)>> {
+    let (connection, handle, _) = rtnetlink::new_connection()?;
+    let connection = tokio::spawn(connection);
+    let found = filters(&handle).await.map_err(io::Error::other);
+    connection.abort();
+    Ok(found?.into_iter().map(|(ifindex, place)| (place, ifindex)).collect())
 }
 
 /// Our filters on the devices of this namespace.

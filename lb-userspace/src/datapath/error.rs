@@ -38,9 +38,11 @@ pub enum OpenError {
         path = path.display()
     )]
     UnknownLayout { path: PathBuf, ours: u32 },
-    #[error("map {map} cannot be carried over to its new layout: {source}; start again to go on")]
+    #[error(
+        "map {map} cannot be carried over to the one that takes its place: {source}; start again to go on"
+    )]
     Carry { map: &'static str, source: io::Error },
-    #[error("tc filters cannot be given to the programs of the new layout: {0}; start again to go on")]
+    #[error("tc filters cannot be given to the new programs: {0}; start again to go on")]
     Filters(String),
     #[error("told to stop after the step {0:?}")]
     Stopped(super::Step),
@@ -59,6 +61,8 @@ pub enum OpenError {
     OtherBuild { path: PathBuf },
     #[error("program {name}: {source}")]
     Aya { name: &'static str, source: Box<aya::programs::ProgramError> },
+    #[error("program {name} on map {map}: {source}")]
+    Sweep { name: &'static str, map: &'static str, source: io::Error },
     #[error("map {name}: {source}")]
     Map { name: &'static str, source: Box<aya::maps::MapError> },
 }

@@ -23,6 +23,8 @@ pub struct FakeMaps {
     refs: Vec<u32>,
     /// Operations carried out since the start.
     pub applied: u64,
+    /// Runs of operations on one map, each of which is a system call or a few.
+    pub runs: u64,
     /// Operations to carry out before the next one fails.
     pub fail_after: Option<u64>,
 }
@@ -36,6 +38,7 @@ impl FakeMaps {
             slots: vec![0; limits.slots as usize],
             refs: vec![0; limits.slots as usize],
             applied: 0,
+            runs: 0,
             fail_after: None,
         }
     }
@@ -144,7 +147,9 @@ impl FakeMaps {
             }
             Op::SetName { service, owner } => state.names.get(service) == Some(&owner.into()),
             Op::SetAddress { addr, flags } => state.addresses.get(addr) == Some(flags),
+            Op::SetPlace { key, place } => state.places.get(key) == Some(place),
             Op::RemoveFrontend { .. }
+            | Op::RemovePlace { .. }
             | Op::RemoveMember { .. }
             | Op::RemoveSource { .. }
             | Op::RemoveName { .. }
@@ -232,6 +237,12 @@ impl FakeMaps {
             }
             Op::RemoveAddress { addr } => {
                 self.state.addresses.remove(addr);
+            }
+            Op::SetPlace { key, place } => {
+                self.state.places.insert(*key, *place);
+            }
+            Op::RemovePlace { key } => {
+                self.state.places.remove(key);
             }
             Op::AddMember { window, backend } => {
                 let held: usize = self.state.members.values().map(BTreeSet::len).sum();
@@ -350,6 +361,7 @@ impl Maps for FakeMaps {
                 ops.into_iter().rev().collect()
             }
             Table::Frontends => state.frontends.keys().map(|key| Op::RemoveFrontend { key: *key }).collect(),
+            Table::Places => state.places.keys().map(|key| Op::RemovePlace { key: *key }).collect(),
             Table::Addresses => {
                 state.addresses.keys().map(|addr| Op::RemoveAddress { addr: *addr }).collect()
             }
@@ -358,6 +370,7 @@ impl Maps for FakeMaps {
     }
 
     fn apply(&mut self, ops: &[Op]) -> Result<(), ApplyError> {
+        self.runs += ops.chunk_by(|op, next| op.map() == next.map()).count() as u64;
         for (done, op) in ops.iter().enumerate() {
             if let Some(left) = &mut self.fail_after {
                 if *left == 0 {

@@ -3,6 +3,9 @@
 use std::io;
 use std::os::fd::AsFd;
 
+use aya::Btf;
+use aya_obj::btf::BtfKind;
+
 use crate::sys::bpf::{self, AttachType, Insn, ProgType, Target, TestRunInput};
 
 /// What this kernel can do.
@@ -15,8 +18,13 @@ pub struct Features {
     pub coarse_clock: bool,
     /// `BPF_F_IPV6` of `bpf_l4_csum_replace` (6.16): partial IPv6 checksums stay right.
     pub csum_ipv6: bool,
+    /// `bpf_check_mtu` (5.12): it came with a `bpf_fib_lookup` that compares lengths at tc, too, before packets are
+    /// tunnelled.
+    pub checks_mtu: bool,
     /// tcx links (6.6); otherwise clsact.
     pub tcx: bool,
+    /// Programs that walk over the flow tables (5.9): flows that are over are removed inside the kernel.
+    pub kernel_sweep: bool,
 }
 
 impl Features {
@@ -26,17 +34,21 @@ impl Features {
             set_retval: has("set_retval", set_retval()),
             coarse_clock: has("coarse_clock", coarse_clock()),
             csum_ipv6: has("csum_ipv6", csum_ipv6()),
+            checks_mtu: has("checks_mtu", checks_mtu()),
             tcx: has("tcx", tcx()),
+            kernel_sweep: has("kernel_sweep", kernel_sweep()),
         }
     }
 
     /// Every feature with its name, for logs and metrics.
-    pub fn named(&self) -> [(&'static str, bool); 4] {
+    pub fn named(&self) -> [(&'static str, bool); 6] {
         [
             ("set_retval", self.set_retval),
             ("coarse_clock", self.coarse_clock),
             ("csum_ipv6", self.csum_ipv6),
+            ("checks_mtu", self.checks_mtu),
             ("tcx", self.tcx),
+            ("kernel_sweep", self.kernel_sweep),
         ]
     }
 }
@@ -54,10 +66,28 @@ fn set_retval() -> io::Result<bool> {
     loads(bpf::prog_load(ProgType::CgroupSockAddr, Some(AttachType::Inet4Connect), &insns))
 }
 
+/// Whether the kernel has something for these programs to hook into; when they are loaded it shows whether they are let in.
+fn kernel_sweep() -> io::Result<bool> {
+    let btf = Btf::from_sys_fs().map_err(io::Error::other)?;
+    Ok(btf.id_by_type_name_kind("bpf_iter_bpf_map_elem", BtfKind::Func).is_ok())
+}
+
 fn coarse_clock() -> io::Result<bool> {
     const BPF_KTIME_GET_COARSE_NS: i32 = 160;
     let insns = [call(BPF_KTIME_GET_COARSE_NS), mov(R0, 0), EXIT];
     loads(bpf::prog_load(ProgType::SchedCls, None, &insns))
+}
+
+fn checks_mtu() -> io::Result<bool> {
+    const BPF_CHECK_MTU: i32 = 163;
+    // On the stack, for the MTU.
+    let word = Insn { code: 0x62, regs: 10, off: -4, imm: 0 };
+    let frame = Insn { code: 0xbf, regs: R3 | 10 << 4, off: 0, imm: 0 };
+    let place = Insn { code: 0x07, regs: R3, off: 0, imm: -4 };
+    // The context is in R1 already.
+    let call =
+        [mov(R2, 1), word, frame, place, mov(R4, 0), mov(R5, 0), call(BPF_CHECK_MTU), mov(R0, 0), EXIT];
+    loads(bpf::prog_load(ProgType::SchedCls, None, &call))
 }
 
 /// Flags are checked when the helper runs, not when it is verified, and before its other arguments: an

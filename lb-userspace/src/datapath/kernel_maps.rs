@@ -16,7 +16,7 @@ use lb_common::maps::{MAPS, MapSpec};
 
 use super::error::OpenError;
 use super::{ApplyError, MapError, Maps, Position};
-use crate::entries::{BackendEntry, Family, FrontendKey, Limits, Op, Protocol, Snapshot, Table};
+use crate::entries::{BackendEntry, Family, FrontendKey, Limits, Op, Place, Protocol, Snapshot, Table};
 use crate::sys::bpf::{self, Cursor};
 
 /// Entries read or written with one system call.
@@ -43,6 +43,8 @@ pub struct KernelMaps {
     networks6: Array<MapData, Network<Addr6>>,
     sources4: LpmTrie<MapData, Source<Addr4>, u32>,
     sources6: LpmTrie<MapData, Source<Addr6>, u32>,
+    places4: HashMap<MapData, ServiceKey<Addr4>, abi::Place<Addr4>>,
+    places6: HashMap<MapData, ServiceKey<Addr6>, abi::Place<Addr6>>,
     limits: Limits,
 }
 
@@ -79,6 +81,8 @@ impl KernelMaps {
             networks6: typed("NETWORKS6", &open)?,
             sources4,
             sources6: typed("SOURCES6", &open)?,
+            places4: typed("PLACES4", &open)?,
+            places6: typed("PLACES6", &open)?,
             limits,
         })
     }
@@ -197,6 +201,29 @@ impl KernelMaps {
                 };
                 removal("SOURCES", removed, first)
             }
+            Op::SetPlace { key, .. } if key.addr.is_ipv4() => {
+                let run = run(ops, |op| match op {
+                    Op::SetPlace { key, place } => {
+                        Some((service_key(*key, octets4(key.addr)?), place_entry(*place, octets4)?))
+                    }
+                    _ => None,
+                });
+                write(&mut self.places4, "PLACES4", run, ops)
+            }
+            Op::SetPlace { .. } => {
+                let run = run(ops, |op| match op {
+                    Op::SetPlace { key, place } => {
+                        Some((service_key(*key, octets6(key.addr)?), place_entry(*place, octets6)?))
+                    }
+                    _ => None,
+                });
+                write(&mut self.places6, "PLACES6", run, ops)
+            }
+            Op::RemovePlace { key } => match (octets4(key.addr), octets6(key.addr)) {
+                (Some(addr), _) => remove(&mut self.places4, "PLACES4", &service_key(*key, addr), first),
+                (_, Some(addr)) => remove(&mut self.places6, "PLACES6", &service_key(*key, addr), first),
+                (None, None) => Ok(1),
+            },
             Op::WriteSlots { .. } | Op::MendSlots { .. } => self.write_slots(ops),
             Op::RemoveFrontend { key } => match (octets4(key.addr), octets6(key.addr)) {
                 (Some(addr), _) => remove(&mut self.services4, "SERVICES4", &service_key(*key, addr), first),
@@ -225,11 +252,11 @@ impl KernelMaps {
                 break;
             }
         }
-        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
-            update(fd(&self.slots), keys, values).map_err(|error| ApplyError {
-                // How many operations are done cannot be told from the slots: none, to be safe.
-                done: 0,
-                source: refused("SLOTS", &ops[0], self.limits.slots, &error.source),
+        for (first, (keys, values)) in (0..).step_by(BATCH).zip(keys.chunks(BATCH).zip(values.chunks(BATCH)))
+        {
+            update(fd(&self.slots), keys, values).map_err(|error| {
+                let done = whole(ops, first + error.done);
+                ApplyError { done, source: refused("SLOTS", &ops[done], self.limits.slots, &error.source) }
             })?;
         }
         Ok(done)
@@ -248,6 +275,22 @@ impl KernelMaps {
             }
         })?;
         Ok(frontends)
+    }
+
+    fn read_places(&self) -> Result<BTreeMap<FrontendKey, Place>, MapError> {
+        let mut places = BTreeMap::new();
+        let mut note = |key: Option<FrontendKey>, backend, node: IpAddr| {
+            if let Some(key) = key {
+                places.insert(key, Place { backend, node: Some(node).filter(|node| !node.is_unspecified()) });
+            }
+        };
+        walk("PLACES4", fd(&self.places4), |key: ServiceKey<Addr4>, place: abi::Place<Addr4>| {
+            note(frontend_key(&key, key.addr.octets.into()), place.backend, place.node.octets.into());
+        })?;
+        walk("PLACES6", fd(&self.places6), |key: ServiceKey<Addr6>, place: abi::Place<Addr6>| {
+            note(frontend_key(&key, key.addr.octets.into()), place.backend, place.node.octets.into());
+        })?;
+        Ok(places)
     }
 
     fn read_networks(&self) -> Result<[Vec<(IpNet, u32)>; 2], MapError> {
@@ -363,6 +406,7 @@ impl Maps for KernelMaps {
             members,
             names,
             networks: self.read_networks()?,
+            places: self.read_places()?,
         })
     }
 
@@ -417,6 +461,19 @@ fn write<K: Pod, V: Pod>(
         ApplyError { done: error.done, source: refused(name, &ops[error.done], capacity, &error.source) }
     })?;
     Ok(keys.len())
+}
+
+/// How many windows at the start of `ops` so many slots are all of.
+fn whole(ops: &[Op], mut slots: usize) -> usize {
+    let windows = ops.iter().take_while(|op| match op {
+        Op::WriteSlots { slots: window, .. } | Op::MendSlots { slots: window, .. } => {
+            let fits = window.len() <= slots;
+            slots = slots.saturating_sub(window.len());
+            fits
+        }
+        _ => false,
+    });
+    windows.count().min(ops.len().saturating_sub(1))
 }
 
 /// Writes a batch, one by one where the kernel has no batches for this kind of map.
@@ -535,6 +592,12 @@ fn network_entry<A: Default>(
 ) -> Option<Network<A>> {
     let Some((net, flags)) = network else { return Some(Network::default()) };
     Some(Network { addr: octets(net.addr())?, mask: octets(net.netmask())?, flags })
+}
+
+/// What the map has for a place; `None`: it is not of this family.
+fn place_entry<A: Default>(place: Place, octets: impl Fn(IpAddr) -> Option<A>) -> Option<abi::Place<A>> {
+    let node = place.node.map_or(Some(A::default()), octets)?;
+    Some(abi::Place { backend: place.backend, node })
 }
 
 fn source_key<A: Copy>(service: u32, net: IpNet, addr: A) -> Key<Source<A>>

@@ -8,31 +8,39 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use aya::maps::{HashMap, Map, MapData};
-use aya::programs::{Program, ProgramError};
-use aya::{Btf, Ebpf, EbpfLoader, Pod};
+use aya::maps::{Array, HashMap, Map, MapData};
+use aya::programs::{Program, ProgramError, ProgramFd};
+use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
-use lb_common::abi::{Edge, EdgeSourceKey};
+use lb_common::abi::{Edge, EdgeSourceKey, OwnMac, Routing};
 use lb_common::flow::State;
 use lb_common::maps::{MAPS, MapSpec, globals, programs};
 
 use super::error::OpenError;
 use super::features::Features;
 use super::hooks::Hooks;
-use super::kernel_maps::KernelMaps;
+use super::idle::Idle;
+use super::kernel_maps::{KernelMaps, typed};
 use super::layout::{self, Verdict};
 use super::migrate::Migration;
-use super::options::{Options, SocketLb, TcMode};
+use super::options::{Options, SocketLb, SweepMode, TcMode};
 use super::pins::{self, Lock, Pins};
 use super::resize::Resize;
+use super::sweeps::Sweeps;
+use super::switch::StopAfter;
 use crate::sys::poll::Readable;
 use crate::sys::{bpf, capabilities, kernel, netns};
 
 /// The kernel's own types.
-pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// The programs, built by `cargo xtask build-ebpf`.
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("FAIRLEAD_BPF_OBJECT"));
+
+/// CRC-32 of the object that the kernel programs come from: builds are told apart by it.
+pub fn object_checksum() -> u32 {
+    crc32fast::hash(OBJECT)
+}
 
 /// The loaded programs and their maps. Dropping it takes nothing off its hook.
 pub struct Datapath {
@@ -42,7 +50,7 @@ pub struct Datapath {
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
     options: Options,
     pinned: Option<Pinned>,
-    resize: Option<Resize>,
+    sweeps: Option<Arc<Sweeps>>,
 }
 
 #[derive(Debug)]
@@ -91,9 +99,8 @@ impl Datapath {
         for (name, program) in datapath.programs.iter() {
             replace_pin(program, &migration.place().programs(), name)?;
         }
-        migration.run(&datapath.maps, &datapath.programs, !datapath.tcx())?;
-        resize.run(&datapath.maps, &datapath.programs)?;
-        datapath.resize = Some(resize);
+        migration.run(&datapath.maps, &datapath.programs)?;
+        resize.run(&datapath.maps, &datapath.programs, StopAfter(options.layout.stop_after))?;
         datapath.pinned = Some(Pinned { pins, _lock: lock });
         Ok(datapath)
     }
@@ -115,18 +122,22 @@ impl Datapath {
 
     /// The map of external edges, for [`crate::edges`].
     pub fn edges_map(&self) -> Result<HashMap<MapData, u32, Edge>, OpenError> {
-        self.hash_map("EDGES")
+        typed("EDGES", |spec| self.map_data(spec))
     }
 
     /// The map of their further sources.
     pub fn edge_sources_map(&self) -> Result<HashMap<MapData, EdgeSourceKey, Edge>, OpenError> {
-        self.hash_map("EDGE_SOURCES")
+        typed("EDGE_SOURCES", |spec| self.map_data(spec))
     }
 
-    fn hash_map<K: Pod, V: Pod>(&self, name: &'static str) -> Result<HashMap<MapData, K, V>, OpenError> {
-        let spec = MAPS.iter().find(|spec| spec.name == name);
-        let data = self.map_data(spec.ok_or(OpenError::Missing { kind: "map", name })?)?;
-        Map::from_map_data(data).and_then(HashMap::try_from).map_err(|error| map_error(name, error))
+    /// The Ethernet addresses of external edges.
+    pub fn macs_map(&self) -> Result<Array<MapData, OwnMac>, OpenError> {
+        typed("MACS", |spec| self.map_data(spec))
+    }
+
+    /// How long flows may believe what they know of their way, for [`crate::routing`].
+    pub fn routing_map(&self) -> Result<Array<MapData, Routing>, OpenError> {
+        typed("ROUTING", |spec| self.map_data(spec))
     }
 
     /// A handle of its own on a map.
@@ -139,6 +150,11 @@ impl Datapath {
 
     pub fn programs(&self) -> &Programs {
         &self.programs
+    }
+
+    /// What sweeps the flow tables inside the kernel; `None`: it cannot, or shall not.
+    pub fn sweeps(&self) -> Option<&Arc<Sweeps>> {
+        self.sweeps.as_ref()
     }
 
     /// Where the programs are put to work; `None` for an isolated datapath.
@@ -169,11 +185,6 @@ impl Datapath {
         self.logger.take()
     }
 
-    /// What is left to do about maps of another size when every hook has its program.
-    pub fn take_resize(&mut self) -> Option<Resize> {
-        self.resize.take()
-    }
-
     /// Loads the programs of these names; `pin` says where a map is, or is to be, pinned.
     pub(super) fn load(
         options: &Options,
@@ -181,10 +192,7 @@ impl Datapath {
         names: impl Iterator<Item = &'static str>,
         pin: impl Fn(&MapSpec) -> Option<PathBuf>,
     ) -> Result<Self, OpenError> {
-        let features = Features::probe();
-        let features_text: Vec<String> =
-            features.named().iter().map(|(name, has)| format!("{name}={has}")).collect();
-        tracing::info!(features = features_text.join(" "), "kernel probed");
+        let mut features = Features::probe();
         let globals = Globals::new(options, features)?;
 
         let btf = Btf::from_sys_fs().ok();
@@ -201,11 +209,23 @@ impl Datapath {
         }
         let mut ebpf = loader.load(OBJECT).map_err(|error| OpenError::Object(Box::new(error)))?;
 
-        let programs = load_programs(&mut ebpf, names)?;
+        let programs = load_programs(&mut ebpf, options.idle, names)?;
         let mut maps = BTreeMap::new();
         for spec in &MAPS {
-            maps.insert(spec.name, take_map(&mut ebpf, spec.name)?);
+            maps.insert(spec.name, map_fd(&ebpf, spec.name)?);
         }
+        let sweeps = match options.sweep {
+            SweepMode::Auto => Sweeps::load(&mut ebpf, btf.as_ref(), &maps)
+                .inspect_err(
+                    |error| tracing::info!(%error, "the agent sweeps the flow tables, not the kernel"),
+                )
+                .ok(),
+            SweepMode::Agent => None,
+        };
+        features.kernel_sweep = sweeps.is_some();
+        let features_text: Vec<String> =
+            features.named().iter().map(|(name, has)| format!("{name}={has}")).collect();
+        tracing::info!(features = features_text.join(" "), "kernel probed");
         let logger = (options.log_level > 0).then(|| EbpfLogger::init(&mut ebpf)).and_then(|logger| {
             logger.inspect_err(|error| tracing::warn!(%error, "the kernel programs' log cannot be read")).ok()
         });
@@ -216,7 +236,7 @@ impl Datapath {
             logger,
             options: options.clone(),
             pinned: None,
-            resize: None,
+            sweeps: sweeps.map(Arc::new),
         })
     }
 }
@@ -248,6 +268,8 @@ struct Globals {
     csum_ipv6: u8,
     timeouts: [u64; State::ALL.len()],
     resets_removed: u8,
+    tunnel_port: u16,
+    sends_tunnelled: u8,
     log_level: u8,
 }
 
@@ -277,6 +299,8 @@ impl Globals {
             csum_ipv6: features.csum_ipv6.into(),
             timeouts: State::ALL.map(|state| options.timeouts.of(state)),
             resets_removed: options.resets_removed.into(),
+            tunnel_port: options.tunnel_port,
+            sends_tunnelled: features.checks_mtu.into(),
             log_level: options.log_level,
         })
     }
@@ -291,6 +315,8 @@ impl Globals {
         loader.override_global(globals::HAVE_CSUM_IPV6, &self.csum_ipv6, true);
         loader.override_global(globals::TIMEOUTS, self.timeouts.as_slice(), true);
         loader.override_global(globals::RESETS_REMOVED, &self.resets_removed, true);
+        loader.override_global(globals::TUNNEL_PORT, &self.tunnel_port, true);
+        loader.override_global(globals::SENDS_TUNNELLED, &self.sends_tunnelled, true);
         // Not in the object when no program logs.
         loader.override_global(globals::LOG_LEVEL, &self.log_level, false);
     }
@@ -380,7 +406,11 @@ fn replace_pin(program: BorrowedFd<'_>, dir: &Path, name: &str) -> Result<(), Op
 }
 
 /// Loads programs, each in a thread of its own: the verifier takes most of a cold start.
-fn load_programs(ebpf: &mut Ebpf, names: impl Iterator<Item = &'static str>) -> Result<Programs, OpenError> {
+fn load_programs(
+    ebpf: &mut Ebpf,
+    idle: Idle,
+    names: impl Iterator<Item = &'static str>,
+) -> Result<Programs, OpenError> {
     let mut objects: BTreeMap<String, &mut Program> =
         ebpf.programs_mut().map(|(name, program)| (name.to_owned(), program)).collect();
     let mut found = Vec::new();
@@ -390,7 +420,7 @@ fn load_programs(ebpf: &mut Ebpf, names: impl Iterator<Item = &'static str>) -> 
     thread::scope(|scope| {
         let loading: Vec<_> = found
             .into_iter()
-            .map(|(name, program)| (name, scope.spawn(move || load_program(name, program))))
+            .map(|(name, program)| (name, scope.spawn(move || load_program(name, idle, program))))
             .collect();
         let mut loaded = BTreeMap::new();
         for (name, thread) in loading {
@@ -401,14 +431,27 @@ fn load_programs(ebpf: &mut Ebpf, names: impl Iterator<Item = &'static str>) -> 
     })
 }
 
-fn load_program(name: &'static str, program: &mut Program) -> Result<OwnedFd, OpenError> {
-    let loaded = match program {
+fn load_program(name: &'static str, idle: Idle, program: &mut Program) -> Result<OwnedFd, OpenError> {
+    if let Some(stand_in) = idle.stand_in(name) {
+        let refused = |source| OpenError::Program { name, verdict: "of two instructions".to_owned(), source };
+        return stand_in.map_err(refused);
+    }
+    let result = match program {
         Program::Xdp(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
         _ => return Err(OpenError::Missing { kind: "packet or socket program", name }),
     };
-    match loaded {
+    loaded(name, result, || program.fd())
+}
+
+/// What the kernel made of a program.
+pub(super) fn loaded<'a>(
+    name: &'static str,
+    result: Result<(), ProgramError>,
+    fd: impl FnOnce() -> Result<&'a ProgramFd, ProgramError>,
+) -> Result<OwnedFd, OpenError> {
+    match result {
         Ok(()) => {}
         Err(ProgramError::LoadError { io_error, verifier_log }) => {
             let log = verifier_log.to_string();
@@ -418,8 +461,7 @@ fn load_program(name: &'static str, program: &mut Program) -> Result<OwnedFd, Op
         Err(error) => return Err(OpenError::Aya { name, source: Box::new(error) }),
     }
     let aya = |error| OpenError::Aya { name, source: Box::new(error) };
-    let fd = program.fd().map_err(aya)?;
-    fd.as_fd().try_clone_to_owned().map_err(|error| aya(error.into()))
+    fd().map_err(aya)?.as_fd().try_clone_to_owned().map_err(|error| aya(error.into()))
 }
 
 /// The line of a verifier's log that says why.
@@ -436,13 +478,15 @@ fn verdict(log: &str) -> String {
         .to_owned()
 }
 
-fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, OpenError> {
-    let map = ebpf.take_map(name).ok_or(OpenError::Missing { kind: "map", name })?;
+fn map_fd(ebpf: &Ebpf, name: &'static str) -> Result<OwnedFd, OpenError> {
+    let map = ebpf.map(name).ok_or(OpenError::Missing { kind: "map", name })?;
     let (Map::Array(data)
     | Map::HashMap(data)
     | Map::LpmTrie(data)
     | Map::LruHashMap(data)
-    | Map::PerCpuArray(data)) = map
+    | Map::PerCpuArray(data)
+    | Map::PerCpuHashMap(data)
+    | Map::RingBuf(data)) = map
     else {
         return Err(OpenError::Missing { kind: "map of the right type named", name });
     };

@@ -4,16 +4,13 @@
 //! knows:
 //!
 //! 1. Maps that are the same in both are pinned in both: programs of either layout work on them.
-//! 2. The others are made, and what the old ones hold is converted into them; again, for what changed meanwhile.
+//! 2. The others are made, and what the old ones hold is converted into them (`switch.rs`).
 //!    All that is in a directory by the side (`new-v2`), and nobody's but ours: a start that fails or ends until here has
 //!    done nothing, and the older version finds what it has left.
-//! 3. The directory gets its name. The links move over, and their programs are replaced, device by device: both directions of most flows are met
-//!    at the same device, so that they are as good as always on either side of this step.
-//! 4. What old programs wrote until then is carried after.
-//! 5. The old directory goes, in one step.
+//! 3. The directory gets its name, the links move over, and their programs are replaced.
+//! 4. The old directory goes, in one step.
 //!
-//! No agent runs meanwhile, so that the service maps stand still; the agent reconciles the new ones as always. Whoever
-//! is killed on the way leaves programs attached that work on the maps they were loaded with, and the next start
+//! The agent reconciles the new service maps as always. Whoever is killed on the way leaves programs attached that work on the maps they were loaded with, and the next start
 //! takes all the steps again: none of them minds.
 
 use std::collections::BTreeMap;
@@ -21,18 +18,15 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Instant;
 
-use lb_common::maps::{LAYOUT_VERSION, MAPS, MapKind, MapSpec};
+use lb_common::maps::{LAYOUT_VERSION, MAPS, MapSpec};
 
-use super::carry::{Carrier, Clash, Convert, PASSES, SHORT_PASS, Table};
-use super::clsact;
+use super::carry::{Convert, LastSeen, Table, Way};
 use super::error::OpenError;
-use super::hooks::{open_link, remove_link};
 use super::load::Programs;
 use super::pins::{self, Pins};
 use super::rehearsal;
+use super::switch::{Step, StopAfter, switch};
 use crate::sys::bpf::{self, MapInfo};
 
 /// A layout of the maps, and the others that its entries can be made of.
@@ -63,29 +57,8 @@ pub struct Change {
     pub value_size: u32,
     /// None: nothing of it can be used, or is worth it.
     pub convert: Option<Convert>,
-    /// Where our values have the time of their last use, a `u64` in host byte order: the newer value counts.
-    pub last_seen: Option<usize>,
-}
-
-/// What a migration has done.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// Maps that are the same are in both directories.
-    Shared,
-    /// The other maps are made, and the programs loaded.
-    Loaded,
-    /// The other maps are filled.
-    Carried,
-    /// The links' pins are in the new directory.
-    Moved,
-    /// The links of one device have their new programs.
-    Begun,
-    /// All programs are the new ones.
-    Switched,
-    /// What came meanwhile has been carried after.
-    Settled,
-    /// The old directory has no version any more.
-    Retired,
+    /// Of two values the one used last counts.
+    pub last_seen: Option<LastSeen>,
 }
 
 impl Layout {
@@ -119,7 +92,7 @@ pub(super) struct Migration {
     target: Pins,
     /// Where the target is made ready: by the side, unless it is there already.
     place: Pins,
-    stop_after: Option<Step>,
+    stop_after: StopAfter,
     /// The oldest first.
     sources: Vec<Source>,
 }
@@ -156,7 +129,9 @@ impl Migration {
         sources.sort_by_key(|source| source.known.version);
         let aside = !sources.is_empty() && !target.dir().exists();
         let place = if aside { target.staged() } else { target.clone() };
-        Ok(Self { target: target.clone(), place, stop_after: layout.stop_after, sources })
+        // Without a source there is nothing to stop.
+        let stop_after = StopAfter(layout.stop_after.filter(|_| !sources.is_empty()));
+        Ok(Self { target: target.clone(), place, stop_after, sources })
     }
 
     /// Whether there is anything to move over.
@@ -201,51 +176,31 @@ impl Migration {
                 }
             }
         }
-        self.done(Step::Shared)
+        self.stop_after.done(Step::Shared)
     }
 
-    /// Fills the new maps and gives the hooks to the new programs. `filters`: some may be clsact filters.
+    /// Fills the new maps and gives the hooks to the new programs.
     pub(super) fn run(
         &self,
         maps: &BTreeMap<&'static str, OwnedFd>,
         programs: &Programs,
-        filters: bool,
     ) -> Result<(), OpenError> {
-        if self.sources.is_empty() {
-            return Ok(());
+        if self.is_needed() {
+            self.stop_after.done(Step::Loaded)?;
         }
-        self.done(Step::Loaded)?;
         for source in &self.sources {
             let (from, to) = (source.pins.dir().display(), self.target.dir().display());
             tracing::info!(%from, %to, "the maps get another layout");
-            let begun = Instant::now();
-            let mut ways = source.ways(maps)?;
-            let mut entries = carry(&mut ways, Pass::First)?;
-            for _ in 1..PASSES {
-                let pass = Instant::now();
-                entries += carry(&mut ways, Pass::Again)?;
-                if pass.elapsed() < SHORT_PASS {
-                    break;
-                }
-            }
-            self.done(Step::Carried)?;
-            let switching = Instant::now();
-            self.switch(source, programs)?;
-            if filters {
-                replace_filters(programs)?;
-            }
-            let switched = switching.elapsed();
-            self.done(Step::Switched)?;
-            entries += carry(&mut ways, Pass::Last)?;
-            self.done(Step::Settled)?;
+            let take_place = || self.take_place(source);
+            switch(source.ways(maps)?, programs, &self.target.links(), take_place, self.stop_after)?;
             self.retire(source)?;
-            tracing::info!(entries, took = ?begun.elapsed(), ?switched, "the maps have another layout");
+            tracing::info!("the maps have another layout");
         }
         Ok(())
     }
 
-    /// Moves the links over, and replaces their programs.
-    fn switch(&self, source: &Source, programs: &Programs) -> Result<(), OpenError> {
+    /// Gives the directory its name, and moves the links over.
+    fn take_place(&self, source: &Source) -> Result<(), OpenError> {
         if self.place != self.target && !self.target.dir().exists() {
             fs::rename(self.place.dir(), self.target.dir()).map_err(pin("move", self.place.dir()))?;
         }
@@ -253,34 +208,6 @@ impl Migration {
         for name in pins::names(&old).map_err(pin("read", &old))? {
             let (from, to) = (old.join(&name), new.join(&name));
             fs::rename(&from, &to).map_err(pin("move", &from))?;
-        }
-        self.done(Step::Moved)?;
-        // Opened before the first is replaced, and one device after the other.
-        let mut links = vec![];
-        for name in pins::names(&new).map_err(pin("read", &new))? {
-            let (program, ifindex) = pins::parse_device_link(&name).unwrap_or((&name, 0));
-            let path = new.join(&name);
-            match (open_link(&path).map_err(pin("open", &path))?, programs.get(program)) {
-                (Some(link), Some(program)) => links.push((ifindex, name, link, program)),
-                // A program that there is no more.
-                (Some(_), None) => drop(remove_link(&path).map_err(pin("remove", &path))?),
-                (None, _) => {}
-            }
-        }
-        links.sort_by_key(|(ifindex, ..)| *ifindex);
-        for device in links.chunk_by(|(a, ..), (b, ..)| a == b) {
-            // At once: each waits for a lock of the kernel (RTNL, of cgroups) that others may hold for long.
-            thread::scope(|scope| {
-                for (_, name, link, program) in device {
-                    scope.spawn(move || {
-                        // Its device or cgroup may be gone. Whoever attaches next makes a new link then.
-                        if let Err(error) = bpf::link_update(link.as_fd(), *program) {
-                            tracing::debug!(link = name, %error, "not replaced");
-                        }
-                    });
-                }
-            });
-            self.done(Step::Begun)?;
         }
         Ok(())
     }
@@ -290,26 +217,9 @@ impl Migration {
         let old = source.pins.dir();
         let retired = source.pins.retired();
         fs::rename(old, &retired).map_err(pin("move", old))?;
-        self.done(Step::Retired)?;
+        self.stop_after.done(Step::Retired)?;
         fs::remove_dir_all(&retired).map_err(pin("remove", &retired))
     }
-
-    fn done(&self, step: Step) -> Result<(), OpenError> {
-        if self.stop_after == Some(step) && !self.sources.is_empty() {
-            return Err(OpenError::Stopped(step));
-        }
-        Ok(())
-    }
-}
-
-/// Which time entries are carried.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Pass {
-    First,
-    /// What programs have written meanwhile.
-    Again,
-    /// The same, into maps that are in use.
-    Last,
 }
 
 impl Source {
@@ -340,67 +250,17 @@ impl Source {
     }
 
     /// From the maps that have changed to ours.
-    fn ways(&self, maps: &BTreeMap<&'static str, OwnedFd>) -> Result<Vec<Way<'_>>, OpenError> {
+    fn ways(&self, maps: &BTreeMap<&'static str, OwnedFd>) -> Result<Vec<Way>, OpenError> {
         let mut ways = vec![];
         for change in self.known.changes {
             let (from, to) = (self.maps.get(change.map), maps.get(change.map));
             if let (Some(from), Some(to), Some(convert)) = (from, to, change.convert) {
-                let to = to.try_clone().and_then(Table::new);
-                let to = to.map_err(|source| OpenError::Carry { map: change.map, source })?;
-                // The others are written by agents alone.
-                let by_programs = from.info.kind == MapKind::LruHash as u32;
-                ways.push(Way { change, by_programs, carrier: Carrier::new(from, to, convert) });
+                let from = from.try_clone().map_err(|source| OpenError::Carry { map: change.map, source })?;
+                ways.push(Way::new(change.map, from, to.as_fd(), convert, change.last_seen)?);
             }
         }
         Ok(ways)
     }
-}
-
-/// From a map that has changed to ours.
-struct Way<'a> {
-    change: &'static Change,
-    by_programs: bool,
-    carrier: Carrier<'a>,
-}
-
-/// Converts what is new. Answers how many entries were written.
-fn carry(ways: &mut [Way<'_>], pass: Pass) -> Result<u64, OpenError> {
-    let mut written = 0;
-    for Way { change, carrier, .. } in ways.iter_mut().filter(|way| pass == Pass::First || way.by_programs) {
-        let clash = match (change.last_seen, pass) {
-            (Some(at), _) => Clash::Newer(at),
-            (None, Pass::Last) => Clash::Target,
-            (None, Pass::First | Pass::Again) => Clash::Source,
-        };
-        written += carrier.pass(clash).map_err(|source| OpenError::Carry { map: change.map, source })?;
-    }
-    Ok(written)
-}
-
-/// Puts the new programs into our clsact filters of this namespace, one after the other and each in place.
-fn replace_filters(programs: &Programs) -> Result<(), OpenError> {
-    let replace = async || -> Result<(), String> {
-        let (connection, netlink, _) = rtnetlink::new_connection().map_err(|error| error.to_string())?;
-        let connection = tokio::spawn(connection);
-        let mut filters = clsact::filters(&netlink).await.map_err(|error| error.to_string())?;
-        filters.sort_unstable();
-        for (ifindex, place) in filters {
-            let Some(program) = programs.get(place.program()) else { continue };
-            let replaced = clsact::attach(&netlink, ifindex, place, program).await;
-            replaced.map_err(|error| format!("{} on device {ifindex}: {error}", place.program()))?;
-        }
-        connection.abort();
-        Ok(())
-    };
-    // A thread is born in the namespace of its parent; the caller may be in a runtime already.
-    let replaced = thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.map_err(|error| error.to_string())?.block_on(replace())
-        });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    });
-    replaced.map_err(OpenError::Filters)
 }
 
 fn pin(action: &'static str, path: &Path) -> impl Fn(io::Error) -> OpenError {

@@ -39,6 +39,10 @@ impl StateFile {
         Self { path: Path::new(STATE_DIR).join(format!("{}.json", name_of(bpffs))) }
     }
 
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// `None`: nothing was changed, or it is not known any more, or it was in another network namespace.
     pub fn read(&self) -> Option<State> {
         let state: State = serde_json::from_slice(&fs::read(&self.path).ok()?).ok()?;

@@ -10,6 +10,7 @@ use lb_common::maps::{
 };
 use lb_common::tables::Admission;
 
+use super::idle::Idle;
 use super::migrate::Layout;
 
 /// Default of `--bpffs`.
@@ -25,11 +26,16 @@ pub struct Options {
     /// `--masquerade-all`: backends see this node in place of all clients, unless a policy Local keeps them.
     pub masquerade_all: bool,
     pub tc: TcMode,
+    pub sweep: SweepMode,
     /// `--takeover` and `--drain`: which connections are begun while another Service proxy is there.
     pub admission: Admission,
     pub timeouts: Timeouts,
     /// `--tcp-to-removed-backend=reset`.
     pub resets_removed: bool,
+    /// `--tunnel-port`: where nodes take packets of each other for direct server return; 0: there is none.
+    pub tunnel_port: u16,
+    /// Programs that will be on no hook.
+    pub idle: Idle,
     /// Level of the kernel programs' log: 0 off (the verifier removes every line), 1 error to 5 trace.
     pub log_level: u8,
     /// How the maps are laid out; another one than this build's only to rehearse upgrades.
@@ -44,9 +50,12 @@ impl Default for Options {
             socket_lb: SocketLb::default(),
             masquerade_all: false,
             tc: TcMode::default(),
+            sweep: SweepMode::default(),
             admission: Admission::default(),
             timeouts: Timeouts::default(),
             resets_removed: false,
+            tunnel_port: 0,
+            idle: Idle::default(),
             log_level: 0,
             layout: Layout::OURS,
         }
@@ -152,6 +161,26 @@ impl TcMode {
     pub fn from_env() -> Self {
         match std::env::var("FAIRLEAD_TC") {
             Ok(value) if value == "clsact" => Self::Clsact,
+            _ => Self::Auto,
+        }
+    }
+}
+
+/// Who removes flows that are over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum SweepMode {
+    /// Programs in the kernel where it takes them (5.9), else the agent.
+    #[default]
+    Auto,
+    /// The agent, whatever the kernel takes.
+    Agent,
+}
+
+impl SweepMode {
+    /// What the environment variable `FAIRLEAD_SWEEP` asks for: `agent`, for tests of the way without programs.
+    pub fn from_env() -> Self {
+        match std::env::var("FAIRLEAD_SWEEP") {
+            Ok(value) if value == "agent" => Self::Agent,
             _ => Self::Auto,
         }
     }

@@ -7,7 +7,7 @@ use std::mem::{offset_of, size_of};
 use lb_common::abi::{Addr4, Addr6, Affinity, AffinityKey, Backend, Flow, FlowKey, SocketKey, SocketPeer};
 use lb_common::maps::LAYOUT_VERSION;
 
-use super::carry::Convert;
+use super::carry::{Convert, LastSeen};
 use super::migrate::{Change, Known, Layout};
 
 /// The rehearsed version, which knows ours.
@@ -32,9 +32,9 @@ const CHANGES: [Change; 9] = {
     const FLOW6: Convert = flip::<{ offset_of!(Flow<Addr6>, generation) }>;
     const AFFINITY: Convert = flip::<{ offset_of!(Affinity, generation) }>;
     const PEER: Convert = flip::<{ offset_of!(SocketPeer, generation) }>;
-    let flow4 = Some(offset_of!(Flow<Addr4>, last_seen));
-    let flow6 = Some(offset_of!(Flow<Addr6>, last_seen));
-    let affinity = Some(offset_of!(Affinity, last_seen));
+    let flow4 = Some(LastSeen::at(offset_of!(Flow<Addr4>, last_seen)));
+    let flow6 = Some(LastSeen::at(offset_of!(Flow<Addr6>, last_seen)));
+    let affinity = Some(LastSeen::at(offset_of!(Affinity, last_seen)));
     [
         change::<u32, Backend<Addr4>>("BACKENDS4", BACKEND4, None),
         change::<u32, Backend<Addr6>>("BACKENDS6", BACKEND6, None),
@@ -49,7 +49,7 @@ const CHANGES: [Change; 9] = {
 };
 
 #[expect(clippy::cast_possible_truncation, reason = "sizes of map keys and values are far below 4 GiB")]
-const fn change<K, V>(map: &'static str, convert: Convert, last_seen: Option<usize>) -> Change {
+const fn change<K, V>(map: &'static str, convert: Convert, last_seen: Option<LastSeen>) -> Change {
     Change {
         map,
         key_size: size_of::<K>() as u32,

@@ -55,6 +55,7 @@ pub fn test_run(programs: &Programs, place: Place, input: Input<'_>) -> io::Resu
             ctx: &context,
             data_out: input.frame.len() + HEADROOM,
             repeat: input.repeat,
+            live: 0,
         },
     )?;
     let mark = if place == Place::Xdp { 0 } else { word(&output.ctx, skb::MARK) };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use aya::maps::MapInfo;
 use aya::programs::ProgramInfo;
 use lb_common::flow::State;
-use lb_common::maps::{MAPS, globals};
+use lb_common::maps::{MAPS, MapKind, globals};
 use lb_common::tables::Admission;
 use object::{Object, ObjectSection, ObjectSymbol};
 
@@ -18,12 +18,12 @@ use super::error::OpenError;
 use super::hooks::Place;
 use super::layout::{self, Verdict};
 use super::load::{self, Datapath, OBJECT};
-use super::options::{Options, Timeouts};
+use super::options::{Options, SweepMode, Timeouts};
 use super::pins::Pins;
 use crate::sys::bpf;
 
 /// What programs write: a twin has its own.
-const WRITTEN: [&str; 11] = [
+const WRITTEN: [&str; 15] = [
     "FLOWS4",
     "FLOWS6",
     "PENDING4",
@@ -35,6 +35,10 @@ const WRITTEN: [&str; 11] = [
     "AFFINITY6",
     "USAGE",
     "COUNTERS",
+    "REFUSALS",
+    "ROUTING",
+    "SAMPLING",
+    "SAMPLES",
 ];
 
 /// Entries of its tables: kernels divide an LRU map among their CPUs.
@@ -54,7 +58,7 @@ impl Datapath {
         let mut sizes = BTreeMap::new();
         for spec in &MAPS {
             if WRITTEN.contains(&spec.name) {
-                if !matches!(spec.name, "USAGE" | "COUNTERS") {
+                if spec.kind == MapKind::LruHash {
                     sizes.insert(spec.name, ROOM);
                 }
                 continue;
@@ -70,6 +74,7 @@ impl Datapath {
             sizes.insert(spec.name, info.max_entries);
         }
         let names = Place::ALL.into_iter().map(Place::program);
+        let options = Options { sweep: SweepMode::Agent, ..options };
         let twin = Self::load(&options, &sizes, names, |map| {
             (!WRITTEN.contains(&map.name)).then(|| pins.map(map.name))
         })?;
@@ -132,6 +137,7 @@ fn decode(globals: &[u8]) -> Option<Options> {
     Some(Options {
         masquerade_all: flag(globals::MASQUERADE_ALL)?,
         resets_removed: flag(globals::RESETS_REMOVED)?,
+        tunnel_port: u16::from_ne_bytes(value(globals::TUNNEL_PORT)?.try_into().ok()?),
         admission: [Admission::All, Admission::Opening, Admission::None]
             .into_iter()
             .find(|known| *known as u8 == admission)?,
@@ -175,7 +181,7 @@ mod tests {
         for name in WRITTEN {
             assert!(MAPS.iter().any(|spec| spec.name == name), "{name}");
         }
-        let lru = MAPS.iter().filter(|spec| spec.kind == lb_common::maps::MapKind::LruHash);
+        let lru = MAPS.iter().filter(|spec| spec.kind == MapKind::LruHash);
         for spec in lru {
             assert!(WRITTEN.contains(&spec.name), "{}", spec.name);
         }

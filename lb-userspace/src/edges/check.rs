@@ -122,6 +122,8 @@ impl Follower {
             );
         }
         if everything {
+            self.map.look();
+            self.sources.look();
             let served: Vec<_> =
                 self.attached.keys().filter(|(_, place)| *place != Place::Xdp).copied().collect();
             for (ifindex, place) in served {

@@ -31,6 +31,8 @@ pub struct Device {
     pub master: Option<u32>,
     /// VLAN devices stand on it.
     pub vlans: bool,
+    /// Its Ethernet address.
+    pub mac: Option<[u8; 6]>,
     pub addresses: Vec<Address>,
     /// What is on its XDP hook.
     pub xdp: Option<Observed>,
@@ -314,6 +316,7 @@ mod tests {
             ethernet: true,
             master: None,
             vlans: false,
+            mac: None,
             addresses: addresses.iter().map(|text| address(text)).collect(),
             xdp: None,
         }

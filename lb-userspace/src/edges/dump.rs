@@ -61,6 +61,7 @@ fn device(link: LinkMessage) -> Device {
         match attribute {
             LinkAttribute::IfName(name) => device.name = name,
             LinkAttribute::Controller(master) => device.master = Some(master),
+            LinkAttribute::Address(address) => device.mac = address.try_into().ok(),
             LinkAttribute::LinkInfo(info) => {
                 for item in info {
                     if let LinkInfo::Kind(kind) = item {

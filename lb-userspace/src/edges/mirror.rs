@@ -1,10 +1,19 @@
 //! A map that the follower of devices alone writes, and what it knows to stand in it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
 use aya::Pod;
 use aya::maps::{HashMap, MapData, MapError};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+
+/// Entries that had to be mended, by map.
+pub type Repairs = Family<[(&'static str, &'static str); 1], Counter>;
+
+/// The maps that are mirrored.
+pub const EDGES: &str = "EDGES";
+pub const EDGE_SOURCES: &str = "EDGE_SOURCES";
 
 /// The map, written where it differs.
 pub(super) struct Mirror<K, V> {
@@ -12,11 +21,13 @@ pub(super) struct Mirror<K, V> {
     map: HashMap<MapData, K, V>,
     /// What stands in the map; `None`: not read yet.
     known: Option<BTreeMap<K, V>>,
+    repairs: Counter,
 }
 
 impl<K: Pod + Ord + Debug, V: Pod + PartialEq> Mirror<K, V> {
-    pub(super) fn new(name: &'static str, map: HashMap<MapData, K, V>) -> Self {
-        Self { name, map, known: None }
+    pub(super) fn new(name: &'static str, map: HashMap<MapData, K, V>, repairs: &Repairs) -> Self {
+        let repairs = repairs.get_or_create(&[("map", name)]).clone();
+        Self { name, map, known: None, repairs }
     }
 
     fn known(&mut self) -> &mut BTreeMap<K, V> {
@@ -27,14 +38,16 @@ impl<K: Pod + Ord + Debug, V: Pod + PartialEq> Mirror<K, V> {
         self.known().get(key).copied()
     }
 
-    /// Reads the map again. `true`: somebody else has changed it.
-    pub(super) fn look(&mut self) -> bool {
-        let Some(before) = self.known.take() else { return false };
-        let differs = *self.known() != before;
-        if differs {
-            tracing::warn!(map = self.name, "somebody else has changed entries; they are mended");
+    /// Reads the map again. What somebody else has changed is mended by whoever knows what should be there.
+    pub(super) fn look(&mut self) {
+        let Some(before) = self.known.take() else { return };
+        let now = self.known();
+        let keys: BTreeSet<&K> = before.keys().chain(now.keys()).collect();
+        let changed = keys.into_iter().filter(|key| before.get(key) != now.get(key)).count();
+        if changed > 0 {
+            self.repairs.inc_by(changed as u64);
+            tracing::warn!(map = self.name, changed, "somebody else has changed entries; they are mended");
         }
-        differs
     }
 
     pub(super) fn set(&mut self, key: K, value: V) {

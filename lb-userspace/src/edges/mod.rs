@@ -4,11 +4,12 @@
 //! Netlink messages only say that something changed. What is done about it is always the same: read all
 //! devices, classify them, and repair the difference. So a lost message (`ENOBUFS`) needs nothing special,
 //! and a restarted agent does what it always does. A burst of messages is answered once: that takes at most a
-//! tenth of a core, however many come.
+//! tenth of a core, however many come, and half of one while there are new devices to serve.
 
 mod check;
 mod classify;
 mod dump;
+mod macs;
 mod mirror;
 mod sources;
 mod survey;
@@ -16,17 +17,19 @@ mod xdp_features;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap, MapData};
+use aya::maps::{Array, HashMap, MapData};
 use futures::StreamExt;
 use ipnet::IpNet;
-use lb_common::abi::{self, Addr4, Addr6, EdgeSourceKey, edge_flags};
+use lb_common::abi::{self, Addr4, Addr6, EdgeSourceKey, OwnMac, edge_flags};
 use lb_common::maps::MAX_EDGES;
+use lb_common::wire::Mac;
 use nix::time::{ClockId, clock_gettime};
 use rtnetlink::MulticastGroup;
 use serde::Serialize;
@@ -34,10 +37,12 @@ use tokio::sync::{oneshot, watch};
 
 pub use check::Reattached;
 pub use classify::{Address, DEFAULT_POD_DEVICES, Device, Role, Rules, Why, classify};
+pub use mirror::{EDGE_SOURCES, EDGES, Repairs};
 pub use survey::{Surveyed, survey};
 
 use self::check::Doubts;
 use self::classify::ways_to_pods;
+use self::macs::Macs;
 use self::mirror::Mirror;
 use self::sources::further_sources;
 use self::xdp_features::{Netdev, XdpFeatures};
@@ -67,6 +72,8 @@ pub struct Config {
     pub map: HashMap<MapData, u32, abi::Edge>,
     /// The map `EDGE_SOURCES`.
     pub sources: HashMap<MapData, EdgeSourceKey, abi::Edge>,
+    /// The map `MACS`.
+    pub macs: Array<MapData, OwnMac>,
     /// `--source-addresses`.
     pub source_networks: Vec<IpNet>,
     pub rules: Rules,
@@ -77,6 +84,7 @@ pub struct Config {
     pub sockets: Option<PathBuf>,
     pub state: StateFile,
     pub reattached: Reattached,
+    pub repairs: Repairs,
 }
 
 /// The node's devices as the datapath sees them.
@@ -170,8 +178,9 @@ async fn follow(
     tokio::spawn(requests);
     let mut follower = Follower {
         hooks: config.hooks,
-        map: Mirror::new("EDGES", config.map),
-        sources: Mirror::new("EDGE_SOURCES", config.sources),
+        map: Mirror::new(EDGES, config.map, &config.repairs),
+        sources: Mirror::new(EDGE_SOURCES, config.sources, &config.repairs),
+        macs: Macs::new(config.macs),
         source_networks: config.source_networks,
         rules: config.rules,
         xdp: config.xdp,
@@ -182,6 +191,7 @@ async fn follow(
         reattached: config.reattached,
         netlink,
         attached: BTreeMap::new(),
+        served_more: false,
         failures: BTreeMap::new(),
         doubts: Doubts::default(),
         netdev: Netdev::open()
@@ -212,7 +222,8 @@ async fn follow(
         }
         let least = if taken { check::PATIENCE } else { Duration::from_millis(2) };
         // Not the time itself: to attach a program is to wait for the kernel, most of all.
-        let pause = (cpu_time().saturating_sub(started) * 9).clamp(least, Duration::from_secs(1));
+        let rest = if mem::take(&mut follower.served_more) { 1 } else { 9 };
+        let pause = (cpu_time().saturating_sub(started) * rest).clamp(least, Duration::from_secs(1));
         tokio::select! {
             _ = &mut stop => return Ok(()),
             () = tokio::time::sleep(pause) => {}
@@ -223,10 +234,7 @@ async fn follow(
                 Some((message, _)) => follower.doubts.heed(&message),
                 None => return Err(io::Error::other("the netlink socket was closed")),
             },
-            () = tokio::time::sleep(PERIOD) => {
-                follower.map.look();
-                follower.sources.look();
-            }
+            () = tokio::time::sleep(PERIOD) => {}
         }
     }
 }
@@ -240,6 +248,7 @@ struct Follower {
     hooks: Hooks,
     map: Mirror<u32, abi::Edge>,
     sources: Mirror<EdgeSourceKey, abi::Edge>,
+    macs: Macs,
     source_networks: Vec<IpNet>,
     rules: Rules,
     xdp: XdpMode,
@@ -252,6 +261,8 @@ struct Follower {
     netlink: rtnetlink::Handle,
     /// What this process put on a hook.
     attached: BTreeMap<(u32, Place), Attached>,
+    /// Some of it since this was asked last.
+    served_more: bool,
     /// What could not be put on a hook, and when it is worth trying again.
     failures: BTreeMap<(u32, Place), Failure>,
     /// What may not be on its hook any more.
@@ -310,6 +321,7 @@ impl Follower {
                     edges.push(self.edge_view(device, "pod", None, note));
                 }
                 Role::External { addr4, addr6 } => {
+                    self.macs.set(device.ifindex, own_mac(device));
                     let features = self.netdev.as_ref().and_then(|it| it.features(device.ifindex).ok());
                     if self.is_xdp_next(device, features) {
                         self.announce_xdp(device.ifindex, edge_entry(addr4, addr6, 0));
@@ -378,6 +390,7 @@ impl Follower {
             match result {
                 Ok(()) => {
                     self.attached.insert(key, Attached::Tc);
+                    self.served_more = true;
                     self.failures.remove(&key);
                     tracing::debug!(device = device.name, program = place.program(), "attached");
                     self.tell_order(device, place);
@@ -580,6 +593,13 @@ fn xdp_transmits(xdp: Option<XdpKind>, device: &Device, features: Option<XdpFeat
 fn edge_entry(addr4: Ipv4Addr, addr6: Ipv6Addr, flags: u32) -> abi::Edge {
     let (addr4, addr6) = (Addr4 { octets: addr4.octets() }, Addr6 { octets: addr6.octets() });
     abi::Edge { addr4, addr6, flags, ..abi::Edge::default() }
+}
+
+/// The one Ethernet address that frames for this node have at a device; zeroes where there may be more: a bond balances
+/// with those of its ports, and what comes in by a bridge's port may be for the bridge.
+fn own_mac(device: &Device) -> Mac {
+    let one = device.master.is_none() && !matches!(device.kind.as_str(), "bond" | "team");
+    Mac { octets: device.mac.filter(|_| one).unwrap_or_default() }
 }
 
 /// Sorted, without duplicates.

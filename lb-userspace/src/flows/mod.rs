@@ -1,29 +1,27 @@
 //! Garbage collection: flows that are over leave their tables, so that the LRU need not choose between them and
 //! those that live.
 //!
-//! [`Sweeper`] walks over the tables in slices. Whether a flow is over is decided by [`lb_common::flow::State`], as in
-//! the kernel; what is found to be over is looked at once more, and its other half too, before both are removed.
+//! [`Sweeper`] walks over the tables in slices. Decision and removal are the kernel's own where it takes the programs for
+//! that ([`kernel`]), else ours ([`agent`]); either way [`lb_common::flow::State`] says whether a flow is over, and what is
+//! found to be over is looked at once more, and its other half too, before both are removed.
 
+mod agent;
+mod kernel;
 mod tally;
 
-use std::io;
-use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
-use aya::Pod;
-use aya::maps::{HashMap, IterableMap, MapData, MapError as AyaError};
-use lb_common::Addr4;
-use lb_common::Addr6;
-use lb_common::abi::{Flow, FlowKey};
-use lb_common::flow::{End, State, is_reply, reverse_key};
+use lb_common::flow::State;
+use lb_common::maps::MAPS;
 use lb_common::tables::FlowTable;
+use lb_common::{Addr4, Addr6};
+use nix::time::{ClockId, clock_gettime};
 
 pub use self::tally::{Pass, Tally};
-use crate::datapath::{Datapath, MapError, OpenError, Timeouts, typed};
-use crate::inspect::monotonic_nanoseconds;
-use crate::sys::bpf::{self, Cursor};
+use crate::datapath::{Datapath, MapError, OpenError};
 
-/// Entries looked at without a pause: half a millisecond.
+/// Entries looked at without a pause: less than a millisecond (docs/datapath.md).
 const SLICE: usize = 2048;
 /// Between two slices, so that a walk over a million entries takes at most a tenth of a CPU.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -33,34 +31,56 @@ const INTERVAL: Duration = Duration::from_secs(10);
 pub const PRESSURE: u64 = 85;
 
 /// The flow tables of both families.
-pub struct Sweeper {
-    v4: [Table<Addr4>; 2],
-    v6: [Table<Addr6>; 2],
-    timeouts: Timeouts,
-}
+pub struct Sweeper([Table; 4]);
 
 /// One flow table.
-struct Table<A> {
+struct Table {
     name: &'static str,
     family: &'static str,
-    kind: FlowTable,
-    map: HashMap<MapData, FlowKey<A>, Flow<A>>,
     capacity: u64,
+    walk: Box<dyn Walk + Send>,
+}
+
+/// A walk over one table, by whoever decides and removes.
+trait Walk {
+    /// Looks at about [`SLICE`] entries; whether there are more.
+    fn slice(&mut self, found: &mut Found<'_>) -> Result<bool, MapError>;
+
+    /// The next slice is the first of another walk.
+    fn restart(&mut self);
+}
+
+/// What a walk over one table finds.
+struct Found<'a> {
+    family: &'static str,
+    /// Entries that stay.
+    entries: u64,
+    pass: &'a mut Pass,
+}
+
+impl Found<'_> {
+    /// So many entries stay; one of its two entries stands for a flow.
+    fn stay(&mut self, state: State, is_reply: bool, entries: u64) {
+        self.entries += entries;
+        if !is_reply {
+            self.pass.note_flows(self.family, state, entries);
+        }
+    }
+
+    /// So many entries of flows that were over were removed.
+    fn swept(&mut self, state: State, removed: u64) {
+        self.pass.note_swept(self.family, state, removed);
+    }
 }
 
 impl Sweeper {
     pub fn new(datapath: &Datapath) -> Result<Self, OpenError> {
-        Ok(Self {
-            v4: [
-                Table::open(datapath, "FLOWS4", "ipv4", FlowTable::Established)?,
-                Table::open(datapath, "PENDING4", "ipv4", FlowTable::Pending)?,
-            ],
-            v6: [
-                Table::open(datapath, "FLOWS6", "ipv6", FlowTable::Established)?,
-                Table::open(datapath, "PENDING6", "ipv6", FlowTable::Pending)?,
-            ],
-            timeouts: datapath.options().timeouts,
-        })
+        Ok(Self([
+            Table::open(datapath, "FLOWS4", FlowTable::Established)?,
+            Table::open(datapath, "PENDING4", FlowTable::Pending)?,
+            Table::open(datapath, "FLOWS6", FlowTable::Established)?,
+            Table::open(datapath, "PENDING6", FlowTable::Pending)?,
+        ]))
     }
 
     /// Sweeps again and again, and tells `tally`.
@@ -81,40 +101,40 @@ impl Sweeper {
     /// Walks over every table once, with a pause between slices.
     pub async fn pass(&mut self, pause: Duration) -> Result<Pass, MapError> {
         let mut pass = Pass::default();
-        for table in &mut self.v4 {
-            table.walk(&self.timeouts, pause, &mut pass).await?;
-        }
-        for table in &mut self.v6 {
-            table.walk(&self.timeouts, pause, &mut pass).await?;
+        for table in &mut self.0 {
+            table.walk(pause, &mut pass).await?;
         }
         Ok(pass)
     }
 }
 
-impl<A: Copy> Table<A>
-where
-    FlowKey<A>: Pod,
-    Flow<A>: Pod,
-{
-    fn open(
-        datapath: &Datapath,
-        name: &'static str,
-        family: &'static str,
-        kind: FlowTable,
-    ) -> Result<Self, OpenError> {
-        let map: HashMap<MapData, FlowKey<A>, Flow<A>> = typed(name, |spec| datapath.map_data(spec))?;
-        let info = map.map().info().map_err(|error| OpenError::Map { name, source: Box::new(error) })?;
-        Ok(Self { name, family, kind, capacity: info.max_entries().into(), map })
+impl Table {
+    fn open(datapath: &Datapath, name: &'static str, kind: FlowTable) -> Result<Self, OpenError> {
+        let spec = MAPS.iter().find(|spec| spec.name == name);
+        let map = datapath.map_data(spec.ok_or(OpenError::Missing { kind: "map", name })?)?;
+        let info = map.info().map_err(|error| OpenError::Map { name, source: Box::new(error) })?;
+        let is_v4 = name.ends_with('4');
+        let walk: Box<dyn Walk + Send> = match datapath.sweeps() {
+            Some(sweeps) => Box::new(kernel::Table::new(Arc::clone(sweeps), name)),
+            None if is_v4 => Box::new(agent::Table::<Addr4>::open(datapath, name, kind)?),
+            None => Box::new(agent::Table::<Addr6>::open(datapath, name, kind)?),
+        };
+        let family = if is_v4 { "ipv4" } else { "ipv6" };
+        Ok(Self { name, family, capacity: info.max_entries().into(), walk })
     }
 
-    async fn walk(&mut self, timeouts: &Timeouts, pause: Duration, pass: &mut Pass) -> Result<(), MapError> {
+    async fn walk(&mut self, pause: Duration, pass: &mut Pass) -> Result<(), MapError> {
+        self.walk.restart();
         let mut entries = 0;
-        let mut cursor = None;
         loop {
-            let started = Instant::now();
-            cursor = self.slice(cursor, timeouts, pass, &mut entries)?;
-            pass.busy += started.elapsed();
-            if cursor.is_none() {
+            let started = cpu_time();
+            let mut found = Found { family: self.family, entries: 0, pass };
+            let more = self.walk.slice(&mut found)?;
+            entries += found.entries;
+            let took = cpu_time().saturating_sub(started);
+            pass.busy += took;
+            pass.longest = pass.longest.max(took);
+            if !more {
                 break;
             }
             tokio::time::sleep(pause).await;
@@ -122,79 +142,11 @@ where
         pass.fill.push((self.name, entries, self.capacity));
         Ok(())
     }
-
-    /// Looks at some entries; where to go on.
-    fn slice(
-        &mut self,
-        cursor: Option<Cursor>,
-        timeouts: &Timeouts,
-        pass: &mut Pass,
-        entries: &mut u64,
-    ) -> Result<Option<Cursor>, MapError> {
-        let fd = self.map.map().fd().as_fd();
-        let (slice, next) = bpf::map_lookup_batch::<FlowKey<A>, Flow<A>>(fd, cursor, SLICE)
-            .map_err(|error| failed(self.name, &error))?;
-        let now = monotonic_nanoseconds();
-        for (key, flow) in slice {
-            let state = State::of(self.kind, key.proto, &flow);
-            if self.is_over(timeouts, now, &key, &flow)
-                && let Some(removed) = self.remove(timeouts, &key)?
-            {
-                pass.note_swept(self.family, state, removed);
-                continue;
-            }
-            *entries += 1;
-            // One of its two entries stands for a flow.
-            if !is_reply(&flow) {
-                pass.note_flow(self.family, state);
-            }
-        }
-        Ok(next)
-    }
-
-    fn is_over(&self, timeouts: &Timeouts, now: u64, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
-        let state = State::of(self.kind, key.proto, flow);
-        state.is_over(now.saturating_sub(flow.last_seen), timeouts.of(state), End::Sweep)
-    }
-
-    /// Removes both halves of a flow, unless one of them lives: a packet may have come since they were read. How many
-    /// entries that were; `None`: it lives.
-    fn remove(&mut self, timeouts: &Timeouts, key: &FlowKey<A>) -> Result<Option<u64>, MapError> {
-        let now = monotonic_nanoseconds();
-        let Some(flow) = self.get(key)? else { return Ok(Some(0)) };
-        let other_key = reverse_key(key, &flow);
-        let other = self.get(&other_key)?;
-        let lives = |key: &FlowKey<A>, flow: &Flow<A>| !self.is_over(timeouts, now, key, flow);
-        if lives(key, &flow) || other.is_some_and(|other| lives(&other_key, &other)) {
-            return Ok(None);
-        }
-        let mut removed = 0;
-        for key in [key, &other_key] {
-            match self.map.remove(key) {
-                Ok(()) => removed += 1,
-                Err(error) if is_absence(&error) => {}
-                Err(error) => return Err(failed(self.name, &error)),
-            }
-        }
-        Ok(Some(removed))
-    }
-
-    fn get(&self, key: &FlowKey<A>) -> Result<Option<Flow<A>>, MapError> {
-        match self.map.get(key, 0) {
-            Ok(flow) => Ok(Some(flow)),
-            Err(error) if is_absence(&error) => Ok(None),
-            Err(error) => Err(failed(self.name, &error)),
-        }
-    }
 }
 
-/// Somebody else has removed it: the programs, or the LRU.
-fn is_absence(error: &AyaError) -> bool {
-    match error {
-        AyaError::KeyNotFound | AyaError::ElementNotFound => true,
-        AyaError::SyscallError(error) => error.io_error.kind() == io::ErrorKind::NotFound,
-        _ => false,
-    }
+/// What this thread has used of a processor.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 
 fn failed(map: &str, error: &dyn std::error::Error) -> MapError {

@@ -21,13 +21,15 @@ pub struct Pass {
     pub swept: BTreeMap<(&'static str, State), u64>,
     /// Name, entries and capacity of each table.
     pub fill: Vec<(&'static str, u64, u64)>,
-    /// Time spent, without the pauses.
+    /// CPU time.
     pub busy: Duration,
+    /// The most CPU time without a pause.
+    pub longest: Duration,
 }
 
 impl Pass {
-    pub(super) fn note_flow(&mut self, family: &'static str, state: State) {
-        *self.flows.entry((family, state)).or_default() += 1;
+    pub(super) fn note_flows(&mut self, family: &'static str, state: State, flows: u64) {
+        *self.flows.entry((family, state)).or_default() += flows;
     }
 
     pub(super) fn note_swept(&mut self, family: &'static str, state: State, entries: u64) {

@@ -12,7 +12,7 @@ use super::{Identity, Kept};
 const MAGIC: [u8; 8] = *b"fairlead";
 
 /// What is in [`Kept`], and in which order; a test tells when it has to be raised.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Magic, version, checksum of what follows the header, length of that; numbers are little-endian.
 const HEADER: usize = 8 + 4 + 4 + 8;

@@ -4,13 +4,13 @@ use std::fmt;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Map, MapError as AyaError, PerCpuArray, PerCpuValues};
-use lb_common::abi::{Counter, Usage};
-use lb_common::maps::{MAPS, MAX_USAGES};
-use lb_common::reason::{Hook, Reason, counter_index};
+use aya::maps::{MapData, MapError as AyaError, PerCpuArray, PerCpuHashMap, PerCpuValues};
+use lb_common::abi::{Counter, RefusalKey, Usage};
+use lb_common::maps::MAX_USAGES;
+use lb_common::reason::{Hook, REASONS, Reason, counter_index};
 
 use super::lock;
-use crate::datapath::{Datapath, MapError, OpenError};
+use crate::datapath::{Datapath, MapError, typed};
 use crate::inspect::{InspectError, Inspector, MapView};
 
 /// How long a count of map entries is good for: counting half a million flows takes tens of milliseconds.
@@ -33,10 +33,11 @@ pub trait Counts: fmt::Debug + Send + Sync {
 
 /// The kernel's.
 pub struct KernelCounts {
-    counters: PerCpuArray<aya::maps::MapData, Counter>,
-    usage: PerCpuArray<aya::maps::MapData, Usage>,
+    counters: PerCpuArray<MapData, Counter>,
+    usage: PerCpuArray<MapData, Usage>,
     /// A handle of its own, so that a reset does not wait for reads.
-    reset: Mutex<PerCpuArray<aya::maps::MapData, Usage>>,
+    reset: Mutex<PerCpuArray<MapData, Usage>>,
+    refusals: Mutex<PerCpuHashMap<MapData, RefusalKey, u64>>,
     inspector: Inspector,
     fill: Mutex<Option<(Instant, Vec<MapView>)>>,
 }
@@ -49,15 +50,12 @@ impl fmt::Debug for KernelCounts {
 
 impl KernelCounts {
     pub fn new(datapath: &Datapath) -> Result<Self, InspectError> {
-        let open = |name: &'static str| {
-            let spec = MAPS.iter().find(|spec| spec.name == name);
-            let data = datapath.map_data(spec.ok_or(OpenError::Missing { kind: "map", name })?)?;
-            Ok::<_, InspectError>(Map::PerCpuArray(data))
-        };
+        let open = |spec| datapath.map_data(spec);
         Ok(Self {
-            counters: open("COUNTERS")?.try_into().map_err(failed("COUNTERS"))?,
-            usage: open("USAGE")?.try_into().map_err(failed("USAGE"))?,
-            reset: Mutex::new(open("USAGE")?.try_into().map_err(failed("USAGE"))?),
+            counters: typed("COUNTERS", open)?,
+            usage: typed("USAGE", open)?,
+            reset: Mutex::new(typed("USAGE", open)?),
+            refusals: Mutex::new(typed("REFUSALS", open)?),
             inspector: Inspector::of(datapath)?,
             fill: Mutex::default(),
         })
@@ -95,7 +93,16 @@ impl Counts for KernelCounts {
         let cpus = aya::util::nr_cpus().map_err(|(what, error)| failed(format!("{what}: {error}")))?;
         let zero = PerCpuValues::try_from(vec![Usage::default(); cpus])
             .map_err(|error| failed(error.to_string()))?;
-        lock(&self.reset).set(id, zero, 0).map_err(|error| failed(error.to_string()))
+        lock(&self.reset).set(id, zero, 0).map_err(|error| failed(error.to_string()))?;
+        let mut refusals = lock(&self.refusals);
+        // As a rule there are none at all: one call instead of one for each reason.
+        if refusals.keys().next().is_some() {
+            for reason in 0..REASONS {
+                // Most are not there.
+                let _ = refusals.remove(&RefusalKey { service: id, reason });
+            }
+        }
+        Ok(())
     }
 
     fn fill(&self) -> Result<Vec<MapView>, InspectError> {

@@ -21,7 +21,14 @@ use crate::source::{Event, Kind};
 
 const LIMITS: Limits =
     Limits { services: 50, backends: 100, slots: 1000, addresses: 50, sources: 50, members: 50 };
-const FEATURES: Features = Features { set_retval: true, coarse_clock: true, csum_ipv6: false, tcx: true };
+const FEATURES: Features = Features {
+    set_retval: true,
+    coarse_clock: true,
+    csum_ipv6: false,
+    checks_mtu: true,
+    tcx: true,
+    kernel_sweep: true,
+};
 
 /// Counting maps in memory.
 #[derive(Clone, Debug, Default)]
@@ -84,7 +91,8 @@ struct World {
 
 impl World {
     fn new(maps: FakeMaps, counts: &Fake, limit: usize) -> Self {
-        let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+        let facts =
+            Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random, mode: None };
         let health = Health::new(false);
         let metrics = Metrics::with_limit(&health, limit);
         metrics.attach(Box::new(counts.clone()), &FEATURES);

@@ -13,6 +13,7 @@ use prometheus_client::registry::Registry;
 
 use super::process::unix_seconds;
 use super::{Label, lock};
+use crate::edges::{EDGE_SOURCES, EDGES, Repairs};
 use crate::entries::{Compiled, FrontendKind, Op, ServiceName, Target, WhenEmpty};
 use crate::model::Change;
 
@@ -79,7 +80,7 @@ pub struct Work {
     programming: Histogram,
     no_local_endpoints: Family<Label, Gauge>,
     findings: Gauge,
-    repairs: Family<Label, Counter>,
+    repairs: Repairs,
     check_entries: Counter,
     check_seconds: Counter<f64, AtomicU64>,
     check_rounds: Counter,
@@ -175,7 +176,7 @@ impl Work {
     }
 
     fn register_check(&self, registry: &mut Registry) {
-        for map in Op::MAPS {
+        for map in Op::MAPS.into_iter().chain([EDGES, EDGE_SOURCES]) {
             drop(self.repairs.get_or_create(&[("map", map)]));
         }
         registry.register(
@@ -215,6 +216,11 @@ impl Work {
     pub fn note_check_round(&self, took: Duration) {
         self.check_rounds.inc();
         self.check_round.set(took.as_secs_f64());
+    }
+
+    /// Entries that had to be mended, by map.
+    pub fn repairs(&self) -> &Repairs {
+        &self.repairs
     }
 
     /// An entry of a map had to be mended.

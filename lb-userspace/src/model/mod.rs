@@ -5,6 +5,7 @@ mod objects;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 pub use objects::Objects;
@@ -45,6 +46,8 @@ pub struct Touched {
     pub node: bool,
     /// A ServiceCIDR changed.
     pub service_cidrs: bool,
+    /// Addresses of another node changed.
+    pub peers: bool,
 }
 
 impl Touched {
@@ -69,6 +72,8 @@ pub struct Model {
     /// Those of this node with host ports.
     pods: BTreeMap<PodName, Arc<Pod>>,
     node: Option<Node>,
+    /// Addresses of the other nodes.
+    peers: BTreeMap<String, Vec<IpAddr>>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
 }
 
@@ -83,6 +88,7 @@ impl Model {
             hinted: BTreeSet::new(),
             pods: BTreeMap::new(),
             node: None,
+            peers: BTreeMap::new(),
             service_cidrs: BTreeMap::new(),
         }
     }
@@ -110,10 +116,16 @@ impl Model {
                     touched.pods.insert(name);
                 }
             }
+            Change::Node(node) if node.name != self.node_name => {
+                touched.peers = self.peers.get(&node.name) != Some(&node.addresses);
+                self.peers.insert(node.name, node.addresses);
+            }
             Change::Node(node) => self.set_node(Some(*node), &mut touched),
             Change::NodeGone(name) => {
                 if name == self.node_name {
                     self.set_node(None, &mut touched);
+                } else {
+                    touched.peers = self.peers.remove(&name).is_some();
                 }
             }
             Change::ServiceCidr(name, nets) => {
@@ -164,6 +176,11 @@ impl Model {
     /// The Node object of this node, if there is one.
     pub fn node(&self) -> Option<&Node> {
         self.node.as_ref()
+    }
+
+    /// Addresses of the other nodes, by name.
+    pub fn peers(&self) -> &BTreeMap<String, Vec<IpAddr>> {
+        &self.peers
     }
 
     /// The networks of every ServiceCIDR, in the order of their names.
@@ -229,7 +246,7 @@ impl Model {
     }
 
     fn set_node(&mut self, node: Option<Node>, touched: &mut Touched) {
-        if node.as_ref().is_some_and(|node| node.name != self.node_name) || node == self.node {
+        if node == self.node {
             return;
         }
         let zone = |node: &Option<Node>| node.as_ref().and_then(|node| node.zone.clone());

@@ -1,5 +1,7 @@
 //! All objects of a model at one moment, apart from it.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -16,6 +18,8 @@ pub struct Objects {
     pub pods: Vec<Arc<Pod>>,
     /// This node.
     pub node: Option<Node>,
+    /// Names and addresses of the others, as far as anybody has asked for them.
+    pub peers: BTreeMap<String, Vec<IpAddr>>,
     /// Names and networks; `None`: not known, which is not the same as that there are none.
     pub service_cidrs: Option<Vec<(String, Vec<IpNet>)>>,
 }
@@ -27,9 +31,13 @@ impl Objects {
         let slices = self.slices.iter().map(|slice| Change::Slice(Arc::clone(slice)));
         let pods = self.pods.iter().map(|pod| Change::Pod(Arc::clone(pod)));
         let node = self.node.iter().map(|node| Change::Node(Box::new(node.clone())));
+        let peer = |(name, addresses): (&String, &Vec<IpAddr>)| {
+            Change::Node(Box::new(Node { addresses: addresses.clone(), ..Node::named(name) }))
+        };
+        let peers = self.peers.iter().map(peer);
         let cidrs = self.service_cidrs.iter().flatten();
         let cidrs = cidrs.map(|(name, nets)| Change::ServiceCidr(name.clone(), nets.clone()));
-        services.chain(slices).chain(pods).chain(node).chain(cidrs)
+        services.chain(slices).chain(pods).chain(node).chain(peers).chain(cidrs)
     }
 }
 
@@ -42,6 +50,7 @@ impl Model {
             slices: self.slices.values().flatten().cloned().collect(),
             pods: self.pods.values().cloned().collect(),
             node: self.node.clone(),
+            peers: self.peers.clone(),
             service_cidrs: service_cidrs_known.then(cidrs),
         }
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::entries::{Algorithm, Family, Protocol, ServiceName};
+use crate::entries::{Algorithm, Family, Mode, Protocol, ServiceName};
 use crate::finding::Finding;
 use crate::owner::PodName;
 
@@ -44,6 +44,8 @@ pub struct Service {
     pub health_port: Option<u16>,
     /// The annotation [`Service::ALGORITHM`].
     pub algorithm: Option<Algorithm>,
+    /// The annotation [`Service::MODE`].
+    pub mode: Option<Mode>,
     /// What could not be understood in the object.
     #[serde(skip)]
     pub findings: Vec<Finding>,
@@ -52,6 +54,9 @@ pub struct Service {
 impl Service {
     /// The annotation that chooses the algorithm of one Service: `random` or `maglev`.
     pub const ALGORITHM: &str = "fairlead.io/algorithm";
+
+    /// The annotation that chooses the mode of one Service: `snat`, `dsr` or `hybrid`.
+    pub const MODE: &str = "fairlead.io/mode";
 
     /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
     pub const AFFINITY_SECONDS: u32 = 10_800;
@@ -75,6 +80,7 @@ impl Service {
             external_policy: Policy::Cluster,
             health_port: None,
             algorithm: None,
+            mode: None,
             findings: vec![],
         }
     }
@@ -177,7 +183,8 @@ pub struct Endpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
-    pub node: Option<Box<str>>,
+    /// Endpoints of a slice share it.
+    pub node: Option<Arc<str>>,
     /// Most have none, and there are many endpoints.
     pub hints: Option<Box<Hints>>,
 }

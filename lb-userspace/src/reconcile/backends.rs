@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use lb_common::abi::{backend_flags, backend_state};
 
-use crate::entries::{Backend, BackendEntry, Family, Keep, Op};
+use crate::entries::{Backend, BackendEntry, Family, Keep, Op, Protocol};
 
 /// The backend ids of one family.
 #[derive(Debug)]
@@ -21,15 +21,15 @@ pub(super) struct Backends {
     /// Found in the maps, in no window: whose they are shows when somebody asks for the address.
     orphans: BTreeMap<(SocketAddr, bool), Vec<u32>>,
     /// Backends that got an id (`true`) or lost it since somebody asked.
-    changes: Vec<(Backend, bool)>,
+    changes: Vec<(Backend, u32, bool)>,
 }
 
 #[derive(Debug)]
 struct Record {
     addr: SocketAddr,
     local: bool,
-    /// None: free, or an orphan.
-    backend: Option<Backend>,
+    /// None: free, or an orphan. There are many: address and place stand above already.
+    protocol: Option<Protocol>,
     /// As the map has it.
     state: u8,
     generation: u32,
@@ -45,6 +45,11 @@ struct Record {
 impl Record {
     fn is_referenced(&self) -> bool {
         self.windows > 0 || self.keep_flows > 0 || self.keep_connections > 0
+    }
+
+    /// Whose it is.
+    fn backend(&self) -> Option<Backend> {
+        self.protocol.map(|protocol| Backend { addr: self.addr, protocol, local: self.local })
     }
 
     fn entry(&self) -> BackendEntry {
@@ -94,7 +99,7 @@ impl Backends {
         self.ids[index] = Some(Record {
             addr: entry.addr,
             local,
-            backend,
+            protocol: backend.map(|backend| backend.protocol),
             state: entry.state,
             generation: entry.generation,
             windows: 0,
@@ -109,6 +114,11 @@ impl Backends {
         } else {
             self.orphans.entry((entry.addr, local)).or_default().push(id);
         }
+    }
+
+    /// Every backend with its id.
+    pub(super) fn assigned(&self) -> impl Iterator<Item = (Backend, u32)> {
+        self.by_backend.iter().map(|(backend, id)| (*backend, *id))
     }
 
     /// The id of a backend, if it has one.
@@ -147,7 +157,7 @@ impl Backends {
         self.ids[id as usize] = Some(Record {
             addr: backend.addr,
             local: backend.local,
-            backend: Some(backend),
+            protocol: Some(backend.protocol),
             state: backend_state::UNUSED,
             generation,
             windows: 0,
@@ -165,7 +175,7 @@ impl Backends {
             return None;
         }
         let id = self.orphans.get_mut(&(backend.addr, backend.local))?.pop()?;
-        self.record(id)?.backend = Some(*backend);
+        self.record(id)?.protocol = Some(backend.protocol);
         self.come(*backend, id);
         Some(id)
     }
@@ -236,14 +246,15 @@ impl Backends {
             return None;
         }
         record.retired = None;
+        let backend = record.backend();
+        record.protocol = None;
         record.state = backend_state::UNUSED;
         record.addr = SocketAddr::new(family.unspecified(), 0);
         record.local = false;
-        let backend = record.backend.take();
         let op = Op::SetBackend { family, id, entry: record.entry() };
         if let Some(backend) = backend {
             self.by_backend.remove(&backend);
-            self.changes.push((backend, false));
+            self.changes.push((backend, id, false));
         }
         self.free.insert(id);
         Some(op)
@@ -257,7 +268,7 @@ impl Backends {
     }
 
     /// Backends that got an id (`true`) or lost it since this was asked last, in that order.
-    pub(super) fn take_changes(&mut self) -> Vec<(Backend, bool)> {
+    pub(super) fn take_changes(&mut self) -> Vec<(Backend, u32, bool)> {
         std::mem::take(&mut self.changes)
     }
 
@@ -279,7 +290,7 @@ impl Backends {
 
     fn come(&mut self, backend: Backend, id: u32) {
         self.by_backend.insert(backend, id);
-        self.changes.push((backend, true));
+        self.changes.push((backend, id, true));
     }
 
     fn record(&mut self, id: u32) -> Option<&mut Record> {

@@ -27,6 +27,7 @@ pub enum Spot {
     Network(Family, u32),
     Frontend(FrontendKey),
     Address(IpAddr),
+    Place(FrontendKey),
 }
 
 impl Reconciler {
@@ -73,6 +74,10 @@ impl Reconciler {
                 let ops = installed.map(|(key, have)| Op::SetFrontend { key: *key, entry: have.entry });
                 take(ops, budget)
             }
+            Table::Places => match after {
+                Some(Spot::Place(key)) => take(self.places.after(Some(key)), budget),
+                _ => take(self.places.after(None), budget),
+            },
             Table::Addresses => match after {
                 Some(Spot::Address(addr)) => take(self.addresses.after(Some(addr)), budget),
                 _ => take(self.addresses.after(None), budget),
@@ -97,6 +102,7 @@ impl Reconciler {
             }
             Op::SetFrontend { key, .. } | Op::RemoveFrontend { key } => self.installed.contains_key(key),
             Op::SetAddress { addr, .. } | Op::RemoveAddress { addr } => self.addresses.has(addr),
+            Op::SetPlace { key, .. } | Op::RemovePlace { key } => self.places.has(key),
         }
     }
 
@@ -120,7 +126,7 @@ impl Reconciler {
             | Op::RemoveSource { service, .. }
             | Op::SetName { service, .. }
             | Op::RemoveName { service } => self.names.owner(*service),
-            Op::SetNetwork { .. } => None,
+            Op::SetNetwork { .. } | Op::SetPlace { .. } | Op::RemovePlace { .. } => None,
             Op::SetFrontend { key, .. } | Op::RemoveFrontend { key } => {
                 self.installed.get(key)?.owner.as_ref()
             }
@@ -184,5 +190,6 @@ fn spot(op: &Op) -> Spot {
         Op::SetNetwork { family, index, .. } => Spot::Network(*family, *index),
         Op::SetFrontend { key, .. } | Op::RemoveFrontend { key } => Spot::Frontend(*key),
         Op::SetAddress { addr, .. } | Op::RemoveAddress { addr } => Spot::Address(*addr),
+        Op::SetPlace { key, .. } | Op::RemovePlace { key } => Spot::Place(*key),
     }
 }

@@ -78,6 +78,7 @@ impl Reconciler {
         self.services.insert(name.clone(), service);
         let mut touched = std::mem::take(&mut steps.touched);
         touched.append(&mut self.note_backends());
+        steps.backends.extend(self.places.take_ops());
         let findings = self.settle_addresses(touched, &mut steps.addresses);
         if !findings.is_empty() {
             self.unfit.insert(name.clone());
@@ -131,6 +132,9 @@ impl Reconciler {
             };
             if frontend.source_kept {
                 entry.flags |= service_flags::SOURCE_KEPT;
+            }
+            if frontend.dsr {
+                entry.flags |= service_flags::DSR;
             }
             if frontend.restricted {
                 entry.flags |= service_flags::SOURCE_RANGES;

@@ -20,6 +20,7 @@ mod maglev;
 mod members;
 mod names;
 mod networks;
+mod places;
 mod ranges;
 mod sources;
 
@@ -37,6 +38,8 @@ use self::claims::{Claimed, ServiceIds};
 use self::install::Removals;
 use self::members::Members;
 use self::names::Names;
+pub use self::places::Peers;
+use self::places::Places;
 use self::ranges::Ranges;
 use self::sources::Sources;
 use crate::entries::{
@@ -91,6 +94,7 @@ pub struct Reconciler {
     /// `NETWORKS4` and `NETWORKS6` as they are.
     networks: [Vec<(IpNet, u32)>; 2],
     sources: Sources,
+    places: Places,
     /// Services with source ranges: they care about the node's addresses.
     restricted: BTreeSet<Owner>,
     retired: VecDeque<(Instant, Retired)>,
@@ -251,6 +255,7 @@ impl Reconciler {
             names: Names::new(limits.services, snapshot.names.clone()),
             networks: snapshot.networks.clone(),
             sources: Sources::new(limits.sources, snapshot.sources.clone()),
+            places: Places::new(snapshot.places.clone()),
             restricted: BTreeSet::new(),
             retired: VecDeque::new(),
             visited: 0,
@@ -297,6 +302,7 @@ impl Reconciler {
         service.frontends = compiled.frontends.into_iter().collect();
         service.to_keep = compiled.kept.into_iter().collect();
         service.sources = compiled.sources;
+        self.places.note_homes(compiled.homes);
         if service.sources.is_empty() {
             self.restricted.remove(name);
         } else {
@@ -337,6 +343,15 @@ impl Reconciler {
         (ops, findings)
     }
 
+    /// These are the other nodes of the cluster, which tunnel packets to this one.
+    pub fn set_peers(&mut self, peers: Peers) -> Vec<Op> {
+        if !self.places.has_begun() {
+            self.places.begin(self.backends.iter().flat_map(Backends::assigned));
+        }
+        self.places.set_peers(peers);
+        self.places.take_ops()
+    }
+
     /// Looks again at the Services that admit the node or not: to be called when its addresses have changed.
     pub fn review_sources(&mut self, now: Instant) -> Batch {
         let mut batch = Batch::default();
@@ -365,6 +380,8 @@ impl Reconciler {
                 self.settle_backend(family, id, now, &mut steps.retire);
             }
         }
+        self.places.finish();
+        steps.retire.extend(self.places.take_ops());
         let known: BTreeSet<u32> = self.services.values().map(|service| service.id).collect();
         steps.retire.extend(self.sources.finish(&known));
         steps.retire.extend(self.names.finish());
@@ -410,6 +427,7 @@ impl Reconciler {
             }
         }
         let touched = self.note_backends();
+        batch.ops.extend(self.places.take_ops());
         // Nothing is added here that could lack room.
         self.settle_addresses(touched, &mut batch.ops);
         if freed && !self.unfit.is_empty() {
@@ -554,7 +572,8 @@ impl Reconciler {
     fn note_backends(&mut self) -> BTreeSet<IpAddr> {
         let mut touched = BTreeSet::new();
         for family in [Family::V4, Family::V6] {
-            for (backend, came) in self.backends_mut(family).take_changes() {
+            for (backend, id, came) in self.backends_mut(family).take_changes() {
+                self.places.note(&backend, id, came);
                 if came {
                     self.addresses.add_backend(&backend);
                 } else {

@@ -45,6 +45,7 @@ fn desired(frontends: &[(&str, &[&str])]) -> Desired {
             algorithm,
             restricted: false,
             source_kept: false,
+            dsr: false,
             port,
             affinity: 0,
             internal,
@@ -171,6 +172,8 @@ fn kinds(ops: &[Op]) -> Vec<&'static str> {
             Op::RemoveSource { .. } => "-source",
             Op::SetAddress { .. } => "address",
             Op::RemoveAddress { .. } => "-address",
+            Op::SetPlace { .. } => "place",
+            Op::RemovePlace { .. } => "-place",
         })
         .collect()
 }
@@ -794,6 +797,7 @@ fn any_frontend(v6: bool) -> impl Strategy<Value = Frontend> {
                 algorithm,
                 restricted,
                 source_kept,
+                dsr: same && maglev,
                 port: 80,
                 affinity,
                 internal,
@@ -858,7 +862,10 @@ fn any_desired() -> impl Strategy<Value = Desired> {
                 of_family.insert(net);
             }
         }
-        Desired { created, compiled: Compiled { frontends, sources, kept, health: None } }
+        Desired {
+            created,
+            compiled: Compiled { frontends, sources, kept, homes: BTreeMap::new(), health: None },
+        }
     })
 }
 

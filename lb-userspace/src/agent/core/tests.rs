@@ -1,4 +1,5 @@
 mod check;
+mod queue;
 mod restored;
 
 use std::sync::Arc;
@@ -72,7 +73,8 @@ struct World {
 
 impl World {
     fn new(maps: FakeMaps) -> Self {
-        let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+        let facts =
+            Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random, mode: None };
         let health = Health::new(false);
         let agent = Agent::new(facts, maps, health.clone()).unwrap();
         Self { agent, health, now: Instant::now() }
@@ -395,7 +397,7 @@ impl Maps for Picky {
 
 #[test]
 fn a_service_that_is_refused_for_good_stops_no_other() {
-    let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+    let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random, mode: None };
     let health = Health::new(false);
     let maps = Picky { maps: FakeMaps::new(LIMITS), hates: key(1) };
     let mut agent = Agent::new(facts, maps, health.clone()).unwrap();

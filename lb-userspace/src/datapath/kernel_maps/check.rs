@@ -9,8 +9,8 @@ use ipnet::IpNet;
 use lb_common::abi::{self, AddressInfo, MemberKey, Network, OwnerName, ServiceKey, Source};
 
 use super::{
-    KernelMaps, PRESENT, backend, fd, frontend_key, network_entry, octets4, octets6, read_error, service_key,
-    source_key, source_net, source_value,
+    KernelMaps, PRESENT, backend, fd, frontend_key, network_entry, octets4, octets6, place_entry, read_error,
+    service_key, source_key, source_net, source_value,
 };
 use crate::datapath::{MapError, Position};
 use crate::entries::{BackendEntry, Family, Op, Table};
@@ -76,7 +76,19 @@ impl KernelMaps {
                     (None, None) => Ok(true),
                 }
             }
+            Op::SetPlace { key, place } => match (octets4(key.addr), octets6(key.addr)) {
+                (Some(addr), _) => {
+                    let found = self.places4.get(&service_key(*key, addr), 0);
+                    equal(map, found, place_entry(*place, octets4))
+                }
+                (_, Some(addr)) => {
+                    let found = self.places6.get(&service_key(*key, addr), 0);
+                    equal(map, found, place_entry(*place, octets6))
+                }
+                (None, None) => Ok(true),
+            },
             Op::RemoveFrontend { .. }
+            | Op::RemovePlace { .. }
             | Op::RemoveMember { .. }
             | Op::RemoveSource { .. }
             | Op::RemoveName { .. }
@@ -130,6 +142,10 @@ impl KernelMaps {
                 let key = frontend_key(&key, key.addr.octets.into())?;
                 Some(Op::RemoveFrontend { key })
             }),
+            Table::Places => hash("PLACES4", &self.places4, cursor, count, |key: ServiceKey<_>| {
+                let key = frontend_key(&key, key.addr.octets.into())?;
+                Some(Op::RemovePlace { key })
+            }),
             Table::Addresses => hash("ADDRESSES4", &self.addresses4, cursor, count, |addr: abi::Addr4| {
                 Some(Op::RemoveAddress { addr: addr.octets.into() })
             }),
@@ -154,6 +170,10 @@ impl KernelMaps {
             Table::Frontends => hash("SERVICES6", &self.services6, cursor, count, |key: ServiceKey<_>| {
                 let key = frontend_key(&key, key.addr.octets.into())?;
                 Some(Op::RemoveFrontend { key })
+            }),
+            Table::Places => hash("PLACES6", &self.places6, cursor, count, |key: ServiceKey<_>| {
+                let key = frontend_key(&key, key.addr.octets.into())?;
+                Some(Op::RemovePlace { key })
             }),
             Table::Addresses => hash("ADDRESSES6", &self.addresses6, cursor, count, |addr: abi::Addr6| {
                 Some(Op::RemoveAddress { addr: addr.octets.into() })
