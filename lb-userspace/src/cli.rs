@@ -1,7 +1,18 @@
 //! The command line.
 
+mod bugreport;
+mod completion;
+mod drops;
+mod examples;
+mod flows;
+mod man;
+mod services;
+mod status;
+mod top;
+
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -10,9 +21,12 @@ use nix::sys::stat::{Mode, umask};
 use crate::check::{self, State};
 use crate::datapath::{self, DEFAULT_BPFFS};
 use crate::edges::Rules;
+use crate::entries::{FrontendKind, Protocol};
 use crate::explain::load::{self, Source};
+use crate::explain::node_ports::{self, NodePorts};
 use crate::explain::{Subject, explain, programmed};
 use crate::inspect::{InspectError, Inspector};
+use crate::nodeports::NodePortAddresses;
 use crate::settings::Settings;
 use crate::{agent, kept, kube_proxy, logging, show, trace};
 
@@ -27,15 +41,26 @@ pub struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Runs the agent of this node. SIGTERM stops it; the datapath goes on
+    #[command(after_help = examples::RUN)]
     Run(Box<Run>),
-    /// What is attached where, how full the maps are, and what became of packets
-    Status(Read),
+    /// How the agent, its source and the hooks are, how full the maps are, what was dropped, and what to do about it
+    #[command(after_help = status::EXAMPLES)]
+    Status(status::Status),
     /// Frontends, and the backends that clients inside and outside of the cluster get
-    Services(Read),
-    /// Backends
-    Backends(Backends),
+    #[command(after_help = services::SERVICES_EXAMPLES)]
+    Services(services::Services),
+    /// Backends, and the Services that may choose them
+    #[command(after_help = services::BACKENDS_EXAMPLES)]
+    Backends(services::Backends),
     /// Translated connections, both directions
-    Flows(Read),
+    #[command(after_help = flows::EXAMPLES)]
+    Flows(Box<flows::Flows>),
+    /// What goes through Services now: packets, bytes, connections and drops per second
+    #[command(after_help = top::EXAMPLES)]
+    Top(top::Top),
+    /// What did not get what it asked for: packets and sockets by reason and Service, and one by one as they come
+    #[command(after_help = drops::EXAMPLES)]
+    Drops(drops::Drops),
     /// Why a Service, or an address and port, answers or does not, and what to change
     #[command(after_help = EXPLAIN_EXAMPLES)]
     Explain(Box<Explain>),
@@ -43,9 +68,20 @@ enum Command {
     #[command(after_help = TRACE_EXAMPLES)]
     Trace(Trace),
     /// Looks at whether this node can run the agent, and who else is on its hooks; changes nothing
+    #[command(after_help = examples::CHECK)]
     Check(Check),
     /// Removes every program, link, map and setting that the agent made on this node
+    #[command(after_help = examples::CLEANUP)]
     Cleanup(Cleanup),
+    /// Collects what a bug report needs in one archive, without secrets, with an agent or without
+    #[command(after_help = bugreport::EXAMPLES)]
+    Bugreport(bugreport::Bugreport),
+    /// Prints a script that lets a shell complete this command line
+    #[command(after_help = completion::EXAMPLES)]
+    Completion(completion::Completion),
+    /// Writes manual pages
+    #[command(hide = true)]
+    Man(man::Man),
 }
 
 #[derive(Args)]
@@ -62,17 +98,9 @@ struct Run {
 struct Read {
     #[command(flatten)]
     pins: Pins,
+    /// Tables for people, json for programs (docs/cli.md says what stays)
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t)]
     output: Output,
-}
-
-#[derive(Args)]
-struct Backends {
-    #[command(flatten)]
-    read: Read,
-    /// Also ids that are not in use
-    #[arg(long)]
-    all: bool,
 }
 
 const EXPLAIN_EXAMPLES: &str = "\
@@ -110,6 +138,12 @@ struct Explain {
     /// What the agent kept, for when the API server cannot be asked [default: as of `fairlead run`]
     #[arg(long, value_name = "FILE")]
     state_file: Option<PathBuf>,
+    /// As of `fairlead run` [default: what the maps of this node say, else all]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    nodeport_addresses: Option<Vec<String>>,
+    /// As of the API server: nodePorts that it allows
+    #[arg(long, value_name = "FIRST-LAST", default_value_t)]
+    service_node_port_range: node_ports::Range,
     #[command(flatten)]
     read: Read,
 }
@@ -137,7 +171,7 @@ Examples:
                                                       a pod asks for a Service
   fairlead trace node 10.96.0.1:443 -o json           a process of this node
   fairlead trace 10.244.1.5:51234 10.96.0.1:443       the port of a connection: shows its backend
-  fairlead trace 10.244.1.5 10.96.0.1:443 --via veth7 through this device";
+  fairlead trace 10.244.1.5 10.96.0.1:443 --via eth0  through this device";
 
 #[derive(Args)]
 struct Check {
@@ -180,7 +214,20 @@ struct Pins {
 enum Output {
     #[default]
     Table,
+    /// A table with all columns
+    Wide,
     Json,
+}
+
+/// What was asked for contradicts itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(String);
+
+impl Usage {
+    fn new(error: impl std::fmt::Display) -> Self {
+        Self(error.to_string())
+    }
 }
 
 impl Cli {
@@ -188,14 +235,19 @@ impl Cli {
     pub fn run(self) -> Result<()> {
         match self.command {
             Command::Run(run) => run.run(),
-            Command::Status(read) => read.show(show::status),
-            Command::Services(read) => read.show(show::services),
-            Command::Backends(Backends { read, all }) => read.show(|to| show::backends(to, all)),
-            Command::Flows(read) => read.show(show::flows),
+            Command::Status(status) => status.run(),
+            Command::Services(services) => services.run(),
+            Command::Backends(backends) => backends.run(),
+            Command::Flows(flows) => flows.run(),
+            Command::Top(top) => top.run(),
+            Command::Drops(drops) => drops.run(),
             Command::Explain(explain) => explain.run(),
             Command::Trace(trace) => trace.run(),
             Command::Check(check) => check.run(),
             Command::Cleanup(cleanup) => cleanup.run(),
+            Command::Bugreport(bugreport) => bugreport.run(),
+            Command::Completion(completion) => completion.run(),
+            Command::Man(man) => man.run(),
         }
     }
 }
@@ -223,8 +275,8 @@ impl Run {
 impl Read {
     fn show(&self, show: impl FnOnce(&mut show::To<'_>) -> Result<()>) -> Result<()> {
         let mut out = io::BufWriter::new(io::stdout().lock());
-        let json = self.output == Output::Json;
-        let outcome = show(&mut show::To { bpffs: &self.pins.bpffs, json, out: &mut out });
+        let (json, wide) = (self.output == Output::Json, self.output == Output::Wide);
+        let outcome = show(&mut show::To { bpffs: &self.pins.bpffs, json, wide, out: &mut out });
         let outcome = outcome.and_then(|()| Ok(io::Write::flush(&mut out)?));
         match outcome {
             // Whoever reads has seen enough.
@@ -241,6 +293,8 @@ impl Explain {
         if let Subject::Service(name) = &self.subject {
             load::check_name(name)?;
         }
+        let nodeport_addresses =
+            self.nodeport_addresses.map(|values| NodePortAddresses::parse(&values)).transpose()?;
         let source = Source {
             files: self.files,
             manifests: self.manifests,
@@ -251,15 +305,27 @@ impl Explain {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.context("cannot start the runtime")?;
-        let loaded = runtime.block_on(load::load(&self.subject, &self.namespace, &source))?;
+        let mut loaded = runtime.block_on(load::load(&self.subject, &self.namespace, &source))?;
+        let read =
+            || Inspector::open(bpffs).and_then(|maps| Ok((maps.services()?, maps.node_port_addresses()?)));
+        let maps = loaded.is_here.then(read);
+        let node = loaded.objects.nodes.iter().find(|node| node.name == loaded.node.name);
+        loaded.node.node_ports = NodePorts {
+            range: self.service_node_port_range,
+            addresses: match (&nodeport_addresses, &maps) {
+                (Some(allowed), _) => node_ports::named(allowed, &loaded.node, node),
+                (None, Some(Ok((_, addresses)))) => addresses.clone(),
+                (None, Some(Err(_)) | None) => None,
+            },
+        };
         let mut explanation = explain(&self.subject, &self.namespace, &loaded.objects, &loaded.node)?;
         explanation.source = loaded.source;
         explanation.notes.extend(loaded.notes);
-        if loaded.is_here {
-            match Inspector::open(bpffs).and_then(|inspector| inspector.services()) {
-                Ok(maps) => programmed::compare(&mut explanation, &maps),
-                Err(InspectError::NoDatapath { .. }) => {}
-                Err(error) => explanation.notes.push(format!("what is programmed cannot be read: {error}")),
+        match maps {
+            Some(Ok((services, _))) => programmed::compare(&mut explanation, &services),
+            Some(Err(InspectError::NoDatapath { .. })) | None => {}
+            Some(Err(error)) => {
+                explanation.notes.push(format!("what is programmed cannot be read: {error}"));
             }
         }
         self.read.show(|to| show::explain(to, &explanation))
@@ -326,6 +392,38 @@ impl Cleanup {
     }
 }
 
+/// `--proto`.
+fn protocol(text: &str) -> Result<Protocol, String> {
+    let all = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let known = all.into_iter().find(|known| known.to_string().eq_ignore_ascii_case(text));
+    known.ok_or_else(|| "is not tcp, udp or sctp".into())
+}
+
+/// `--kind`.
+fn frontend_kind(text: &str) -> Result<FrontendKind, String> {
+    let all = (0..=u8::MAX).filter_map(FrontendKind::from_number);
+    let known = all.into_iter().find(|known| known.to_string().eq_ignore_ascii_case(text));
+    known.ok_or_else(|| "is not ClusterIP, NodePort, LoadBalancer, ExternalIP or HostPort".into())
+}
+
+/// `--interval`.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.1..=3600.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "is not a number of seconds from 0.1 to 3600".into())
+}
+
+/// A value that cannot be understood, in one line; `None`: something else is wrong, and the usage helps.
+pub fn wrong_value(error: &clap::Error) -> Option<String> {
+    use clap::error::ErrorKind::{InvalidValue, ValueValidation};
+    if !matches!(error.kind(), InvalidValue | ValueValidation) {
+        return None;
+    }
+    let text = error.render().to_string();
+    // What follows is a tip.
+    let lines = text.trim_start_matches("error: ").lines().take_while(|line| !line.is_empty());
+    Some(lines.map(str::trim).collect::<Vec<_>>().join(" "))
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let kind = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
     error.downcast_ref::<io::Error>().is_some_and(kind)
@@ -353,6 +451,30 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_filters_are_one_line() {
+        for wrong in [
+            &["flows", "--client", "10.0.0"][..],
+            &["flows", "--proto", "icmp"],
+            &["flows", "--state", "open"],
+            &["flows", "--service", "a/b/c"],
+            &["flows", "--follow", "--interval", "0"],
+            &["services", "--kind", "vip"],
+            &["services", "Web"],
+            &["backends", "--address", "10.0.0.1:http"],
+        ] {
+            let parsed = Cli::try_parse_from([&["fairlead"], wrong].concat());
+            let error = parsed.err().unwrap();
+            let line = wrong_value(&error).unwrap();
+            assert_eq!((line.lines().count(), error.exit_code()), (1, 2), "{line}");
+            assert!(line.starts_with("invalid value ") && line.contains(wrong[wrong.len() - 1]), "{line}");
+        }
+        let missing = Cli::try_parse_from(["fairlead", "flows", "--sort", "idle"]).err().unwrap();
+        assert_eq!(wrong_value(&missing), None);
+        let cli = Cli::try_parse_from(["fairlead", "flows", "--service", "a/b", "-n", "c"]).unwrap();
+        assert!(cli.run().unwrap_err().is::<Usage>());
     }
 
     #[test]

@@ -4,14 +4,19 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use fairlead::cli::{Cli, one_line};
+use fairlead::cli::{Cli, Usage, one_line, wrong_value};
 
 fn main() -> ExitCode {
-    match Cli::parse().run() {
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        let Some(line) = wrong_value(&error) else { error.exit() };
+        eprintln!("fairlead: {line}");
+        std::process::exit(error.exit_code());
+    });
+    match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("fairlead: {}", one_line(&error));
-            ExitCode::FAILURE
+            if error.is::<Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }

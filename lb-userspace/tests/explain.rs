@@ -128,6 +128,34 @@ fn what_kubectl_prints() {
     }
 }
 
+/// What the agent and the API server are told, who are not here to be asked.
+#[test]
+fn settings_of_node_ports() {
+    let dir = TempDir::new().unwrap();
+    write(dir.path(), "all.yaml", &list(&[service(), slice(), pod("http"), node()]));
+    let codes = |more: &[&str]| {
+        let arguments = ["192.0.2.2:30080", "-o", "json", "--manifests", dir.path().to_str().unwrap()];
+        let output = fairlead(&[&arguments[..], more].concat()).output().unwrap();
+        let json: Value = serde_json::from_str(&well(&output)).unwrap();
+        let findings = json["findings"].as_array().unwrap().iter();
+        findings.map(|finding| finding["code"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(codes(&[]), [""; 0]);
+    assert_eq!(codes(&["--nodeport-addresses", "192.0.2.0/24"]), ["node-port-addresses"]);
+    assert_eq!(codes(&["--nodeport-addresses", "primary"]), ["node-port-addresses"]);
+    let elsewhere = codes(&["--nodeport-addresses", "198.51.100.0/24,fd00::/8"]);
+    assert_eq!(elsewhere, ["node-port-address", "node-port-addresses"]);
+    assert_eq!(codes(&["--service-node-port-range", "20000-30079"]), ["node-port-range"]);
+    for wrong in [["--nodeport-addresses", "eth0"], ["--service-node-port-range", "2-1"]] {
+        let output = fairlead(&[&["svc/web"][..], &wrong].concat()).output().unwrap();
+        let error = text(&output.stderr);
+        assert!(
+            !output.status.success() && error.lines().count() == 1 && error.contains(wrong[1]),
+            "{error}"
+        );
+    }
+}
+
 #[test]
 fn exit_statuses() {
     let dir = TempDir::new().unwrap();

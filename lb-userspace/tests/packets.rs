@@ -11,31 +11,37 @@ use std::thread;
 
 use aya::Pod;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use fairlead::datapath::test_run::{Input, test_run};
 use fairlead::datapath::{Datapath, Options, Place, Sizes};
 use fairlead::sys::netns;
 use lb_common::abi::{
-    Affinity, AffinityKey, Counter, Flow, FlowKey, Fragment, FragmentKey, Network, Side, Source, Usage,
-    edge_flags,
+    Affinity, AffinityKey, Counter, Flow, FlowKey, Fragment, FragmentKey, Network, OwnMac, RefusalKey,
+    Sample, Sampling, Side, Source, Usage, edge_flags,
 };
 use lb_common::host::{HostPacket, HostRoute, HostTables};
-use lb_common::maps::MAPS;
+use lb_common::maps::{MAPS, MAX_MACS};
 use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
 use lb_common::reason::{Action, counter_index};
 use lb_common::tables::FlowTable;
 use lb_common::testing::{
-    Segment, TestFamily, at, cluster, fragments, icmp_error, ports, read, reassemble, sctp, udp,
+    RECEIVER, Segment, TestFamily, at, cluster, fragments, icmp_error, ports, read, reassemble, sctp, udp,
 };
+use lb_common::tunnel;
+use lb_common::wire::Mac;
 use lb_common::wire::sctp_chunk::{ABORT, INIT, INIT_ACK, SHUTDOWN_COMPLETE};
 use lb_common::wire::tcp_flags::{ACK, FIN, RST, SYN};
 use lb_common::{Family, Hook, Reason, V4, V6};
 
 #[path = "packets/frames.rs"]
 mod frames;
+#[path = "packets/hops.rs"]
+mod hops;
 #[path = "packets/preserved.rs"]
 mod preserved;
+#[path = "packets/tunnel.rs"]
+mod tunnels;
 
 /// The node's device and the Ethernet addresses on its link.
 const DEVICE: &str = "up0";
@@ -128,9 +134,10 @@ fn mac(octets: [u8; 6]) -> String {
     octets.map(|o| format!("{o:02x}")).join(":")
 }
 
-fn open(masquerade_all: bool) -> Datapath {
+fn open(masquerade_all: bool, tunnel_port: u16) -> Datapath {
     let sizes = Sizes { flows: Some(128 * 1024), services: Some(1024), backends: Some(1024) };
-    Datapath::isolated(&Options { sizes, masquerade_all, ..Options::default() }).expect("the programs load")
+    Datapath::isolated(&Options { sizes, masquerade_all, tunnel_port, ..Options::default() })
+        .expect("the programs load")
 }
 
 fn map<F: KernelFamily>(datapath: &Datapath, name: &str) -> MapData {
@@ -148,6 +155,7 @@ fn mirror<F: KernelFamily>(tables: &HostTables<F>, datapath: &Datapath)
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
+    lb_common::abi::Place<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
     Source<F::Addr>: Pod,
@@ -163,6 +171,14 @@ where
     let mut edges = hash::<F, _, _>(datapath, "EDGES");
     for (key, value) in &tables.edges {
         edges.insert(*key, *value, 0).expect("room");
+    }
+    let mut macs = Array::try_from(Map::Array(map::<F>(datapath, "MACS"))).expect("an array of addresses");
+    for (place, own) in &tables.own_macs {
+        macs.set(*place, *own, 0).expect("room");
+    }
+    let mut places = hash::<F, _, _>(datapath, "PLACES");
+    for (key, value) in &tables.places {
+        places.insert(*key, *value, 0).expect("room");
     }
     let mut backends =
         Array::try_from(Map::Array(map::<F>(datapath, "BACKENDS"))).expect("an array of backends");
@@ -226,6 +242,21 @@ fn usage<F: KernelFamily>(datapath: &Datapath) -> BTreeMap<u32, Usage> {
     usage
 }
 
+/// What clients of each Service were refused for.
+fn refusals<F: KernelFamily>(datapath: &Datapath) -> BTreeMap<RefusalKey, u64> {
+    let map = Map::PerCpuHashMap(map::<F>(datapath, "REFUSALS"));
+    let map: PerCpuHashMap<_, RefusalKey, u64> = map.try_into().expect("a hash of counts");
+    let entries = map.iter().map(|entry| entry.expect("an entry"));
+    entries.map(|(key, counts)| (key, counts.iter().sum())).collect()
+}
+
+/// Has the programs tell of every packet that is lost.
+fn samples<F: KernelFamily>(datapath: &Datapath) -> RingBuf<MapData> {
+    let mut switch = Array::try_from(Map::Array(map::<F>(datapath, "SAMPLING"))).expect("an array");
+    switch.set(0, Sampling { until: u64::MAX, lost: 0 }, 0).expect("a switch");
+    Map::RingBuf(map::<F>(datapath, "SAMPLES")).try_into().expect("a ring buffer")
+}
+
 /// The entries of a flow table in the kernel.
 fn flows<F: KernelFamily>(datapath: &Datapath, table: FlowTable) -> BTreeMap<FlowKey<F::Addr>, Flow<F::Addr>>
 where
@@ -262,6 +293,7 @@ struct Pair<F: KernelFamily> {
     kernel: Datapath,
     device: u32,
     counts: BTreeMap<(Hook, Reason), u64>,
+    samples: RingBuf<MapData>,
     since_5_15: bool,
 }
 
@@ -269,6 +301,7 @@ impl<F: KernelFamily> Pair<F>
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
+    lb_common::abi::Place<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
     FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
@@ -278,9 +311,20 @@ where
 {
     /// `masquerades`: `--masquerade-all`, with these flags of the one way out.
     fn new(device: u32, masquerades: Option<u32>) -> Self {
-        let (mut host, kernel) = (cluster::<F>(device), open(masquerades.is_some()));
+        Self::with(device, masquerades, |_| {})
+    }
+
+    /// With these changes to the small cluster.
+    fn with(device: u32, masquerades: Option<u32>, change: impl FnOnce(&mut HostTables<F>)) -> Self {
+        let mut host = cluster::<F>(device);
+        change(&mut host);
+        let kernel = open(masquerades.is_some(), host.tunnel_port);
         host.masquerades_all = masquerades.is_some();
-        host.edges.entry(device).or_default().flags |= masquerades.unwrap_or(0);
+        host.sends_tunnelled = kernel.features().checks_mtu;
+        let edge = host.edges.entry(device).or_default();
+        edge.flags |= masquerades.unwrap_or(0);
+        let own = OwnMac { ifindex: device, mac: Mac { octets: RECEIVER }, pad: 0 };
+        host.own_macs.insert(device % MAX_MACS, own);
         for edge in host.edges.values_mut().filter(|_| fastrand::bool()) {
             edge.flags |= edge_flags::XDP_FIRST;
         }
@@ -292,7 +336,9 @@ where
             eprintln!("not tested on this kernel: XDP, and that clients are told the MTU as it is");
         }
         let counts = since_5_15.then_some(((Hook::Xdp, Reason::NotIp), 1)).into_iter().collect();
-        Self { host, kernel, device, counts, since_5_15 }
+        host.samples.replace(Some(vec![]));
+        let samples = samples::<F>(&kernel);
+        Self { host, kernel, device, counts, samples, since_5_15 }
     }
 
     /// What can be run here.
@@ -310,10 +356,14 @@ where
         if place == Place::Xdp {
             packet = packet.with_hook_behind();
         }
-        let (verdict, reason) = if is_family::<F>(frame) {
-            process::<F, _, _>(&mut packet, &self.host, side)
-        } else {
-            (Verdict::Pass, Reason::NotIp)
+        let taken_out = match side {
+            Side::NicIn if is_family::<F>(frame) => tunnel::unwrap::<F, _, _>(&mut packet, &self.host),
+            _ => Ok(false),
+        };
+        let (verdict, reason) = match taken_out {
+            Err(reason) => (Verdict::Drop, reason),
+            Ok(_) if is_family::<F>(frame) => process::<F, _, _>(&mut packet, &self.host, side),
+            Ok(_) => (Verdict::Pass, Reason::NotIp),
         };
         *self.counts.entry((hook, reason)).or_default() += 1;
 
@@ -342,6 +392,15 @@ where
             want.clone_from(&output.frame);
         }
         assert_eq!(output.frame, want, "{}", context());
+        let want_told = self.host.samples.replace(Some(vec![])).unwrap_or_default();
+        let want_told = want_told.into_iter().map(|sample| Sample { time: 0, hook: hook as u8, ..sample });
+        let mut told = vec![];
+        while let Some(bytes) = self.samples.next() {
+            let sample = fairlead::drops::decode(&bytes).expect("a sample");
+            assert!(sample.time <= monotonic(), "{sample:?}");
+            told.push(Sample { time: 0, ..sample });
+        }
+        assert_eq!(told, want_told.collect::<Vec<_>>(), "{place:?} {verdict:?} {reason:?} {frame:02x?}");
         (verdict, reason, want)
     }
 
@@ -366,7 +425,7 @@ where
     fn settle(&self) {
         for table in [FlowTable::Established, FlowTable::Pending] {
             let clean = |flows: BTreeMap<FlowKey<F::Addr>, Flow<F::Addr>>| -> BTreeMap<_, _> {
-                flows.into_iter().map(|(key, flow)| (key, Flow { last_seen: 0, ..flow })).collect()
+                flows.into_iter().map(|(key, flow)| (key, Flow { last_seen: 0, tick: 0, ..flow })).collect()
             };
             let (host, kernel) = (clean(self.host.entries(table)), clean(flows::<F>(&self.kernel, table)));
             assert_eq!(host, kernel, "{table:?}");
@@ -380,6 +439,7 @@ where
         };
         assert_eq!(clean(self.host.fragments.borrow().clone()), clean(remembered::<F>(&self.kernel)));
         assert_eq!(*self.host.usage.borrow(), usage::<F>(&self.kernel));
+        assert_eq!(*self.host.refusals.borrow(), refusals::<F>(&self.kernel));
         let host: Vec<_> = self.counts.iter().map(|((hook, reason), n)| (*hook, *reason, *n)).collect();
         assert_eq!(host, counters::<F>(&self.kernel));
     }
@@ -547,6 +607,7 @@ fn conversations<F: KernelFamily>(device: u32, seed: u64, packets: usize, masque
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
+    lb_common::abi::Place<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
     FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
@@ -680,6 +741,7 @@ fn damaged<F: KernelFamily>(device: u32, seed: u64, packets: usize)
 where
     lb_common::abi::ServiceKey<F::Addr>: Pod,
     lb_common::abi::Backend<F::Addr>: Pod,
+    lb_common::abi::Place<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
     FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use aya_obj::Object;
 use aya_obj::generated::bpf_insn;
 use fairlead::datapath::program_names;
+use lb_common::maps::programs::SWEEPS;
 
 /// Bytes that a program has (`MAX_BPF_STACK`).
 const STACK: usize = 512;
@@ -21,7 +22,7 @@ fn programs_keep_within_the_stack_of_every_supported_kernel() {
     let mut object = Object::parse(&bytes).expect("a BPF object");
     let sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
     object.relocate_calls(&sections).expect("every called function");
-    for name in program_names() {
+    for name in program_names().chain(SWEEPS.map(|(name, _)| name)) {
         let program = object.programs.get(name).expect(name);
         let linked = object.functions.get(&program.function_key()).expect(name);
         let need = Functions::of(&linked.instructions).stack(0);

@@ -86,22 +86,53 @@ impl Claims {
         node: &NodeFacts,
     ) -> Option<Owner> {
         let exact = self.matching(at, protocol, node).into_iter().next();
+        let exact = exact.or_else(|| self.withheld(at, protocol, node));
         let same_address = || self.by_key.keys().find(|key| key.addr == at.ip());
         self.winner(exact.or_else(same_address)?).cloned()
     }
 
     /// Frontends that answer at this address: those of the address itself before those of every address of the node.
     fn matching(&self, at: SocketAddr, protocol: Option<Protocol>, node: &NodeFacts) -> Vec<&FrontendKey> {
-        let of = |addr: IpAddr| {
-            let fits = move |key: &&FrontendKey| {
-                key.addr == addr
-                    && key.port == at.port()
-                    && protocol.is_none_or(|asked| asked == key.protocol)
-            };
-            self.by_key.keys().filter(fits)
+        let any = self.everywhere(at, protocol, node).filter(|key| self.answers(key, at.ip(), node));
+        self.keys(at.ip(), at.port(), protocol).chain(any).collect()
+    }
+
+    /// A NodePort that would answer at this address of the node, if NodePorts answered on it.
+    pub(super) fn withheld(
+        &self,
+        at: SocketAddr,
+        protocol: Option<Protocol>,
+        node: &NodeFacts,
+    ) -> Option<&FrontendKey> {
+        self.everywhere(at, protocol, node).find(|key| !self.answers(key, at.ip(), node))
+    }
+
+    /// Frontends of every address of the node, this one included.
+    fn everywhere(
+        &self,
+        at: SocketAddr,
+        protocol: Option<Protocol>,
+        node: &NodeFacts,
+    ) -> impl Iterator<Item = &FrontendKey> {
+        let own = node.has(at.ip());
+        self.keys(Family::of(at.ip()).unspecified(), at.port(), protocol).filter(move |_| own)
+    }
+
+    fn keys(
+        &self,
+        addr: IpAddr,
+        port: u16,
+        protocol: Option<Protocol>,
+    ) -> impl Iterator<Item = &FrontendKey> {
+        let fits = move |key: &&FrontendKey| {
+            key.addr == addr && key.port == port && protocol.is_none_or(|asked| asked == key.protocol)
         };
-        let any = of(Family::of(at.ip()).unspecified()).filter(|_| node.has(at.ip()));
-        of(at.ip()).chain(any).collect()
+        self.by_key.keys().filter(fits)
+    }
+
+    /// Whether a frontend of every address answers at this one: host ports do.
+    fn answers(&self, key: &FrontendKey, addr: IpAddr, node: &NodeFacts) -> bool {
+        matches!(self.winner(key), Some(Owner::Pod(_))) || node.node_ports.answer_at(addr)
     }
 
     /// Whoever wants this address and port, the one who has it first.

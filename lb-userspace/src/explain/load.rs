@@ -137,6 +137,7 @@ impl Found {
             kubeconfig: source.kubeconfig.clone(),
             master: source.master.clone(),
             node_name: String::new(),
+            all_nodes: false,
         };
         let client = kubernetes::client(&options).await?;
         let host = host_name().context("cannot read the host name")?;
@@ -230,10 +231,8 @@ fn node(objects: &Objects, subject: &Subject, given: Option<&str>, host: &str) -
         None => asked.or_else(|| named(host)).or_else(only),
     };
     let name = given.unwrap_or_else(|| node.map_or(host, |node| &node.name));
-    let facts = node.map_or_else(
-        || NodeFacts { name: name.into(), zone: None, addresses: BTreeSet::new(), known: given.is_some() },
-        NodeFacts::of,
-    );
+    let facts =
+        node.map_or_else(|| NodeFacts { known: given.is_some(), ..NodeFacts::unknown(name) }, NodeFacts::of);
     let is_host = match &facts.addresses {
         // A node may be called otherwise than its host.
         unknown if unknown.is_empty() => given.is_some() || name == host,

@@ -14,9 +14,6 @@ use crate::finding;
 use crate::model::{EndpointSlice, Ignored, Policy, ServiceType};
 use crate::owner::Owner;
 
-/// What API servers allow, unless `--service-node-port-range` says otherwise.
-const NODE_PORTS: std::ops::RangeInclusive<i32> = 30_000..=32_767;
-
 /// Pods, labels or ports that are named in one text.
 const NAMED: usize = 3;
 
@@ -70,6 +67,19 @@ pub(super) fn port_not_served(
     )
 }
 
+/// It is the port of a NodePort, and the address none of those that NodePorts answer on.
+pub(super) fn node_port_address(at: SocketAddr, key: &FrontendKey, node: &NodeFacts) -> Finding {
+    let text = format!(
+        "{} is an address of node {} that NodePorts do not answer on: {}/{} answers on {} (--nodeport-addresses)",
+        at.ip(),
+        node.name,
+        key.port,
+        key.protocol,
+        node.node_ports.places()
+    );
+    of_node(Severity::Error, "node-port-address", text)
+}
+
 struct Case<'a> {
     service: &'a Service,
     objects: &'a Objects,
@@ -99,6 +109,7 @@ impl Case<'_> {
             self.target(&port);
             self.number(&port);
         }
+        self.node_ports();
         self.endpoints();
         self.addresses();
         self.source_ranges();
@@ -264,15 +275,29 @@ impl Case<'_> {
     }
 
     fn number(&mut self, port: &Port<'_>) {
-        if let Some(number) = port.from_node.filter(|number| !NODE_PORTS.contains(number)) {
+        let range = &self.node.node_ports.range;
+        if let Some(number) = port.from_node.filter(|number| !range.contains(*number)) {
             let text = format!(
-                "nodePort {number} is not in {}-{}: API servers refuse it, unless their --service-node-port-range says \
-                 otherwise, and processes of the node may want it",
-                NODE_PORTS.start(),
-                NODE_PORTS.end()
+                "nodePort {number} is not in {range}: API servers refuse it, unless their --service-node-port-range \
+                 says otherwise, and processes of the node may want it"
             );
             self.warn("node-port-range", format!("spec.ports[{}].nodePort", port.index), text);
         }
+    }
+
+    /// On which addresses its NodePorts answer, if not on all.
+    fn node_ports(&mut self) {
+        let settled = &self.node.node_ports;
+        let has_any = self.service.model.ports.iter().any(|port| port.node_port.is_some());
+        let Some(addresses) = settled.addresses.as_ref().filter(|_| has_any) else { return };
+        let (severity, others) = if addresses.is_empty() {
+            (Severity::Warning, "")
+        } else {
+            (Severity::Note, ", and on no other of its addresses")
+        };
+        let (places, node) = (settled.places(), &self.node.name);
+        let text = format!("NodePorts answer on {places} of node {node}{others} (--nodeport-addresses)");
+        self.found.push(of_node(severity, "node-port-addresses", text));
     }
 
     /// Whether the slices have what the policies may choose from.
@@ -498,6 +523,11 @@ fn slug(kind: &str) -> String {
 
 fn finding(severity: Severity, code: &str, field: impl Into<String>, text: impl Into<String>) -> Finding {
     Finding { severity, code: code.to_owned(), field: Some(field.into()), text: text.into() }
+}
+
+/// Of a setting of the node: no field has to change.
+fn of_node(severity: Severity, code: &str, text: String) -> Finding {
+    Finding { severity, code: code.to_owned(), field: None, text }
 }
 
 fn labels(selector: &std::collections::BTreeMap<String, String>) -> String {

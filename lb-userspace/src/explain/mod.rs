@@ -11,6 +11,7 @@ mod chain;
 mod claims;
 pub mod load;
 mod mistakes;
+pub mod node_ports;
 mod objects;
 pub mod programmed;
 pub mod render;
@@ -22,6 +23,7 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use self::node_ports::NodePorts;
 pub use self::objects::Objects;
 use crate::compile::Facts;
 use crate::entries::{Algorithm, Family, FrontendKey, Protocol, ServiceName};
@@ -74,17 +76,34 @@ pub struct NodeFacts {
     pub addresses: BTreeSet<IpAddr>,
     /// There is such a Node, or somebody says so; else nothing is said of what is missing on it.
     pub known: bool,
+    pub node_ports: NodePorts,
 }
 
 impl NodeFacts {
     /// Of a Node object.
     pub fn of(node: &Node) -> Self {
         let addresses = node.addresses.iter().copied().collect();
-        Self { name: node.name.clone(), zone: node.zone.clone(), addresses, known: true }
+        Self { zone: node.zone.clone(), addresses, known: true, ..Self::unknown(&node.name) }
+    }
+
+    /// Of a node of which nobody says anything.
+    pub fn unknown(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            zone: None,
+            addresses: BTreeSet::new(),
+            known: false,
+            node_ports: NodePorts::default(),
+        }
     }
 
     fn facts(&self) -> Facts {
-        Facts { node_name: self.name.clone(), zone: self.zone.clone(), algorithm: Algorithm::Maglev }
+        Facts {
+            node_name: self.name.clone(),
+            zone: self.zone.clone(),
+            algorithm: Algorithm::Maglev,
+            mode: None,
+        }
     }
 
     fn has(&self, addr: IpAddr) -> bool {
@@ -316,7 +335,11 @@ pub fn explain(
     if let Subject::Address(at, protocol) = subject
         && explanation.claimants.is_empty()
     {
-        explanation.findings.insert(0, mistakes::port_not_served(*at, *protocol, &explanation.clients));
+        let finding = match claims.withheld(*at, *protocol, node) {
+            Some(key) => mistakes::node_port_address(*at, key, node),
+            None => mistakes::port_not_served(*at, *protocol, &explanation.clients),
+        };
+        explanation.findings.insert(0, finding);
     }
     if !node.known {
         let name = &node.name;

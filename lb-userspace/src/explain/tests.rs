@@ -256,8 +256,8 @@ fn policy_local_without_local_endpoints() {
     // There, nothing is wrong with it, and nothing is said of a node that nobody knows.
     let well = with("type: LoadBalancer", "type: LoadBalancer\n  externalTrafficPolicy: Local");
     assert_eq!(found(&explained(&well)), [""; 0]);
-    let node = NodeFacts { name: "?".into(), zone: None, addresses: BTreeSet::new(), known: false };
-    let explanation = explain(&"svc/web".parse().unwrap(), "shop", &objects(&well), &node).unwrap();
+    let unknown = NodeFacts::unknown("?");
+    let explanation = explain(&"svc/web".parse().unwrap(), "shop", &objects(&well), &unknown).unwrap();
     assert_eq!((found(&explanation).len(), explanation.notes.len()), (0, 1));
 }
 
@@ -271,6 +271,52 @@ fn node_ports_outside_of_the_range_or_missing() {
     let text = with("nodePort: 30080, ", "").replace("type: LoadBalancer", "type: NodePort");
     only_text(&text, "error no-node-port spec.ports[0].nodePort");
     assert_eq!(steps(&explained(&text))[0], "nodePort - does not");
+}
+
+#[test]
+fn another_range_of_node_ports() {
+    let text = with("nodePort: 30080", "nodePort: 8080");
+    let objects = objects(&text);
+    let mut node = NodeFacts::of(&objects.nodes[0]);
+    node.node_ports.range = "8000-9000".parse().unwrap();
+    let found_on =
+        |node: &NodeFacts| found(&explain(&"svc/web".parse().unwrap(), "shop", &objects, node).unwrap());
+    assert_eq!(found_on(&node), [""; 0]);
+    node.node_ports.range = "20000-30000".parse().unwrap();
+    assert_eq!(found_on(&node), ["warning node-port-range spec.ports[0].nodePort"]);
+}
+
+#[test]
+fn addresses_that_node_ports_do_not_answer_on() {
+    // Its host port answers everywhere.
+    let text = WELL.replacen("containerPort: 8080}", "containerPort: 8080, hostPort: 8088}", 1);
+    let objects = objects(&text.replace(
+        "addresses: [{type: InternalIP, address: 192.0.2.2}]",
+        "addresses: [{type: InternalIP, address: 192.0.2.2}, {type: ExternalIP, address: 198.51.100.2}]",
+    ));
+    let mut node = NodeFacts::of(&objects.nodes[0]);
+    node.node_ports.addresses = Some(["192.0.2.2".parse().unwrap()].into());
+    let explained = |subject: &str| explain(&subject.parse().unwrap(), "shop", &objects, &node).unwrap();
+    for subject in ["svc/web", "192.0.2.2:30080"] {
+        let explanation = explained(subject);
+        assert_eq!(found(&explanation), ["note node-port-addresses -"], "{subject}");
+        let expected = "NodePorts answer on 192.0.2.2 of node node-a, and on no other of its addresses (--nodeport-addresses)";
+        assert_eq!(explanation.findings[0].text, expected);
+    }
+    for subject in ["198.51.100.2:30080", "127.0.0.1:30080/TCP"] {
+        let explanation = explained(subject);
+        let expected = ["error node-port-address -", "note node-port-addresses -"];
+        assert_eq!(found(&explanation), expected, "{subject}");
+        assert!(explanation.claimants.is_empty() && explanation.service.is_some(), "{subject}");
+    }
+    assert_eq!(
+        explained("198.51.100.2:30080").findings[0].text,
+        "198.51.100.2 is an address of node node-a that NodePorts do not answer on: 30080/TCP answers on 192.0.2.2 \
+         (--nodeport-addresses)"
+    );
+    assert_eq!(explained("198.51.100.2:8088").claimants[0].name, "web-1");
+    let nobody = explain(&"198.51.100.2:30080/UDP".parse().unwrap(), "shop", &objects, &node).unwrap_err();
+    assert!(nobody.to_string().contains("is an address of node node-a"), "{nobody}");
 }
 
 #[test]
@@ -412,7 +458,8 @@ fn what_the_maps_have_is_compared() {
     let mut explanation = explained(WELL);
     let scope = |addrs: &[&str]| {
         let share = |addr: &&str| ShareView { id: 1, address: addr.parse().ok(), port: 8080, slots: 1 };
-        ScopeView { when_empty: "reject", backends: addrs.iter().map(share).collect() }
+        let backends = addrs.iter().map(share).collect();
+        ScopeView { policy: "Cluster", when_empty: "reject", window: 1, slots: 1, backends }
     };
     let entry = |address: Option<&str>, port, addrs: &[&str]| ServiceView {
         address: address.map(|addr| addr.parse().unwrap()),
@@ -424,7 +471,9 @@ fn what_the_maps_have_is_compared() {
         owner: None,
         namespace: None,
         name: None,
+        service_port: None,
         algorithm: "maglev",
+        mode: "snat",
         affinity_seconds: 0,
         source_ranges: None,
         internal: scope(addrs),

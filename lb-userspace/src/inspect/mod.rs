@@ -3,6 +3,9 @@
 //!
 //! The names of all fields are part of the public interface (`-o json`).
 
+mod labels;
+mod select;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
@@ -13,18 +16,20 @@ use aya::Pod;
 use aya::maps::{LpmTrie, Map, MapData, MapError as AyaError, PerCpuArray};
 use lb_common::abi::{
     self, Addr4, Addr6, Affinity, AffinityKey, Carry, Edge, Flow, FlowKey, MemberKey, Side, SocketKey,
-    SocketPeer, SocketSide, Source, Window, backend_flags, backend_state, edge_flags, flow_flags, owner_kind,
-    service_flags,
+    SocketPeer, SocketSide, Source, Window, address_flags, backend_flags, backend_state, edge_flags,
+    flow_flags, frontend_kind, owner_kind, service_flags,
 };
 use lb_common::maps::{LAYOUT_VERSION, MAPS, MAX_USAGES, MapSpec};
 use lb_common::reason::{Action, Hook, Reason, counter_index};
 use serde::Serialize;
 
+pub use self::labels::{Label, Labels};
+pub use self::select::{EndpointFilter, NameFilter, SelectError};
 use crate::datapath::pins::{self, Pins};
 use crate::datapath::{Datapath, KernelMaps, MapError, Maps, OpenError, device_name, links, walk};
-use crate::entries::{BackendEntry, Family, FrontendKey, FrontendKind, Snapshot};
+use crate::entries::{BackendEntry, Family, FrontendKey, FrontendKind, Protocol, Snapshot};
 use crate::owner;
-use crate::sys::bpf::{self, LinkTarget};
+use crate::sys::bpf::{self, Cursor, LinkTarget};
 
 /// The maps cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +45,16 @@ pub enum InspectError {
     Map(#[from] MapError),
     #[error(transparent)]
     Datapath(#[from] OpenError),
+}
+
+/// Entries of a flow table that are read at a time: a millisecond, and half a megabyte.
+const FLOW_SLICE: usize = 4096;
+
+/// Where a walk over the flow tables stands.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FlowPosition {
+    table: usize,
+    cursor: Option<Cursor>,
 }
 
 /// A datapath to look at.
@@ -78,8 +93,12 @@ pub struct ServiceView {
     pub namespace: Option<String>,
     /// `null`: it has no name in the map. Beyond 63 bytes without its middle.
     pub name: Option<String>,
+    /// The `port` of the Service, also of a nodePort; `null`: no other frontend tells it.
+    pub service_port: Option<u16>,
     /// `maglev` or `random`.
     pub algorithm: &'static str,
+    /// `dsr`: nodes of backends answer clients from outside themselves; else `snat`.
+    pub mode: &'static str,
     /// How long a client is remembered, seconds; 0: it is not.
     pub affinity_seconds: u32,
     /// Networks that may ask; `null`: everybody may.
@@ -106,9 +125,61 @@ pub struct UsageView {
 /// The backends that clients of one scope may get.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct ScopeView {
+    /// The traffic policy, `Cluster` or `Local`, as far as the maps tell: without any endpoint in the cluster a `Local`
+    /// for clients inside reads `Cluster`.
+    pub policy: &'static str,
     /// What happens when there is none: `reject` or `drop`.
     pub when_empty: &'static str,
+    /// First slot of its window.
+    pub window: u32,
+    /// Slots of its window.
+    pub slots: u32,
     pub backends: Vec<ShareView>,
+}
+
+/// A port of a Service that has a backend.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+pub struct UserView {
+    /// Number of the Service or Pod.
+    pub service: u32,
+    pub owner: Option<&'static str>,
+    pub namespace: Option<String>,
+    pub name: Option<String>,
+    pub service_port: Option<u16>,
+    pub protocol: String,
+}
+
+impl UserView {
+    /// `namespace/name:port` as far as it is known.
+    pub fn text(&self) -> String {
+        let port = self.service_port.map(|port| format!(":{port}")).unwrap_or_default();
+        match (&self.namespace, &self.name) {
+            (Some(namespace), Some(name)) => format!("{namespace}/{name}{port}"),
+            _ => format!("number {}{port}", self.service),
+        }
+    }
+}
+
+impl From<&ServiceView> for UserView {
+    fn from(view: &ServiceView) -> Self {
+        Self {
+            service: view.service,
+            owner: view.owner,
+            namespace: view.namespace.clone(),
+            name: view.name.clone(),
+            service_port: view.service_port,
+            protocol: view.protocol.clone(),
+        }
+    }
+}
+
+/// A backend and who has it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct UsedBackendView {
+    #[serde(flatten)]
+    pub backend: BackendView,
+    /// Ports of Services, and host ports, that may choose it now; none: it only keeps connections, or nothing.
+    pub services: Vec<UserView>,
 }
 
 /// A backend in a window.
@@ -195,6 +266,8 @@ pub struct EdgeView {
     pub more_sources6: u16,
     /// XDP may redirect packets to it.
     pub xdp_transmit: bool,
+    /// XDP sees what comes in before tc does.
+    pub xdp_first: bool,
 }
 
 /// A program on a hook.
@@ -286,22 +359,58 @@ impl Inspector {
     pub fn services(&self) -> Result<Vec<ServiceView>, InspectError> {
         let snapshot = self.snapshot()?;
         let usages = self.usages(snapshot.frontends.values().map(|service| service.id))?;
-        let views = snapshot.frontends.iter().map(|(key, service)| ServiceView {
-            usage: usages.get(&service.id).copied(),
-            ..service_view(&snapshot, *key, service)
-        });
-        Ok(views.collect())
+        let mut views = service_views(&snapshot);
+        for view in &mut views {
+            view.usage = usages.get(&view.service).copied();
+        }
+        Ok(views)
+    }
+
+    /// What the numbers of Services stand for. Reads the frontends and the names, and no backends.
+    pub fn labels(&self) -> Result<Labels, InspectError> {
+        let mut names = Vec::new();
+        self.walk("NAMES", |service: u32, name: abi::OwnerName| names.push((service, name)))?;
+        Ok(Labels::new(names, &self.frontends()?))
+    }
+
+    /// Every frontend as the map has it.
+    pub fn frontends(&self) -> Result<BTreeMap<FrontendKey, abi::Service>, InspectError> {
+        let mut frontends = BTreeMap::new();
+        self.walk("SERVICES4", |key: abi::ServiceKey<Addr4>, service: abi::Service| {
+            frontends.extend(frontend_key(&key).map(|key| (key, service)));
+        })?;
+        self.walk("SERVICES6", |key: abi::ServiceKey<Addr6>, service: abi::Service| {
+            frontends.extend(frontend_key(&key).map(|key| (key, service)));
+        })?;
+        Ok(frontends)
+    }
+
+    /// Addresses of the node that NodePorts answer on; `None`: on all that host ports answer on.
+    pub fn node_port_addresses(&self) -> Result<Option<BTreeSet<IpAddr>>, InspectError> {
+        let (mut answering, mut is_restricted) = (BTreeSet::new(), false);
+        let mut see = |addr: IpAddr, info: abi::AddressInfo| {
+            let has = |flag| info.flags & flag != 0;
+            if has(address_flags::NODE_PORT) {
+                answering.insert(addr);
+            }
+            is_restricted |= has(address_flags::HOST_PORT) && !has(address_flags::NODE_PORT);
+        };
+        self.walk("ADDRESSES4", |addr: Addr4, info: abi::AddressInfo| see(addr.octets.into(), info))?;
+        self.walk("ADDRESSES6", |addr: Addr6, info: abi::AddressInfo| see(addr.octets.into(), info))?;
+        Ok(is_restricted.then_some(answering))
     }
 
     /// What went through the Services with these numbers, of those that are counted one by one.
-    fn usages(&self, ids: impl Iterator<Item = u32>) -> Result<BTreeMap<u32, UsageView>, InspectError> {
+    ///
+    /// Sums wrap: a counter that is written by nobody else overflows in no lifetime, and a map may be damaged.
+    pub fn usages(&self, ids: impl Iterator<Item = u32>) -> Result<BTreeMap<u32, UsageView>, InspectError> {
         let map = Map::PerCpuArray(duplicate(self.data("USAGE")?).map_err(fail("USAGE"))?);
         let usages: PerCpuArray<MapData, abi::Usage> = map.try_into().map_err(fail("USAGE"))?;
         let ids: BTreeSet<u32> = ids.filter(|id| (1..MAX_USAGES).contains(id)).collect();
         let mut views = BTreeMap::new();
         for id in ids {
             let values = usages.get(&id, 0).map_err(fail("USAGE"))?;
-            let sum = |count: fn(&abi::Usage) -> u64| values.iter().map(count).sum();
+            let sum = |count: fn(&abi::Usage) -> u64| values.iter().map(count).fold(0, u64::wrapping_add);
             let view = UsageView {
                 connections: sum(|usage| usage.connections),
                 packets: sum(|usage| usage.packets),
@@ -313,26 +422,72 @@ impl Inspector {
         Ok(views)
     }
 
-    /// Every backend that is or was in use.
-    pub fn backends(&self) -> Result<Vec<BackendView>, InspectError> {
+    /// Every backend that is or was in use, with the Services that have it.
+    pub fn used_backends(&self) -> Result<Vec<UsedBackendView>, InspectError> {
         let snapshot = self.snapshot()?;
-        Ok(snapshot.backends.iter().map(|((family, id), entry)| backend_view(*family, *id, entry)).collect())
+        let mut users: BTreeMap<(&str, u32), BTreeSet<UserView>> = BTreeMap::new();
+        for service in &service_views(&snapshot) {
+            for share in service.internal.backends.iter().chain(&service.external.backends) {
+                users.entry((service.family, share.id)).or_default().insert(service.into());
+            }
+        }
+        let views = snapshot.backends.iter().map(|((family, id), entry)| {
+            let backend = backend_view(*family, *id, entry);
+            let services = users.remove(&(backend.family, *id)).unwrap_or_default();
+            UsedBackendView { backend, services: services.into_iter().collect() }
+        });
+        Ok(views.collect())
     }
 
     /// Shows `visit` every direction of every flow; of half a million, so not as a list.
     pub fn flows(&self, mut visit: impl FnMut(FlowView)) -> Result<(), InspectError> {
-        let now = monotonic_nanoseconds();
-        for (map, pending) in [("FLOWS4", false), ("PENDING4", true)] {
-            self.walk(map, |key: FlowKey<Addr4>, flow: Flow<Addr4>| {
-                visit(flow_view(&key, &flow, pending, now));
-            })?;
-        }
-        for (map, pending) in [("FLOWS6", false), ("PENDING6", true)] {
-            self.walk(map, |key: FlowKey<Addr6>, flow: Flow<Addr6>| {
-                visit(flow_view(&key, &flow, pending, now));
-            })?;
+        let mut at = FlowPosition::default();
+        while let Some(next) = self.flow_slice(at, &mut visit)? {
+            at = next;
         }
         Ok(())
+    }
+
+    /// Shows `visit` some flows from a place on; the next place, `None` at the end. Pending ones come first, so that one
+    /// that is promoted meanwhile is seen, once or twice.
+    pub fn flow_slice(
+        &self,
+        at: FlowPosition,
+        visit: &mut impl FnMut(FlowView),
+    ) -> Result<Option<FlowPosition>, InspectError> {
+        const TABLES: [&str; 4] = ["PENDING4", "PENDING6", "FLOWS4", "FLOWS6"];
+        let Some(name) = TABLES.get(at.table).copied() else { return Ok(None) };
+        let pending = name.starts_with("PENDING");
+        let next = if name.ends_with('4') {
+            self.slice_of::<Addr4>(name, pending, at.cursor, visit)
+        } else {
+            self.slice_of::<Addr6>(name, pending, at.cursor, visit)
+        }?;
+        Ok(match next {
+            Some(cursor) => Some(FlowPosition { cursor: Some(cursor), ..at }),
+            None => Some(FlowPosition { table: at.table + 1, cursor: None }),
+        })
+    }
+
+    fn slice_of<A: Address>(
+        &self,
+        name: &'static str,
+        pending: bool,
+        cursor: Option<Cursor>,
+        visit: &mut impl FnMut(FlowView),
+    ) -> Result<Option<Cursor>, InspectError>
+    where
+        FlowKey<A>: Pod,
+        Flow<A>: Pod,
+    {
+        let map = self.data(name)?.fd().as_fd();
+        let (entries, next) = bpf::map_lookup_batch::<FlowKey<A>, Flow<A>>(map, cursor, FLOW_SLICE)
+            .map_err(|error| MapError::Failed { map: name.into(), reason: format!("read: {error}") })?;
+        let now = monotonic_nanoseconds();
+        for (key, flow) in entries {
+            visit(flow_view(&key, &flow, pending, now));
+        }
+        Ok(next)
     }
 
     /// What sockets were told.
@@ -358,6 +513,7 @@ impl Inspector {
                 more_sources4: edge.sources4,
                 more_sources6: edge.sources6,
                 xdp_transmit: edge.flags & edge_flags::XDP_TRANSMIT != 0,
+                xdp_first: edge.flags & edge_flags::XDP_FIRST != 0,
             });
         })?;
         views.sort_by_key(|view| view.ifindex);
@@ -415,6 +571,8 @@ impl Inspector {
                 "AFFINITY4" => self.count::<AffinityKey<Addr4>, Affinity>(spec)?,
                 "AFFINITY6" => self.count::<AffinityKey<Addr6>, Affinity>(spec)?,
                 "NAMES" => self.count::<u32, abi::OwnerName>(spec)?,
+                "PLACES4" => self.count::<abi::ServiceKey<Addr4>, abi::Place<Addr4>>(spec)?,
+                "PLACES6" => self.count::<abi::ServiceKey<Addr6>, abi::Place<Addr6>>(spec)?,
                 "MEMBERS" => self.count::<MemberKey, u32>(spec)?,
                 _ => continue,
             };
@@ -439,6 +597,42 @@ impl Inspector {
         let mut count = 0_u32;
         self.walk(spec.name, |_: K, _: V| count += 1)?;
         Ok(count)
+    }
+
+    /// How much of the arrays is in use that have a limit. Looks at every entry of them.
+    pub fn fill_of_arrays(&self) -> Result<Vec<MapView>, InspectError> {
+        let mut views = Vec::new();
+        for spec in &MAPS {
+            let entries = match spec.name {
+                "BACKENDS4" => self.count_backends::<Addr4>(spec)?,
+                "BACKENDS6" => self.count_backends::<Addr6>(spec)?,
+                "SLOTS" => self.count_slots()?,
+                _ => continue,
+            };
+            let max_entries = self.data(spec.name)?.info().map_err(fail(spec.name))?.max_entries();
+            views.push(MapView { map: spec.name, entries, max_entries });
+        }
+        Ok(views)
+    }
+
+    /// Those that are in use.
+    fn count_backends<A>(&self, spec: &MapSpec) -> Result<u32, InspectError>
+    where
+        abi::Backend<A>: Pod,
+    {
+        let mut count = 0_u32;
+        self.walk(spec.name, |_: u32, backend: abi::Backend<A>| {
+            count += u32::from(backend.state != backend_state::UNUSED);
+        })?;
+        Ok(count)
+    }
+
+    /// Those of windows that frontends refer to.
+    fn count_slots(&self) -> Result<u32, InspectError> {
+        let frontends = self.frontends()?;
+        let windows = frontends.values().flat_map(|service| [service.internal, service.external]);
+        let windows: BTreeMap<u32, u32> = windows.map(|window| (window.base, window.len)).collect();
+        Ok(windows.values().sum())
     }
 
     /// Tries are read in batches only since 5.13.
@@ -480,11 +674,38 @@ fn fail(map: &'static str) -> impl Fn(AyaError) -> InspectError {
     move |error| MapError::Failed { map: map.into(), reason: error.to_string() }.into()
 }
 
+/// Every frontend, without its usage.
+fn service_views(snapshot: &Snapshot) -> Vec<ServiceView> {
+    let labels = Labels::of(snapshot);
+    snapshot
+        .frontends
+        .iter()
+        .map(|(key, service)| ServiceView {
+            service_port: labels.port(service.id, key.protocol, key.port),
+            ..service_view(snapshot, *key, service)
+        })
+        .collect()
+}
+
 fn service_view(snapshot: &Snapshot, key: FrontendKey, service: &abi::Service) -> ServiceView {
     let family = Family::of(key.addr);
-    let scope = |window: Window, drop: u16| ScopeView {
+    let is_local = |flag: u16| if service.flags & flag == 0 { "Cluster" } else { "Local" };
+    let scope = |window: Window, drop: u16, policy: &'static str| ScopeView {
+        policy,
         when_empty: if service.flags & drop == 0 { "reject" } else { "drop" },
+        window: window.base,
+        slots: window.len,
         backends: shares(snapshot, family, window),
+    };
+    let external = match service.kind {
+        // The internal policy is theirs, whoever asks.
+        frontend_kind::CLUSTER_IP => is_local(service_flags::INTERNAL_DROP),
+        frontend_kind::HOST_PORT => "Local",
+        _ => is_local(service_flags::SOURCE_KEPT),
+    };
+    let internal = match service.kind {
+        frontend_kind::HOST_PORT => "Local",
+        _ => is_local(service_flags::INTERNAL_DROP),
     };
     let name = snapshot.names.get(&service.id);
     let restricted = service.flags & service_flags::SOURCE_RANGES != 0;
@@ -501,11 +722,13 @@ fn service_view(snapshot: &Snapshot, key: FrontendKey, service: &abi::Service) -
         owner: name.map(|name| owner_name(name.kind)),
         namespace: name.map(|name| owner::text(&name.namespace)),
         name: name.map(|name| owner::text(&name.name)),
+        service_port: None,
         algorithm: if service.flags & service_flags::MAGLEV == 0 { "random" } else { "maglev" },
+        mode: if service.flags & service_flags::DSR == 0 { "snat" } else { "dsr" },
         affinity_seconds: service.affinity,
         source_ranges: restricted.then_some(ranges),
-        internal: scope(service.internal, service_flags::INTERNAL_DROP),
-        external: scope(service.external, service_flags::EXTERNAL_DROP),
+        internal: scope(service.internal, service_flags::INTERNAL_DROP, internal),
+        external: scope(service.external, service_flags::EXTERNAL_DROP, external),
         usage: None,
     }
 }
@@ -565,6 +788,12 @@ impl Address for Addr6 {
     }
 }
 
+/// `None`: nothing of ours has this protocol.
+fn frontend_key<A: Address>(key: &abi::ServiceKey<A>) -> Option<FrontendKey> {
+    let protocol = Protocol::from_number(key.proto)?;
+    Some(FrontendKey { addr: key.addr.ip(), port: key.port, protocol })
+}
+
 fn flow_view<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, pending: bool, now: u64) -> FlowView {
     FlowView {
         side: side_name(key.side),
@@ -592,6 +821,7 @@ fn flow_view<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, pending: bool, now: u
             carry if carry == Carry::Stack as u8 => "stack",
             carry if carry == Carry::Forward as u8 => "forward",
             carry if carry == Carry::Bounce as u8 => "bounce",
+            carry if carry == Carry::Tunnel as u8 => "tunnel",
             _ => "unknown",
         },
         service: flow.service,
@@ -667,7 +897,6 @@ fn family_name(family: Family) -> &'static str {
     }
 }
 
-/// The clock of the kernel programs.
 /// What the programs call now.
 pub(crate) fn monotonic_nanoseconds() -> u64 {
     let clock = nix::time::ClockId::CLOCK_MONOTONIC;

@@ -6,6 +6,8 @@ use aya::Pod;
 use aya::maps::{HashMap, MapData};
 use lb_common::abi::{Affinity, AffinityKey, Flow, FlowKey};
 use lb_common::flow::{reverse_key, reverse_value};
+use lb_common::maps::MAX_MACS;
+use lb_common::wire::Mac;
 use lb_common::{Family, Hook, Reason, V4, V6};
 
 use super::TraceError;
@@ -89,6 +91,19 @@ where
         let twin = Datapath::twin(bpffs)?;
         let own = Inspector::of(&twin)?;
         Ok(Self { live: Tables::of::<F>(live)?, private: Tables::of::<F>(&own)?, twin, own })
+    }
+
+    /// Addresses a frame to this node, if it comes in by an edge that looks at that.
+    pub(super) fn address(&self, ifindex: u32, frame: &mut [u8]) -> Result<(), TraceError> {
+        let macs = self.twin.macs_map()?;
+        if let Ok(own) = macs.get(&(ifindex % MAX_MACS), 0)
+            && own.ifindex == ifindex
+            && own.mac != Mac::default()
+            && let Some(dst) = frame.get_mut(..own.mac.octets.len())
+        {
+            dst.copy_from_slice(&own.mac.octets);
+        }
+        Ok(())
     }
 
     /// Takes over the live flow of this key with its other half, if there is one: it, and whether it is established.

@@ -49,7 +49,7 @@ pub(super) enum Part {
 }
 
 const TTL: u8 = 64;
-/// Locally administered addresses; hooks do not look at them.
+/// Locally administered addresses; an edge that looks at the second is told its own instead.
 const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
 const WINDOW: u16 = 64240;
 const PAYLOAD: &[u8] = b"fairlead trace";

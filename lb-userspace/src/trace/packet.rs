@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 
 use aya::Pod;
 use lb_common::abi::{AffinityKey, Carry, Flow, FlowKey, Side, network_flags};
-use lb_common::flow::{is_direct, reverse_key};
+use lb_common::flow::{is_direct, is_tunnelled, reverse_key};
 use lb_common::reason::Action;
-use lb_common::{Reason, service};
+use lb_common::{Reason, Tables as _, service};
 
 use super::bench::{Bench, Kin, hook};
 use super::frame::{Part, Tuple, build, read};
@@ -90,6 +90,9 @@ where
         Side::PodIn => &[Place::PodIn],
         Side::PodOut => &[Place::PodOut],
     };
+    if side == Side::NicIn {
+        bench.address(ifindex, &mut frame)?;
+    }
     let mut steps = Vec::new();
     let mut last = Reason::NotOurs;
     for place in places {
@@ -212,7 +215,7 @@ where
 fn scope<F: Kin>(tables: &lb_common::host::HostTables<F>, key: &FlowKey<F::Addr>) -> Scope {
     if key.side == Side::PodIn as u8 {
         Scope { internal: true, because: "the packet comes from a pod of this node" }
-    } else if service::networks::<F, _>(tables, &key.src) & network_flags::POD != 0 {
+    } else if tables.networks(&key.src) & network_flags::POD != 0 {
         Scope { internal: true, because: "the client's address is of the cluster's pod network" }
     } else {
         Scope { internal: false, because: "the client is outside of the cluster, or on another node" }
@@ -235,17 +238,23 @@ where
 {
     let backend = SocketAddr::new(ip::<F>(&flow.dst), flow.dst_port);
     let bounces = flow.carry == Carry::Bounce as u8;
-    let way = if bounces { None } else { way_to(backend.ip())? };
+    let to = if is_tunnelled(flow) { ip::<F>(&flow.src) } else { backend.ip() };
+    let way = if bounces { None } else { way_to(to)? };
     let out = if bounces { Some(arrival.ifindex) } else { way.map(|way| way.ifindex) };
     trace.way = Some(WayView {
         carry: match flow.carry {
             carry if carry == Carry::Forward as u8 => "forward",
+            carry if carry == Carry::Tunnel as u8 => "tunnel",
             _ if bounces => "bounce",
             _ => "stack",
         },
         device: out.map(device_name),
         next_hop: way.and_then(|way| way.gateway),
     });
+    if is_tunnelled(flow) {
+        // The answer does not come by here.
+        return Ok(());
+    }
     let side = reverse_key(key, flow).side;
     let all = [Side::NicIn, Side::NicOut, Side::PodIn, Side::PodOut];
     let Some(side) = all.into_iter().find(|known| *known as u8 == side) else { return Ok(()) };

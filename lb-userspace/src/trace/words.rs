@@ -53,6 +53,7 @@ pub const fn meaning(reason: Reason) -> &'static str {
         Reason::NoSuchService => "an address of a ServiceCIDR that no Service has",
         Reason::StrayFragment => "a fragment to a Service whose first fragment was not seen",
         Reason::UnservedProtocol => "a protocol without ports, to an address that only a Service has",
+        Reason::OtherHost => "a frame for another Ethernet address than the device's",
         Reason::LeftToOthers => {
             "another Service proxy has this connection (--takeover), or shall have it (--drain)"
         }
@@ -61,6 +62,19 @@ pub const fn meaning(reason: Reason) -> &'static str {
         }
         Reason::BackendRemoved => {
             "the connection's backend is no endpoint any more, and --tcp-to-removed-backend=reset"
+        }
+        Reason::Tunnelled => {
+            "sent on as it is, in a tunnel to the node of its backend, which answers the client itself (--mode)"
+        }
+        Reason::TunnelTooBig => {
+            "larger than the MTU towards the backend's node, less what the tunnel takes: the sender is told"
+        }
+        Reason::TunnelStranger => {
+            "it says that it comes out of a tunnel, and its sender is no node of the cluster as far as is known here"
+        }
+        Reason::TunnelBroken => "out of a tunnel of another node, with headers that Fairlead does not write",
+        Reason::NoSuchBackend => {
+            "another node has chosen an endpoint that is not on this one (any more); look at nodeName in its EndpointSlice"
         }
         Reason::FlowLost => {
             "of a connection whose flow is gone and whose backend was chosen at random: it is reset"

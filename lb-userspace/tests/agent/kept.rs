@@ -4,8 +4,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::double::{Double, NODES, SERVICES, SLICES};
 use crate::node::{Node, eventually, files, get, serve, status};
+use lb_double::{Double, NODES, SERVICES, SLICES};
 
 /// In the network namespace of the thread that calls.
 fn runtime() -> Runtime {

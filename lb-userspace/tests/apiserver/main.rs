@@ -2,9 +2,6 @@
 //! `etcd`; elsewhere these tests are listed as ignored. What they do is tried against the double everywhere.
 #![expect(clippy::unwrap_used, reason = "in tests, helpers included, a panic is the report")]
 
-#[expect(dead_code, reason = "the double misbehaves in other tests")]
-#[path = "../kubernetes/double.rs"]
-mod double;
 mod launch;
 mod memory;
 mod scenarios;

@@ -6,8 +6,8 @@ use std::process::Command;
 use fairlead::kept::{Identity, Kept, file};
 use serde_json::{Value, json};
 
-use super::double::{Double, NODES, SERVICES, SLICES};
 use super::scenarios::Follower;
+use lb_double::{Double, NODES, SERVICES, SLICES};
 
 /// Tells this program to be the follower, and of which API server.
 pub(crate) const MASTER: &str = "FAIRLEAD_TEST_MASTER";

@@ -11,7 +11,7 @@ use fairlead::entries::{Algorithm, Family, Limits};
 use fairlead::health::Health;
 use fairlead::kept::Kept;
 use fairlead::model::Objects;
-use fairlead::source::kubernetes::{Options, client, follow};
+use fairlead::source::kubernetes::{Nodes, Options, client, follow};
 use fairlead::source::{CHANNEL, Event};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
@@ -21,9 +21,10 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::double::{Double, NODES, SERVICES, SLICES};
 use super::launch::Cluster;
+use lb_double::{Double, NODES, SERVICES, SLICES};
 
+const OURS: Nodes<'_> = Nodes { name: "node-a", all: false };
 const PATIENCE: Duration = Duration::from_mins(2);
 const LIMITS: Limits =
     Limits { services: 100, backends: 100, slots: 1600, addresses: 100, sources: 100, members: 100 };
@@ -52,10 +53,10 @@ impl Server {
         match self {
             Self::Double(double) => {
                 let master = Some(format!("http://{}", double.addr));
-                Options { kubeconfig: None, master, node_name }
+                Options { kubeconfig: None, master, node_name, all_nodes: false }
             }
             Self::Real { cluster, .. } => {
-                Options { kubeconfig: Some(cluster.kubeconfig()), master: None, node_name }
+                Options { kubeconfig: Some(cluster.kubeconfig()), master: None, node_name, all_nodes: false }
             }
         }
     }
@@ -147,7 +148,7 @@ impl Follower {
     pub(crate) async fn start_large(master: String, kept: Option<Kept>) -> Self {
         let limits =
             Limits { services: 20_000, backends: 120_000, slots: 400_000, addresses: 20_000, ..LIMITS };
-        let options = Options { master: Some(master), node_name: "node-a".into(), kubeconfig: None };
+        let options = Options { master: Some(master), node_name: "node-a".into(), ..Options::default() };
         Self::with(&options, limits, kept).await
     }
 
@@ -156,8 +157,9 @@ impl Follower {
         let objects = kept.map(|kept| kept.objects);
         let nothing = Objects::default();
         let told = objects.as_ref().unwrap_or(&nothing);
-        let tasks = follow(&client(options).await.unwrap(), "node-a", &sender, told);
-        let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+        let tasks = follow(&client(options).await.unwrap(), OURS, &sender, told);
+        let facts =
+            Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random, mode: None };
         let mut agent = Agent::new(facts, FakeMaps::new(limits), Health::new(true)).unwrap();
         if let Some(objects) = objects {
             agent.restore(&objects, Timestamp::UNIX_EPOCH, Instant::now() + PATIENCE);

@@ -9,7 +9,7 @@ use std::process::Command;
 use aya::maps::{HashMap, MapData};
 use fairlead::datapath::node::StateFile;
 use fairlead::datapath::{Datapath, Options, TcMode, XdpKind, cleanup};
-use fairlead::edges::{Config, Edges, Reattached, Rules, View, XdpMode};
+use fairlead::edges::{Config, EDGES, Edges, Reattached, Repairs, Rules, View, XdpMode};
 use fairlead::sys::bpf::{self, LinkTarget};
 use lb_common::abi::{Addr4, Edge, edge_flags};
 
@@ -18,6 +18,7 @@ use crate::support::{OtherNetns, TempBpffs, eventually, has_tcx, in_new_netns, i
 pub(crate) struct Agent {
     edges: Edges,
     reattached: Reattached,
+    repairs: Repairs,
     map: HashMap<MapData, u32, Edge>,
     _datapath: Datapath,
 }
@@ -34,7 +35,7 @@ pub(crate) fn start_on(
     xdp: XdpMode,
     cgroup: Option<&Path>,
 ) -> Agent {
-    let reattached = Reattached::default();
+    let (reattached, repairs) = (Reattached::default(), Repairs::default());
     let sockets = cgroup.map(|path| datapath.hooks().unwrap().attach_sockets(Some(path)).unwrap());
     let devices: Vec<String> = devices.iter().map(|name| (*name).to_owned()).collect();
     let edges = Edges::spawn(Config {
@@ -42,15 +43,17 @@ pub(crate) fn start_on(
         hooks: datapath.hooks().unwrap(),
         map: datapath.edges_map().unwrap(),
         sources: datapath.edge_sources_map().unwrap(),
+        macs: datapath.macs_map().unwrap(),
         source_networks: vec![],
         rules: Rules::new(&devices, &[]).unwrap(),
         xdp,
         sockets,
         state: StateFile::new(&bpffs.pins()),
         reattached: reattached.clone(),
+        repairs: repairs.clone(),
     })
     .unwrap();
-    Agent { edges, reattached, map: datapath.edges_map().unwrap(), _datapath: datapath }
+    Agent { edges, reattached, repairs, map: datapath.edges_map().unwrap(), _datapath: datapath }
 }
 
 impl Agent {
@@ -73,6 +76,11 @@ impl Agent {
     /// How often a program was put back.
     pub(crate) fn reattached(&self, program: &'static str) -> u64 {
         self.reattached.family().get_or_create(&[("program", program)]).get()
+    }
+
+    /// Entries of `EDGES` that were mended.
+    fn repairs(&self) -> u64 {
+        self.repairs.get_or_create(&[("map", EDGES)]).get()
     }
 
     pub(crate) fn entries(&self) -> BTreeMap<u32, Edge> {
@@ -175,6 +183,7 @@ fn an_edge_that_somebody_deletes_comes_back() {
         agent.map.remove(&100).unwrap();
         agent.map.insert(999, before[&100], 0).unwrap();
         eventually("the edge comes back, and the strange one goes", || agent.entries() == before);
+        assert_eq!(agent.repairs(), 2);
     });
 }
 

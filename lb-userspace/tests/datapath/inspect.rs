@@ -59,7 +59,7 @@ fn everything_is_read_from_pins_alone() {
         ip("link add vethpod index 200 type veth peer name eth0p");
         let tcx = has_tcx("what is read of tcx links");
         {
-            let datapath = Datapath::open(&bpffs.options()).unwrap();
+            let datapath = Datapath::open(&bpffs.serving()).unwrap();
             datapath.maps().unwrap().apply(&dns()).unwrap();
             let hooks = datapath.hooks().unwrap();
             if tcx {
@@ -89,18 +89,30 @@ fn everything_is_read_from_pins_alone() {
                 "owner": "Service",
                 "namespace": "kube-system",
                 "name": "dns",
+                "service_port": 53,
                 "algorithm": "random",
+                "mode": "snat",
                 "affinity_seconds": 0,
                 "source_ranges": null,
                 "internal": {
+                    "policy": "Cluster",
                     "when_empty": "reject",
+                    "window": 1,
+                    "slots": 3,
                     "backends": [{ "id": 3, "address": "10.1.0.3", "port": 5353, "slots": 3 }],
                 },
-                "external": { "when_empty": "drop", "backends": [] },
+                "external": {
+                    "policy": "Cluster", "when_empty": "drop", "window": 0, "slots": 0, "backends": [],
+                },
                 "usage": { "connections": 1, "packets": 1, "bytes": 32, "refused": 0 },
             }])
         );
-        let backends = serde_json::to_value(inspector.backends().unwrap()).unwrap();
+        let arrays = inspector.fill_of_arrays().unwrap();
+        let used: Vec<_> = arrays.iter().map(|view| (view.map, view.entries)).collect();
+        assert_eq!(used, [("BACKENDS4", 2), ("BACKENDS6", 0), ("SLOTS", 3)]);
+        let backends = serde_json::to_value(inspector.used_backends().unwrap()).unwrap();
+        assert_eq!(backends[0]["services"][0]["name"], "dns");
+        assert_eq!(backends[1]["services"], serde_json::json!([]));
         assert_eq!(backends[0]["local"], true);
         assert_eq!(backends[1]["state"], "terminating");
 

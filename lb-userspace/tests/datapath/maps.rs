@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use fairlead::datapath::{Datapath, MapError, Maps, Options, Sizes};
+use fairlead::datapath::{Datapath, Idle, MapError, Maps, Options, Sizes};
 use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, ServiceName, Snapshot, Table};
 use fairlead::owner::{Owner, PodName};
 use lb_common::abi::{Service, Window, address_flags, backend_state, frontend_kind};
@@ -72,6 +72,8 @@ fn after(ops: &[Op]) -> Snapshot {
                     nets.remove(&net);
                 }
             }
+            Op::SetPlace { key, place } => drop(snapshot.places.insert(key, place)),
+            Op::RemovePlace { key } => drop(snapshot.places.remove(&key)),
             Op::SetAddress { addr, flags } => drop(snapshot.addresses.insert(addr, flags)),
             Op::RemoveAddress { addr } => drop(snapshot.addresses.remove(&addr)),
         }
@@ -89,7 +91,8 @@ fn after(ops: &[Op]) -> Snapshot {
 #[test]
 fn what_is_written_is_read_back() {
     in_new_netns(|| {
-        let datapath = Datapath::isolated(&Options { sizes: small(), ..Options::default() }).unwrap();
+        let datapath =
+            Datapath::isolated(&Options { sizes: small(), idle: Idle::ALL, ..Options::default() }).unwrap();
         let mut maps = datapath.maps().unwrap();
         assert_eq!(maps.read().unwrap(), Snapshot::default());
         let limits = maps.limits();
@@ -219,7 +222,8 @@ fn shown(maps: &mut impl Maps) -> BTreeSet<String> {
 #[test]
 fn what_somebody_else_did_to_the_maps_is_seen_entry_by_entry() {
     in_new_netns(|| {
-        let datapath = Datapath::isolated(&Options { sizes: small(), ..Options::default() }).unwrap();
+        let datapath =
+            Datapath::isolated(&Options { sizes: small(), idle: Idle::ALL, ..Options::default() }).unwrap();
         let mut maps = datapath.maps().unwrap();
         let ops = entries();
         maps.apply(&ops).unwrap();
@@ -260,7 +264,7 @@ fn what_somebody_else_did_to_the_maps_is_seen_entry_by_entry() {
 fn large_loads_survive_the_batches() {
     in_new_netns(|| {
         let sizes = Sizes { flows: Some(64), services: Some(20_000), backends: Some(20_000) };
-        let datapath = Datapath::isolated(&Options { sizes, ..Options::default() }).unwrap();
+        let datapath = Datapath::isolated(&Options { sizes, idle: Idle::ALL, ..Options::default() }).unwrap();
         let mut maps = datapath.maps().unwrap();
         let mut ops = Vec::new();
         for id in 1..20_000_u32 {
@@ -285,7 +289,8 @@ fn large_loads_survive_the_batches() {
 #[test]
 fn a_full_map_says_which_flag_to_raise_and_how_far_it_came() {
     in_new_netns(|| {
-        let datapath = Datapath::isolated(&Options { sizes: small(), ..Options::default() }).unwrap();
+        let datapath =
+            Datapath::isolated(&Options { sizes: small(), idle: Idle::ALL, ..Options::default() }).unwrap();
         let mut maps = datapath.maps().unwrap();
         let ops: Vec<Op> = (0..300_u32)
             .map(|i| {

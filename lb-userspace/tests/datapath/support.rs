@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fairlead::datapath::node::StateFile;
-use fairlead::datapath::{Features, Options, Sizes};
+use fairlead::datapath::{Features, Idle, Options, Sizes};
 use fairlead::sys::{mount, netns};
 
 /// How long a test waits for what must happen; machines are shared, slow, and may be emulated.
@@ -83,7 +83,13 @@ impl TempBpffs {
         self.path.join("agent")
     }
 
+    /// Programs that do nothing: those of a test that sends no packet.
     pub(crate) fn options(&self) -> Options {
+        Options { idle: Idle::ALL, ..self.serving() }
+    }
+
+    /// Programs that serve.
+    pub(crate) fn serving(&self) -> Options {
         Options { bpffs: self.pins(), sizes: small(), ..Options::default() }
     }
 

@@ -185,7 +185,7 @@ fn entries<const K: usize, const V: usize>(map: &Path) -> Entries {
 fn a_client_outside_is_led_to_a_pod_here_and_back() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
-        node(&bpffs.options(), |_| ());
+        node(&bpffs.serving(), |_| ());
         let found = ask(&bpffs.pins(), CLIENT, "192.0.2.10:30001").unwrap();
         assert_eq!((found.edge, found.device.as_deref()), ("external", Some("nic0")));
         assert_eq!(steps(&found), [("nic_in", "translated", true)]);
@@ -207,7 +207,7 @@ fn a_client_outside_is_led_to_a_pod_here_and_back() {
 fn a_client_outside_is_sent_on_to_another_node() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
-        node(&bpffs.options(), |_| ());
+        node(&bpffs.serving(), |_| ());
         let found = ask(&bpffs.pins(), CLIENT, "192.0.2.10:30002").unwrap();
         assert_eq!(steps(&found), [("nic_in", "forwarded", true)], "{found:?}");
         let after = found.request[0].after.unwrap();
@@ -225,7 +225,7 @@ fn a_client_outside_is_sent_on_to_another_node() {
 fn xdp_is_asked_before_tc() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
-        node(&bpffs.options(), |datapath| {
+        node(&bpffs.serving(), |datapath| {
             datapath.hooks().unwrap().attach_xdp(NIC, XdpKind::Native, None).map(drop).unwrap();
         });
         let here = ask(&bpffs.pins(), CLIENT, "192.0.2.10:30001").unwrap();
@@ -247,7 +247,7 @@ fn xdp_is_asked_before_tc() {
 fn a_pod_gets_its_backend_by_address_or_by_name() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
-        node(&bpffs.options(), |_| ());
+        node(&bpffs.serving(), |_| ());
         for to in ["10.96.0.1:80", "svc/here", "svc/here:80/tcp"] {
             let found = ask(&bpffs.pins(), POD, to).unwrap();
             assert_eq!((found.edge, found.device.as_deref()), ("pod", Some("vethpod")), "{to}");
@@ -271,7 +271,7 @@ fn a_pod_gets_its_backend_by_address_or_by_name() {
 fn what_is_not_carried_is_told_with_its_reason() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
-        node(&bpffs.options(), |_| ());
+        node(&bpffs.serving(), |_| ());
         for (from, to, action, reason) in [
             (POD, "10.96.0.3:80", "reject", "no_endpoints"),
             ("node", "10.96.0.3:80", "reject", "no_endpoints"),
@@ -301,7 +301,7 @@ fn a_live_flow_speaks_for_its_packets_and_nothing_live_changes() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
         let (pod, vip) = (testing::at(POD, 40000), testing::at("10.96.0.1", 80));
-        node(&bpffs.options(), |datapath| {
+        node(&bpffs.serving(), |datapath| {
             let backend = testing::at("10.1.0.3", 8080);
             for (place, from, to, flags) in [
                 (Place::PodIn, pod, vip, tcp_flags::SYN),
@@ -343,7 +343,7 @@ fn a_live_flow_speaks_for_its_packets_and_nothing_live_changes() {
 fn a_new_flow_makes_way_for_a_live_one() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
-        node(&bpffs.options(), |datapath| {
+        node(&bpffs.serving(), |datapath| {
             let from = testing::at("203.0.113.5", 40000);
             let frame = testing::tcp(from, testing::at(NODE, 30001), tcp_flags::SYN);
             let input = Input { ifindex: NIC, ..Input::new(&frame) };
@@ -366,7 +366,7 @@ fn a_new_flow_makes_way_for_a_live_one() {
 fn the_programs_settings_are_theirs() {
     in_new_netns(|| {
         let bpffs = TempBpffs::new();
-        node(&Options { masquerade_all: true, ..bpffs.options() }, |datapath| {
+        node(&Options { masquerade_all: true, ..bpffs.serving() }, |datapath| {
             let pods =
                 Edge { flags: edge_flags::POD, addr4: Addr4 { octets: [10, 1, 0, 1] }, ..Edge::default() };
             datapath.edges_map().unwrap().insert(VETH, pods, 0).unwrap();

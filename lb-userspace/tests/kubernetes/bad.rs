@@ -1,12 +1,14 @@
 //! One bad object never stops another: whatever is in an object, the rest of it and all others are in the maps, and
 //! what is wrong is told once, of that object.
 
+use std::net::Ipv4Addr;
+
 use fairlead::events::{Events, Outcomes};
 use fairlead::metrics::Metrics;
 use serde_json::json;
 
-use crate::double::Double;
 use crate::*;
+use lb_double::Double;
 
 const LIMITS: Limits =
     Limits { services: 100, backends: 100, slots: 1600, addresses: 100, sources: 100, members: 100 };
@@ -236,6 +238,63 @@ async fn one_bad_object_never_stops_another() {
     assert_eq!(found(&metrics), wrong + 1);
 }
 
+/// What no API server lets in is cut or left alone, and said of the object; all others are served.
+#[tokio::test]
+async fn objects_that_are_too_large_stop_no_other() {
+    let double = Double::start().await;
+    let limits = Limits { backends: 5000, slots: 1 << 20, addresses: 5000, ..LIMITS };
+    let mut whole = Whole::start(double.clone(), FakeMaps::new(limits)).await;
+    let metrics = Metrics::new(&Health::new(true));
+    whole.agent.observe(metrics.clone());
+    let text = "x".repeat(5 << 20);
+    let mut annotated = complete("annotated", 5);
+    annotated["metadata"]["annotations"] = json!({ "note": text });
+    let mut ports = complete("ports", 6);
+    ports["spec"]["ports"] = (0..100_000).map(|n| json!({ "name": format!("p{n}"), "port": n })).collect();
+    let mut many = endpoints("good-2", &["10.0.0.2"]);
+    many["metadata"]["name"] = "many".into();
+    many["endpoints"] =
+        (0..20_000_u32).map(|n| json!({ "addresses": [Ipv4Addr::from(0x0a01_0000 + n)] })).collect();
+    let mut addresses = many.clone();
+    addresses["metadata"]["name"] = "addresses".into();
+    addresses["endpoints"] = json!([{ "addresses": vec!["10.0.0.9"; 1_000_000] }]);
+    let container = json!({ "name": "c", "ports": [{ "containerPort": 1, "hostPort": 81 }] });
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "pod", "namespace": "default" },
+        "spec": { "nodeName": "node-a", "containers": vec![container; 100_000] },
+        "status": { "podIP": "10.0.0.7" },
+    });
+    for object in [annotated, ports] {
+        double.set(SERVICES, object);
+    }
+    for object in [many, addresses] {
+        double.set(SLICES, object);
+    }
+    double.set(PODS, pod);
+    for n in [1, 2] {
+        double.set(SERVICES, complete(&format!("good-{n}"), n));
+        double.set(SLICES, endpoints(&format!("good-{n}"), &[&format!("10.0.0.{n}")]));
+    }
+    double.set(NODES, node("node-a", "z1"));
+    let found = |text: &str| -> usize {
+        text.lines().find_map(|line| line.strip_prefix("fairlead_findings ")).unwrap().parse().unwrap()
+    };
+    let served = |whole: &mut Whole| {
+        let maps = whole.agent.maps().snapshot();
+        let good = ["172.30.0.1:80/TCP", "172.30.0.2:80/TCP"];
+        let frontends: BTreeSet<String> = maps.frontends.keys().map(ToString::to_string).collect();
+        // The first 1000 of the slice that has too many, and one of each other.
+        good.iter().all(|name| frontends.contains(*name)) && maps.backends.len() >= 1002
+    };
+    // Of Services: annotations. Of slices: addresses, and the number of endpoints. Ports and host ports are too many.
+    while !served(&mut whole) || found(&metrics.render().unwrap()) < 5 {
+        let event = tokio::time::timeout(PATIENCE, whole.world.events.recv()).await;
+        let event = event.unwrap_or_else(|_| panic!("{}", found(&metrics.render().unwrap()))).unwrap();
+        whole.agent.take(event, Instant::now());
+        whole.agent.settle(Instant::now());
+    }
+}
+
 /// A server that sends one line without an end fills nothing, and is asked again.
 #[tokio::test]
 async fn an_answer_without_end_is_broken_off() {
@@ -243,7 +302,7 @@ async fn an_answer_without_end_is_broken_off() {
 
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let master = Some(format!("http://{}", listener.local_addr().unwrap()));
-    let options = Options { kubeconfig: None, master, node_name: "node-a".into() };
+    let options = Options { kubeconfig: None, master, node_name: "node-a".into(), all_nodes: false };
     let client = fairlead::source::kubernetes::client(&options).await.unwrap();
     let server = tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();

@@ -5,8 +5,8 @@ use std::time::Duration;
 use fairlead::events::{Events, Outcomes};
 use serde_json::json;
 
-use crate::double::Double;
 use crate::*;
+use lb_double::Double;
 
 const LIMITS: Limits =
     Limits { services: 100, backends: 100, slots: 1600, addresses: 100, sources: 100, members: 100 };
@@ -16,6 +16,7 @@ async fn start(double: &Double) -> (Whole, Outcomes) {
         kubeconfig: None,
         master: Some(format!("http://{}", double.addr)),
         node_name: "node-a".into(),
+        all_nodes: false,
     };
     let outcomes = Outcomes::default();
     let events = Events::start(client(&options).await.unwrap(), "node-a", &outcomes);

@@ -343,7 +343,7 @@ async fn the_token_is_read_from_a_file() {
     let options = Options { kubeconfig: Some(kubeconfig), ..Options::default() };
     let client = client(&options).await.unwrap();
     let (sender, events) = mpsc::channel(CHANNEL);
-    let tasks = follow_with(&client, "node-a", &sender, &Objects::default(), || Box::new(Impatient));
+    let tasks = follow_with(&client, OURS, &sender, &Objects::default(), || Box::new(Impatient));
     World { double, events, tasks, patience: PATIENCE }.listed(&["a:1"]).await;
 }
 

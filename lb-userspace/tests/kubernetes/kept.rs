@@ -40,7 +40,8 @@ fn kept(whole: &Whole) -> Objects {
 impl Whole {
     /// An agent that will not wait for the API server.
     async fn reboot(double: Double, kept: &Objects) -> Self {
-        let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+        let facts =
+            Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random, mode: None };
         let mut agent = Agent::new(facts, FakeMaps::new(LIMITS), Health::new(true)).unwrap();
         agent.restore(kept, Timestamp::UNIX_EPOCH, Instant::now());
         agent.set_addresses(BTreeMap::new());

@@ -2,7 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod bad;
-mod double;
 mod events;
 mod interruptions;
 mod kept;
@@ -10,23 +9,25 @@ mod kept;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use double::{CIDRS, Double, Mood, NODES, PODS, SERVICES, SLICES};
 use fairlead::agent::Agent;
 use fairlead::compile::Facts;
 use fairlead::datapath::fake::FakeMaps;
 use fairlead::entries::{Algorithm, Family, Limits};
 use fairlead::health::Health;
 use fairlead::model::{Change, Objects};
-use fairlead::source::kubernetes::{Options, client, follow, follow_with};
+use fairlead::source::kubernetes::{Nodes, Options, client, follow, follow_with};
 use fairlead::source::{CHANNEL, Event};
 use kube::runtime::utils::Backoff;
 use lb_common::abi::Window;
+use lb_double::{CIDRS, Double, Mood, NODES, PODS, SERVICES, SLICES};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 /// Machines are shared and slow.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+const OURS: Nodes<'_> = Nodes { name: "node-a", all: false };
 
 struct Impatient;
 
@@ -58,7 +59,7 @@ impl World {
     async fn start_with(double: Double, kept: &Objects) -> Self {
         let client = client(&options(&double)).await.unwrap();
         let (sender, events) = mpsc::channel(CHANNEL);
-        let tasks = follow_with(&client, "node-a", &sender, kept, || Box::new(Impatient));
+        let tasks = follow_with(&client, OURS, &sender, kept, || Box::new(Impatient));
         Self { double, events, tasks, patience: PATIENCE }
     }
 
@@ -66,7 +67,7 @@ impl World {
     async fn start_patiently(double: Double) -> Self {
         let client = client(&options(&double)).await.unwrap();
         let (sender, events) = mpsc::channel(CHANNEL);
-        let tasks = follow(&client, "node-a", &sender, &Objects::default());
+        let tasks = follow(&client, OURS, &sender, &Objects::default());
         Self { double, events, tasks, patience: Duration::from_hours(24) }
     }
 
@@ -111,7 +112,7 @@ impl World {
 
 fn options(double: &Double) -> Options {
     let master = Some(format!("http://{}", double.addr));
-    Options { kubeconfig: None, master, node_name: "node-a".into() }
+    Options { kubeconfig: None, master, node_name: "node-a".into(), all_nodes: false }
 }
 
 fn show(event: &Event) -> String {
@@ -289,7 +290,8 @@ struct Whole {
 
 impl Whole {
     async fn start(double: Double, maps: FakeMaps) -> Self {
-        let facts = Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random };
+        let facts =
+            Facts { node_name: "node-a".into(), zone: None, algorithm: Algorithm::Random, mode: None };
         let mut agent = Agent::new(facts, maps, Health::new(true)).unwrap();
         agent.set_addresses(BTreeMap::new());
         Self { world: World::start(double).await, agent }

@@ -242,7 +242,7 @@ fn every_frontend_is_explained_with_one_owner() {
             known.add(object).map_err(TestCaseError::fail)?;
         }
         let addresses = cluster.addresses.clone();
-        let node = explain::NodeFacts { name: NODE.into(), zone: None, addresses, known: true };
+        let node = explain::NodeFacts { addresses, known: true, ..explain::NodeFacts::unknown(NODE) };
         let mut owners: BTreeMap<_, usize> = BTreeMap::new();
         for name in cluster.services.keys() {
             let subject = explain::Subject::Service((*name).into());

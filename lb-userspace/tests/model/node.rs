@@ -176,7 +176,7 @@ impl HostNode {
 }
 
 fn agent(maps: FakeMaps) -> Agent<Recorder> {
-    let facts = Facts { node_name: NODE.into(), zone: None, algorithm: Algorithm::Random };
+    let facts = Facts { node_name: NODE.into(), zone: None, algorithm: Algorithm::Random, mode: None };
     Agent::new(facts, Recorder { maps, ops: vec![] }, Health::new(false)).expect("empty maps")
 }
 

@@ -331,6 +331,7 @@ fn send_all<F: KernelFamily>(device: u32, headers: fn(&mut Table))
 where
     ServiceKey<F::Addr>: Pod,
     Backend<F::Addr>: Pod,
+    lb_common::abi::Place<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
     FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
@@ -369,6 +370,14 @@ where
                 *verdict == Verdict::SendBack || out == *frame,
                 "{what} at {place:?}: {frame:02x?} {out:02x?}"
             );
+        }
+    }
+    for (what, mut frame) in every_kind::<F>(F::NODE) {
+        frame[5] ^= 1;
+        for place in pair.places().iter().copied().filter(|place| place.1 == Side::NicIn) {
+            let (became, counted, out) = pair.send(place, &frame);
+            assert_eq!((became, counted), (Verdict::Pass, Reason::OtherHost), "{what} at {place:?}");
+            assert_eq!(out, frame, "{what} at {place:?}");
         }
     }
     pair.settle();

@@ -154,6 +154,7 @@ fn carry<F: KernelFamily>(pair: &mut Pair<F>, place: Place, want: Reason, packet
 where
     ServiceKey<F::Addr>: Pod,
     Backend<F::Addr>: Pod,
+    lb_common::abi::Place<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
     FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
@@ -179,6 +180,7 @@ fn every_way<F: KernelFamily>(device: u32)
 where
     ServiceKey<F::Addr>: Pod,
     Backend<F::Addr>: Pod,
+    lb_common::abi::Place<F::Addr>: Pod,
     AffinityKey<F::Addr>: Pod,
     FragmentKey<F::Addr>: Pod,
     Network<F::Addr>: Pod,
