@@ -7,9 +7,12 @@ use std::process::Command;
 use std::time::SystemTime;
 
 use anyhow::{Context as _, Result, ensure};
+use object::build::elf::{Builder, SectionData};
+use object::elf::SHT_STRTAB;
 
 use crate::btf;
 use crate::host;
+use crate::paths;
 use crate::process::{self, say};
 use crate::toolchain::{self, TARGET, Toolchain};
 
@@ -53,7 +56,8 @@ pub fn build() -> Result<PathBuf> {
         let mut bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
         ensure!(is_bpf(&bytes), "{} is no BPF object; it was built for another target", built.display());
         btf::characters(&mut bytes)?;
-        replace(&object, &bytes).with_context(|| format!("cannot write {}", object.display()))?;
+        replace(&object, &without_debug_info(&bytes)?)
+            .with_context(|| format!("cannot write {}", object.display()))?;
     }
     Ok(object)
 }
@@ -82,23 +86,25 @@ fn cargo(subcommand: &str, toolchain: &Toolchain) -> Result<Command> {
         // The BPF target has nightly features only; the toolchain is pinned, so it is known to have them.
         .env("RUSTC_BOOTSTRAP", "1")
         // This variable beats every other source of flags, the user's configuration files included.
-        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&toolchain.linker));
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&toolchain.linker, &paths::sysroot(&toolchain.rustc)?));
     if toolchain.build_std {
         command.args(["-Z", "build-std=core"]);
     }
     Ok(command)
 }
 
-fn rustflags(linker: &Path) -> String {
-    [
+/// Sources are called what the linker, which starts in the workspace, finds them by: their lines become a part of BTF.
+fn rustflags(linker: &Path, sysroot: &Path) -> String {
+    let flags = [
         &format!("-Clinker={}", linker.display()),
         // BTF is made from debug information; the maps' key and value types are in it.
         "-Cdebuginfo=2",
         "-Clink-arg=--btf",
         // Otherwise even six bytes are cleared by a call of `memset`, with a stack frame of its own.
         "-Clink-arg=--disable-expand-memcpy-in-order",
-    ]
-    .join("\u{1f}")
+    ];
+    let remapped = paths::remapped(sysroot, ".");
+    flags.into_iter().map(str::to_owned).chain(remapped).collect::<Vec<_>>().join("\u{1f}")
 }
 
 /// Whether a variable of the environment would change how the kernel programs are compiled: flags and
@@ -117,6 +123,28 @@ fn modified(path: &Path) -> Option<SystemTime> {
 fn is_bpf(object: &[u8]) -> bool {
     let machine = object.get(18..20).and_then(|bytes| bytes.try_into().ok()).map(u16::from_ne_bytes);
     object.starts_with(b"\x7fELF") && machine == Some(247)
+}
+
+/// The kernel reads BTF alone; DWARF, of which it was made, is three quarters of the object.
+fn without_debug_info(object: &[u8]) -> Result<Vec<u8>> {
+    let strip = || -> Result<Vec<u8>, object::build::Error> {
+        let mut elf = Builder::read(object)?;
+        for section in &mut elf.sections {
+            let name = section.name.as_slice();
+            section.delete = [&b".debug_"[..], b".rel.debug_"].iter().any(|prefix| name.starts_with(prefix));
+        }
+        elf.delete_orphans();
+        // LLVM has one section for all strings, which is written as two.
+        let names = elf.sections.add();
+        names.name = b".shstrtab"[..].into();
+        names.sh_type = SHT_STRTAB;
+        names.sh_addralign = 1;
+        names.data = SectionData::SectionString;
+        let mut stripped = Vec::new();
+        elf.write(&mut stripped)?;
+        Ok(stripped)
+    };
+    strip().context("debug information cannot be taken out of the kernel programs")
 }
 
 /// Never leaves half a file behind.
@@ -145,8 +173,10 @@ mod tests {
 
     #[test]
     fn flags_are_separated_as_cargo_wants_it() {
-        let flags = rustflags(Path::new("/home/a b/bpf-linker"));
+        let flags = rustflags(Path::new("/home/a b/bpf-linker"), Path::new("/a b/toolchain"));
         let flags: Vec<&str> = flags.split('\u{1f}').collect();
+        let (flags, remapped) = flags.split_at(4);
+        assert!(remapped.contains(&"--remap-path-prefix=/a b/toolchain=/rust"), "{remapped:?}");
         assert_eq!(
             flags,
             [

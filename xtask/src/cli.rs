@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::{build_ebpf, demo, host, kernels, lab, snapshot, test};
+use crate::{bench, build_ebpf, demo, dist, docs, host, image, kernels, lab, snapshot, test};
 
 /// Builds, tests and shows Fairlead.
 ///
@@ -24,7 +24,11 @@ enum Command {
     #[command(hide = true)]
     Snapshot(snapshot::Args),
     Demo(demo::Args),
+    Bench(bench::Args),
     Kernels(kernels::Args),
+    Docs(docs::Args),
+    Image(image::Args),
+    Dist(dist::Args),
     #[command(hide = true)]
     LabSites(lab::server::SitesArgs),
     #[command(hide = true)]
@@ -38,7 +42,11 @@ impl Command {
             Self::Test(args) => test::command(&args),
             Self::Snapshot(args) => snapshot::command(&args),
             Self::Demo(args) => demo::command(&args),
+            Self::Bench(args) => bench::command(&args),
             Self::Kernels(args) => kernels::command(&args),
+            Self::Docs(args) => docs::command(&args),
+            Self::Image(args) => image::command(&args),
+            Self::Dist(args) => dist::command(&args),
             Self::LabSites(args) => lab::server::run_sites(&args),
             Self::LabDesk(args) => lab::client::run_desk(&args),
         }

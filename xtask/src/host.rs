@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::process::{self, say};
 
@@ -118,6 +118,18 @@ fn sudo_home() -> Option<PathBuf> {
     entry.trim_end().split(':').nth(5).map(PathBuf::from)
 }
 
+/// The loader and the libraries of a program, where this machine has them.
+pub fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let listed = process::output(Command::new("ldd").arg(program));
+    // For a static program ldd fails and says so.
+    let listed = match listed {
+        Err(error) if format!("{error:#}").contains("not a dynamic executable") => return Ok(Vec::new()),
+        other => other?,
+    };
+    ensure!(!listed.contains("not found"), "{} lacks libraries: {listed}", program.display());
+    Ok(listed.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
+}
+
 /// Whether packages come from apt here.
 pub fn has_apt() -> bool {
     Path::new("/usr/bin/apt-get").exists()
@@ -152,4 +164,16 @@ pub fn apt_install(packages: &[String]) -> Result<()> {
 pub fn apt_update() -> Result<()> {
     say("refreshing the lists of packages: apt-get update");
     process::run(Command::new("apt-get").args(["update", "-q"]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_brings_its_loader_along() {
+        let libraries = libraries(&std::env::current_exe().unwrap()).unwrap();
+        let has = |name: &str| libraries.iter().any(|path| path.to_string_lossy().contains(name));
+        assert!(has("ld-linux") && has("libc."), "{libraries:?}");
+    }
 }

@@ -2,8 +2,13 @@
 
 use std::ffi::OsStr;
 use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// Runs `command` with our own stdin, stdout and stderr; anything but success is an error.
 pub fn run(command: &mut Command) -> Result<()> {
@@ -23,6 +28,28 @@ pub fn output(command: &mut Command) -> Result<String> {
         bail!("`{}` failed ({status}): {}", show(command), said.trim());
     }
     String::from_utf8(stdout).with_context(|| format!("`{}` printed no UTF-8", show(command)))
+}
+
+/// What `command` printed on stdout and stderr, and how it ended; one that has not ended within `limit` is killed, and an error.
+pub fn output_within(command: &mut Command, limit: Duration) -> Result<Output> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().with_context(|| cannot_start(command))?;
+    let process = Pid::from_raw(child.id().cast_signed());
+    let (ended, end) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watch = scope.spawn(move || {
+            let is_late = matches!(end.recv_timeout(limit), Err(mpsc::RecvTimeoutError::Timeout));
+            // If it has ended this moment, that is as well.
+            is_late && kill(process, Signal::SIGKILL).is_ok()
+        });
+        let output = child.wait_with_output();
+        drop(ended);
+        let was_killed = watch.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let output = output.with_context(|| format!("`{}` cannot be waited for", show(command)))?;
+        let [out, err] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
+        ensure!(!was_killed, "`{}` did not end within {limit:?}:\n{out}{err}", show(command));
+        Ok(output)
+    })
 }
 
 /// Tells the user what is about to happen to the machine.
@@ -79,6 +106,24 @@ mod tests {
         let text = format!("{error:#}");
         assert!(text.contains("sh -c 'echo reason >&2; exit 3'"), "{text}");
         assert!(text.contains("exit status: 3") && text.ends_with(": reason"), "{text}");
+    }
+
+    #[test]
+    fn a_program_that_does_not_end_is_killed_and_what_it_said_is_told() {
+        let begun = std::time::Instant::now();
+        let late = output_within(
+            Command::new("sh").args(["-c", "echo first; exec sleep 60"]),
+            Duration::from_millis(300),
+        );
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        let text = format!("{:#}", late.unwrap_err());
+        assert!(text.contains("did not end within 300ms") && text.ends_with(":\nfirst\n"), "{text}");
+        let fine = output_within(
+            Command::new("sh").args(["-c", "echo a; echo b >&2; exit 3"]),
+            Duration::from_mins(1),
+        );
+        let fine = fine.unwrap();
+        assert_eq!((&*fine.stdout, &*fine.stderr, fine.status.code()), (&b"a\n"[..], &b"b\n"[..], Some(3)));
     }
 
     #[test]

@@ -16,13 +16,14 @@ pub struct Tool {
 }
 
 /// What the network lab and the tests call.
-pub const TOOLS: [Tool; 6] = [
+pub const TOOLS: [Tool; 7] = [
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "ethtool", package: "ethtool" },
     Tool { program: "tcpdump", package: "tcpdump" },
     Tool { program: "nft", package: "nftables" },
     Tool { program: "iptables", package: "iptables" },
+    Tool { program: "crun", package: "crun" },
 ];
 
 /// Where bpffs belongs.

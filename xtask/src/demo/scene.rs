@@ -194,3 +194,47 @@ pub(super) fn why_refused(service: &Service, port: u16) -> Result<String> {
     let listens = listens.join(", ");
     Ok(format!("why: {name}:{port} leads to {pod}:{target}{because}, where {pod} listens on {listens} only"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::host;
+
+    /// The address that the lab gives a pod of the demo: nodes number their pods from 10.
+    fn address(name: &str) -> String {
+        let part = PARTS.iter().find(|part| part.name == name).expect(name);
+        let before = PARTS.iter().take_while(|part| part.name != name);
+        let number = 10 + before.filter(|other| other.on_node_b == part.on_node_b).count();
+        format!("10.244.{}.{number}", 1 + u8::from(part.on_node_b))
+    }
+
+    /// docs/packets/README.md says that its pictures show the demo.
+    #[test]
+    fn pictures_show_what_the_demo_has() {
+        let productpage = services(&BTreeMap::new()).remove(PRODUCTPAGE).expect("the Service");
+        let port = productpage.ports.first().expect("its port");
+        let target = format!("{}:{}", address("productpage-1"), port.target_port.expect("its targetPort"));
+        let node_port = format!(":{}", port.node_port.expect("its nodePort"));
+        let cluster_ip = format!("{}:{}", productpage.cluster_ips[0], port.port);
+        for (picture, frontend) in [
+            ("outside-here", &node_port),
+            ("outside-elsewhere", &node_port),
+            ("pod", &cluster_ip),
+            ("process", &node_port),
+            ("errors", &node_port),
+        ] {
+            let path = host::workspace().join(format!("docs/packets/{picture}.picture"));
+            let text = fs::read_to_string(path).expect(picture);
+            assert!(text.contains(frontend) && text.contains(&target), "{picture}: {frontend}, {target}");
+            for lane in text.lines().filter(|line| line.starts_with("lane ")) {
+                let cells: Vec<_> = lane.split('|').map(str::trim).collect();
+                if let Some(name) = cells[1].strip_prefix("pod ") {
+                    let shown = cells[2].split([',', ' ']).next();
+                    assert_eq!(shown, Some(&*address(name)), "{picture}: {lane}");
+                }
+            }
+        }
+    }
+}

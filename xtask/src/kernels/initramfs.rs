@@ -51,7 +51,7 @@ impl Archive {
     /// A program of this machine, with its loader and libraries, at the path it has here.
     pub fn program(&mut self, path: &Path) -> Result<()> {
         self.file(path, read(path)?);
-        for library in libraries(path)? {
+        for library in host::libraries(path)? {
             self.file(&library, read(&library)?);
         }
         Ok(())
@@ -147,18 +147,6 @@ fn insmods(steps: &str) -> impl Iterator<Item = PathBuf> {
     })
 }
 
-/// The loader and the libraries of a program, where this machine has them.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let listed = process::output(Command::new("ldd").arg(program));
-    // For a static program ldd fails and says so.
-    let listed = match listed {
-        Err(error) if format!("{error:#}").contains("not a dynamic executable") => return Ok(Vec::new()),
-        other => other?,
-    };
-    ensure!(!listed.contains("not found"), "{} lacks libraries: {listed}", program.display());
-    Ok(listed.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,12 +175,5 @@ mod tests {
         let steps = "insmod /m/llc.ko \ninsmod /m/a b/stp.ko.xz n=0\nbuiltin x\ninsmod /m/bridge.ko\n";
         let files: Vec<PathBuf> = insmods(steps).collect();
         assert_eq!(files, ["/m/llc.ko", "/m/a b/stp.ko.xz", "/m/bridge.ko"].map(PathBuf::from));
-    }
-
-    #[test]
-    fn a_program_brings_its_loader_along() {
-        let libraries = libraries(&std::env::current_exe().unwrap()).unwrap();
-        let has = |name: &str| libraries.iter().any(|path| path.to_string_lossy().contains(name));
-        assert!(has("ld-linux") && has("libc."), "{libraries:?}");
     }
 }

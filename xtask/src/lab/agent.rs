@@ -1,6 +1,7 @@
 //! An agent on a node: `fairlead run`, with its own pins and cgroup.
 
 use std::fs::{self, File};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -13,11 +14,14 @@ use nix::unistd::Pid;
 use super::custody::making;
 use super::netns::Netns;
 use super::{Counters, Jail, Lab, Manifests, Node};
+use crate::process;
 
 /// How long an agent may take to be ready or to end. Machines are shared and slow.
-const PATIENCE: Duration = Duration::from_mins(3);
+pub(super) const PATIENCE: Duration = Duration::from_mins(3);
+/// Between two looks at what is waited for.
+pub(super) const POLL: Duration = Duration::from_millis(20);
 /// Where `/readyz` is, by default.
-const HEALTH_PORT: u16 = 10256;
+pub(super) const HEALTH_PORT: u16 = 10256;
 
 /// `--xdp`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -37,6 +41,8 @@ pub struct AgentOptions {
     pub jail: Option<Jail>,
     /// `FAIRLEAD_LAYOUT`: another layout of the maps, to rehearse upgrades.
     pub layout: Option<&'static str>,
+    /// Follow this API server instead of manifests.
+    pub server: Option<SocketAddr>,
     /// More arguments.
     pub args: Vec<String>,
 }
@@ -88,11 +94,15 @@ impl Agent {
             }
             None => Command::new(program),
         };
+        command.arg("run").args(["--node-name", &node.name]);
+        match options.server {
+            Some(server) => {
+                command.arg("--master").arg(format!("http://{server}"));
+                command.arg("--state-file").arg(Self::state_file(lab, node))
+            }
+            None => command.arg("--manifests").arg(manifests.dir()),
+        };
         command
-            .arg("run")
-            .args(["--node-name", &node.name])
-            .arg("--manifests")
-            .arg(manifests.dir())
             .arg("--bpffs")
             .arg(&pins)
             .arg("--cgroup-root")
@@ -139,7 +149,7 @@ impl Agent {
             if Instant::now() > deadline {
                 bail!("the agent of {} is not ready ({status:?}):\n{}", self.node, self.log());
             }
-            thread::sleep(Duration::from_millis(20));
+            thread::sleep(POLL);
         }
     }
 
@@ -181,11 +191,6 @@ impl Agent {
         &self.log
     }
 
-    /// Its process; `None`: it has ended.
-    pub fn id(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
-    }
-
     pub fn pins(&self) -> &Path {
         &self.pins
     }
@@ -199,17 +204,22 @@ impl Agent {
         Counters::read(&self.pins)
     }
 
+    /// Where the agent of a node keeps what an API server says.
+    pub fn state_file(lab: &Lab, node: &Node) -> PathBuf {
+        lab.dir().join(format!("{}.state", node.name))
+    }
+
     /// Runs `fairlead SUBCOMMAND … --bpffs PINS` on the node; its standard output.
     pub fn fairlead(&self, args: &[&str]) -> Result<String> {
         fairlead(&self.program, &self.ns, &self.pins, args)
     }
 }
 
-/// Runs `fairlead SUBCOMMAND … --bpffs PINS` in a namespace; its standard output.
+/// Runs `fairlead SUBCOMMAND … --bpffs PINS` in a namespace; its standard output. A command that goes on is killed.
 pub fn fairlead(program: &Path, ns: &Netns, pins: &Path, args: &[&str]) -> Result<String> {
     let mut command = Command::new(program);
     command.args(args).arg("--bpffs").arg(pins);
-    let output = ns.run(|| command.output())?.context("cannot run fairlead")?;
+    let output = ns.run(|| process::output_within(&mut command, PATIENCE))??;
     if !output.status.success() {
         bail!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
@@ -230,7 +240,7 @@ impl Drop for Agent {
 }
 
 /// The status of a GET, if anybody answers.
-fn http_status(port: u16, path: &str) -> Option<u16> {
+pub(super) fn http_status(port: u16, path: &str) -> Option<u16> {
     use std::io::{Read, Write};
     let limit = Duration::from_secs(2);
     let addr = std::net::SocketAddr::from(([127, 0, 0, 1], port));

@@ -129,7 +129,9 @@ pub fn tear_down(prefix: &str) -> Result<()> {
         removed.with_context(|| format!("cannot remove {}", pins.display()))?;
         // What the agent wrote down to undo lies in the namespaces that go now.
         let notes = pins.to_string_lossy().trim_matches('/').replace('-', "--").replace('/', "-");
-        let _ = fs::remove_file(Path::new(AGENT_STATE).join(notes + ".json"));
+        for kind in ["json", "report"] {
+            let _ = fs::remove_file(Path::new(AGENT_STATE).join(format!("{notes}.{kind}")));
+        }
     }
     // Works if no other agent has notes there.
     let _ = fs::remove_dir(AGENT_STATE);

@@ -23,6 +23,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod client;
 pub mod cluster;
+pub mod container;
 pub mod counters;
 pub mod custody;
 pub mod foreign;

@@ -166,9 +166,9 @@ fn cleanup_leaves_a_plain_node(options: AgentOptions) -> Result<()> {
     let mut before = Vec::new();
     for node in world.lab().nodes() {
         let loaded = Loaded::by(&*world.cluster.agent(node)?)?;
-        // As long as a program is attached somewhere, it is there.
+        // As long as a program is attached somewhere, it is there; the agent runs others itself.
         let all = 5 + lb_common::maps::programs::SOCKETS.len();
-        ensure!(loaded.programs.len() == all, "not every program is loaded: {loaded:?}");
+        ensure!(loaded.programs.len() >= all, "not every program is loaded: {loaded:?}");
         ensure!(loaded.now()? == loaded, "it cannot be seen: {:?} of {loaded:?}", loaded.now()?);
         let devices = if clsact { 3 } else { 0 };
         ensure!(clsact_qdiscs(node)? == devices, "not on {devices} devices: {}", clsact_qdiscs(node)?);

@@ -41,7 +41,7 @@ fn an_agent_with_few_rights_serves(options: AgentOptions) -> Result<()> {
     let world = World::with_services(jailed(options), two_services)?;
     for node in world.lab().nodes() {
         let agent = world.cluster.agent(node)?;
-        is_confined(agent.id().context("it runs")?)?;
+        is_confined(agent.pid().context("it runs")?)?;
         is_private(agent.pins())?;
         // What the agent remembers to undo.
         let notes = world.lab().dir().join(format!("{}-root-state", node.name));

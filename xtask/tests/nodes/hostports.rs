@@ -106,6 +106,17 @@ fn nodeport_addresses_do_not_restrict_host_ports() -> Result<()> {
     let call = Call::tcp(world.node_a().at(Family::V4, node_port(1))).patience(SILENCE);
     let outcome = world.lab().outside.ask(call)?;
     ensure!(outcome.server().is_none(), "a NodePort answers where it should not: {outcome}");
+    // Nobody tells it of the flag: the maps do.
+    let manifests = world.cluster.manifests.dir().display().to_string();
+    let explained = |port| {
+        let at = world.node_a().at(Family::V4, port).to_string();
+        let arguments = ["explain", &at, "--manifests", &manifests, "--node-name", &world.node_a().name];
+        world.cluster.fairlead(world.node_a(), &arguments)
+    };
+    let told = explained(node_port(1))?;
+    ensure!(told.contains("error    node-port-address\n"), "{told}");
+    let told = explained(HOST_PORT)?;
+    ensure!(!told.contains("node-port-address"), "{told}");
     Ok(())
 }
 

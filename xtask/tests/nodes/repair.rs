@@ -57,7 +57,8 @@ fn an_entry_that_is_deleted_comes_back_while_clients_connect() -> Result<()> {
     ensure!(first.server() == Some("a1"), "before anything happened: {first}");
     let is_nodeport = |key: &Value| key["port"] == node_port(1);
     let any = |_: &Value| true;
-    let wounds: [(&str, Matches); 3] = [("SERVICES4", is_nodeport), ("ADDRESSES4", any), ("NAMES", any)];
+    let wounds: [(&str, Matches); 4] =
+        [("SERVICES4", is_nodeport), ("ADDRESSES4", any), ("NAMES", any), ("EDGES", any)];
     let done = AtomicBool::new(false);
     thread::scope(|scope| -> Result<()> {
         let clients = scope.spawn(|| -> Result<()> {
@@ -87,6 +88,12 @@ fn an_entry_that_is_deleted_comes_back_while_clients_connect() -> Result<()> {
         clients.join().expect("the clients do not panic")?;
         healed
     })?;
+    let (_, page) = lab.node_a.get(([127, 0, 0, 1], 10249).into(), "/metrics")?;
+    for (map, _) in wounds {
+        let sample = format!("fairlead_map_repairs_total{{map=\"{map}\"}} ");
+        let value = page.lines().find_map(|line| line.strip_prefix(&sample)).context(sample)?;
+        ensure!(value != "0", "{map}: no repair was counted");
+    }
     let log = agent.log();
     let line = format!("any IPv4 node address:{}/TCP: somebody removed or changed it", node_port(1));
     ensure!(log.lines().any(|it| it.contains(&line) && it.contains("service-1")), "{line}: {log}");

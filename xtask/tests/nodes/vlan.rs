@@ -1,4 +1,4 @@
-//! Tagged frames at an edge: of a VLAN, whose own device they belong to.
+//! Frames at an edge that are none of the node's: of a VLAN, whose own device they belong to, or for another host.
 use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
@@ -37,6 +37,17 @@ fn syn(dst: [u8; 6], src: [u8; 6], tags: &[u16], [from, to]: [[u8; 4]; 2]) -> Ve
     link.chain(ip).chain(tcp).collect()
 }
 
+/// Sends a frame many times.
+fn send(from: &Netns, link: &LinkAddr, frame: &[u8]) -> Result<()> {
+    from.run(|| {
+        let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+        for _ in 0..FRAMES {
+            sendto(socket.as_raw_fd(), frame, link, MsgFlags::empty())?;
+        }
+        Ok(())
+    })?
+}
+
 #[test]
 fn tagged_frames_are_left_to_the_device_of_their_vlan() -> Result<()> {
     let world = World::with_services(AgentOptions { xdp: Xdp::Off, ..options() }, |_| vec![service(1, [])])?;
@@ -53,13 +64,7 @@ fn tagged_frames_are_left_to_the_device_of_their_vlan() -> Result<()> {
         (&[0x88a8, 0x8100], Reason::NotIp),
     ] {
         let before = agent.counters()?;
-        outside.ns.run(|| -> Result<()> {
-            let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
-            for _ in 0..FRAMES {
-                sendto(socket.as_raw_fd(), &syn(dst, src, tags, ends), &here, MsgFlags::empty())?;
-            }
-            Ok(())
-        })??;
+        send(&outside.ns, &here, &syn(dst, src, tags, ends))?;
         eventually(SOON, || {
             let counted = agent.counters()?.since(&before);
             ensure!(counted.get(Hook::NicIn, reason) >= FRAMES, "tags {tags:04x?}: {counted:?}");
@@ -70,4 +75,45 @@ fn tagged_frames_are_left_to_the_device_of_their_vlan() -> Result<()> {
         ensure!(deeds == usize::from(tags.is_empty()), "tags {tags:04x?}: {:?}", agent.counters()?);
     }
     Ok(())
+}
+
+/// A device that listens to everything sees frames for others, as each does that a switch floods them to.
+fn frames_for_others_are_not_answered(xdp: Xdp, hook: Hook) -> Result<()> {
+    let world = World::with_services(AgentOptions { xdp, ..options() }, |_| vec![service(1, [])])?;
+    let (outside, node) = (&world.lab().outside, world.node_a());
+    let agent = world.cluster.agent(node)?;
+    let (here, there) = (link(&outside.ns)?, link(&node.ns)?);
+    let [src, dst] = [here, there].map(|link| link.addr().expect("an Ethernet address"));
+    let ends = [outside.addrs.v4.octets(), node.addrs.v4.octets()];
+    node.ns.ip("link set eth0 promisc on")?;
+    let other = [2, 0xfa, 0, 0, 0, 9];
+    let ask = |dst, reason| -> Result<()> {
+        let before = agent.counters()?;
+        send(&outside.ns, &here, &syn(dst, src, &[], ends))?;
+        eventually(SOON, || {
+            let counted = agent.counters()?.since(&before);
+            ensure!(counted.get(hook, reason) >= FRAMES, "{reason:?}: {counted:?}");
+            Ok(())
+        })?;
+        std::thread::sleep(Duration::from_millis(100));
+        let deeds = agent.counters()?.since(&before).deeds().count();
+        ensure!(deeds == usize::from(reason == Reason::NoEndpoints), "{reason:?}: {:?}", agent.counters()?);
+        Ok(())
+    };
+    ask(dst, Reason::NoEndpoints)?;
+    ask(other, Reason::OtherHost)?;
+    // The device takes the other address: what was another's is its own.
+    node.ns.ip("link set eth0 address 02:fa:00:00:00:09")?;
+    eventually(SOON, || ask(other, Reason::NoEndpoints))?;
+    ask(dst, Reason::OtherHost)
+}
+
+#[test]
+fn frames_for_other_hosts_pass_untouched_and_counted() -> Result<()> {
+    frames_for_others_are_not_answered(Xdp::Native, Hook::Xdp)
+}
+
+#[test]
+fn frames_for_other_hosts_pass_untouched_and_counted_by_tc() -> Result<()> {
+    frames_for_others_are_not_answered(Xdp::Off, Hook::NicIn)
 }
