@@ -369,7 +369,9 @@ impl Side {
 }
 
 /// Key of `FLOWS4/6` and `PENDING4/6`: the five-tuple as seen at the edge, and the [`Side`].
-#[repr(C)]
+///
+/// Aligned as nothing in it asks for: addresses are copied by words of 8 bytes then, and not of 2.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct FlowKey<A> {
     pub src: A,
@@ -399,7 +401,10 @@ pub struct Flow<A> {
     pub generation: u32,
     /// [`Service::id`]; 0 without a frontend.
     pub service: u32,
-    /// New source.
+    /// TCP: the last acknowledgement number seen in this direction; 0: none. It is the sequence number that the other
+    /// end sends next.
+    pub ack: u32,
+    /// New source. It and the destination stand where they are copied by words of 8 bytes.
     pub src: A,
     /// New destination.
     pub dst: A,
@@ -413,9 +418,6 @@ pub struct Flow<A> {
     pub carry: u8,
     /// [`crate::Tables::tick`] when the entry was last seen to.
     pub tick: u16,
-    /// TCP: the last acknowledgement number seen in this direction; 0: none. It is the sequence number that the other
-    /// end sends next.
-    pub ack: u32,
     /// Of flows that XDP sends on.
     pub hop: Hop,
     /// Longest packet that fits through on the way to `hop`, as far as is known, bytes.
@@ -655,10 +657,10 @@ layout!(Place<Addr6>, size 20, align 4, node 4);
 layout!(Edge, size 28, align 4, addr4 16, flags 20, sources4 24, sources6 26);
 layout!(OwnMac, size 12, align 4, mac 4);
 layout!(EdgeSourceKey, size 8, align 4, index 4);
-layout!(FlowKey<Addr4>, size 16, align 2, src_port 8, proto 12, side 13);
-layout!(FlowKey<Addr6>, size 40, align 2, src_port 32, proto 36, side 37);
-layout!(Flow<Addr4>, size 64, align 8, src 20, dst 24, src_port 28, flags 32, carry 33, tick 34, ack 36, hop 40, fits 60, addresses 62);
-layout!(Flow<Addr6>, size 88, align 8, src 20, dst 36, src_port 52, flags 56, carry 57, tick 58, ack 60, hop 64, fits 84, addresses 86);
+layout!(FlowKey<Addr4>, size 16, align 8, src_port 8, proto 12, side 13);
+layout!(FlowKey<Addr6>, size 40, align 8, src_port 32, proto 36, side 37);
+layout!(Flow<Addr4>, size 64, align 8, ack 20, src 24, dst 28, src_port 32, flags 36, carry 37, tick 38, hop 40, fits 60, addresses 62);
+layout!(Flow<Addr6>, size 88, align 8, ack 20, src 24, dst 40, src_port 56, flags 60, carry 61, tick 62, hop 64, fits 84, addresses 86);
 layout!(Hop, size 20, align 4, ifindex 4, src 8, dst 14);
 layout!(Routing, size 16, align 8, generation 8);
 layout!(SocketKey, size 32, align 8, addr 8, port 24, side 26, proto 27);
