@@ -113,6 +113,10 @@ pub trait Family: Copy + Eq + Debug + 'static {
     /// Whether an address is of a network.
     fn is_within(addr: &Self::Addr, network: &Self::Addr, mask: &Self::Addr) -> bool;
 
+    /// An address as a number, of which neighbours have neighbours, the halves of a long one as one: for hashes that stay on this
+    /// machine.
+    fn folded(addr: &Self::Addr) -> u64;
+
     /// Sum of an address' words.
     #[inline(always)]
     fn sum(addr: &Self::Addr) -> u32 {
@@ -312,6 +316,11 @@ impl Family for V4 {
     fn is_within(addr: &Addr4, network: &Addr4, mask: &Addr4) -> bool {
         let bits = |addr: &Addr4| u32::from_ne_bytes(addr.octets);
         (bits(addr) ^ bits(network)) & bits(mask) == 0
+    }
+
+    #[inline(always)]
+    fn folded(addr: &Addr4) -> u64 {
+        u32::from_be_bytes(addr.octets).into()
     }
 
     #[inline(always)]
@@ -518,6 +527,12 @@ impl Family for V6 {
             i += 2;
         });
         differ == 0
+    }
+
+    #[inline(always)]
+    fn folded(addr: &Addr6) -> u64 {
+        let all = u128::from_be_bytes(addr.octets);
+        ((all >> 64) as u64).rotate_left(29) ^ all as u64
     }
 
     #[inline(always)]

@@ -376,10 +376,17 @@ pub fn abort<F: Family, T: Tables<F>>(
 /// Whether a packet of an established flow has nothing to say but that the flow lives, which is known already. Of most
 /// packets that is all there is to know.
 #[inline(always)]
-pub fn is_at_rest<F: Family, T: Tables<F>>(tables: &T, flow: &Flow<F::Addr>, parsed: &Parsed<F>) -> bool {
+pub fn is_at_rest<F: Family, T: Tables<F>>(
+    tables: &T,
+    entry: &Cell<Flow<F::Addr>>,
+    parsed: &Parsed<F>,
+) -> bool {
+    // SAFETY: the pointer of a live `Cell`; two fields alone, read where they are asked for, because programs have no stack to
+    // keep them until then.
+    let (flags, tick) = unsafe { ((*entry.as_ptr()).flags, (*entry.as_ptr()).tick) };
     parsed.tcp_flags & (tcp_flags::FIN | tcp_flags::RST) == 0
-        && flow.flags & flow_flags::RST == 0
-        && flow.tick == tables.tick()
+        && flags & flow_flags::RST == 0
+        && tick == tables.tick()
 }
 
 /// [`note`]s flags and the time, if some has passed since the last packet. Then what the flow knows of its way is

@@ -3,6 +3,7 @@
 use crate::abi::FlowKey;
 use crate::checksum;
 use crate::family::Family;
+use crate::maps::FILTER_WORDS;
 
 /// A hash of a five-tuple, well spread in all bits.
 ///
@@ -28,6 +29,16 @@ pub const fn socket(cookie: u64, port: u16) -> u32 {
 #[inline(always)]
 pub const fn again(hash: u32) -> u32 {
     finish(mix(0, hash))
+}
+
+/// Where `ADDRESS_FILTER` has the bit of an address: its word, and the bit alone. Multiplicative hashing with 2^64 divided by the
+/// golden ratio: a filter may mistake one address for another, and is asked for every packet.
+#[inline(always)]
+pub fn filter_bit<F: Family>(addr: &F::Addr) -> (u32, u64) {
+    const BITS: u32 = FILTER_WORDS.trailing_zeros() + u64::BITS.trailing_zeros();
+    const _: () = assert!(FILTER_WORDS.is_power_of_two());
+    let place = F::folded(addr).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - BITS);
+    ((place >> 6) as u32, 1 << (place & 63))
 }
 
 #[inline(always)]
@@ -76,6 +87,20 @@ mod tests {
         }
         // 1000 expected in each; six standard deviations are 190.
         assert!(low.iter().chain(&high).all(|n| (810..1190).contains(n)), "{low:?} {high:?}");
+    }
+
+    #[test]
+    fn neighbours_rarely_share_a_bit_of_the_filter() {
+        let mut bits = [(); 2].map(|()| std::collections::BTreeSet::new());
+        for i in 0..50_000u32 {
+            let [a, b, c, d] = (0x0a60_0000 + i).to_be_bytes();
+            bits[0].insert(filter_bit::<V4>(&Addr4 { octets: [a, b, c, d] }));
+            let octets = [0xfd, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, a, b, c, d];
+            bits[1].insert(filter_bit::<V6>(&Addr6 { octets }));
+        }
+        // In 2^20 bits at random, 48,800 of each would differ.
+        assert!(bits.iter().all(|bits| bits.len() > 48_800), "{} {}", bits[0].len(), bits[1].len());
+        assert!(bits.iter().flatten().all(|(word, bit)| *word < FILTER_WORDS && bit.count_ones() == 1));
     }
 
     #[test]

@@ -230,6 +230,8 @@ fn reuse<A: Copy + Default>(entry: Option<Rc<Cell<Flow<A>>>>) {
 pub struct HostTables<F: Family> {
     pub services: BTreeMap<ServiceKey<F::Addr>, Service>,
     pub addresses: BTreeMap<F::Addr, AddressInfo>,
+    /// Addresses that have their bit in the filter. `None`: all have.
+    pub filter: Option<BTreeSet<F::Addr>>,
     pub sources: Vec<PrefixKey<Source<F::Addr>>>,
     pub affinity: RefCell<BTreeMap<AffinityKey<F::Addr>, Affinity>>,
     pub members: BTreeSet<MemberKey>,
@@ -270,6 +272,7 @@ impl<F: Family> Default for HostTables<F> {
         Self {
             services: BTreeMap::new(),
             addresses: BTreeMap::new(),
+            filter: None,
             sources: Vec::new(),
             affinity: RefCell::default(),
             members: BTreeSet::new(),
@@ -355,6 +358,10 @@ impl<F: Family> Tables<F> for HostTables<F> {
 
     fn address(&self, addr: &F::Addr) -> Option<AddressInfo> {
         self.addresses.get(addr).copied()
+    }
+
+    fn may_know(&self, addr: &F::Addr) -> bool {
+        self.filter.as_ref().is_none_or(|filter| filter.contains(addr))
     }
 
     fn service(&self, key: &ServiceKey<F::Addr>) -> Option<Service> {

@@ -105,6 +105,8 @@ pub const MAX_NETWORKS: u32 = 8;
 pub const MAX_EDGES: u32 = 256;
 /// Devices whose Ethernet address is compared with frames': a power of two.
 pub const MAX_MACS: u32 = 1024;
+/// Words of `ADDRESS_FILTER`, each the bits of 64 hashes: a power of two.
+pub const FILTER_WORDS: u32 = 16 * 1024;
 /// Further sources of all of them (`--source-addresses`).
 pub const MAX_EDGE_SOURCES: u32 = 4096;
 
@@ -121,7 +123,7 @@ const fn spec<K, V>(name: &'static str, kind: MapKind, capacity: Capacity, flags
 }
 
 /// Every pinned map.
-pub const MAPS: [MapSpec; 33] = [
+pub const MAPS: [MapSpec; 34] = [
     spec::<ServiceKey<Addr4>, Service>("SERVICES4", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<ServiceKey<Addr6>, Service>("SERVICES6", MapKind::Hash, Capacity::Services, NO_PREALLOC),
     spec::<u32, Backend<Addr4>>("BACKENDS4", MapKind::Array, Capacity::Backends, 0),
@@ -129,6 +131,7 @@ pub const MAPS: [MapSpec; 33] = [
     spec::<u32, u32>("SLOTS", MapKind::Array, Capacity::Slots, 0),
     spec::<Addr4, AddressInfo>("ADDRESSES4", MapKind::Hash, Capacity::Addresses, NO_PREALLOC),
     spec::<Addr6, AddressInfo>("ADDRESSES6", MapKind::Hash, Capacity::Addresses, NO_PREALLOC),
+    spec::<u32, u64>("ADDRESS_FILTER", MapKind::Array, Capacity::Fixed(FILTER_WORDS), 0),
     spec::<u32, Edge>("EDGES", MapKind::Hash, Capacity::Fixed(MAX_EDGES), NO_PREALLOC),
     spec::<ServiceKey<Addr4>, Place<Addr4>>("PLACES4", MapKind::Hash, Capacity::Backends, NO_PREALLOC),
     spec::<ServiceKey<Addr6>, Place<Addr6>>("PLACES6", MapKind::Hash, Capacity::Backends, NO_PREALLOC),

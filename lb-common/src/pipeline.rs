@@ -137,12 +137,16 @@ fn ingress<F: Family, P: Packet, T: Tables<F>>(
     tables: &T,
     parsed: &Parsed<F>,
 ) -> Result<Carry, Reason> {
+    // Every entry of an incoming side has an address of this node, of a Service or of a backend as destination. Of most packets
+    // that pass a node that is all there is to know.
+    if !came_tunnelled::<F, P, T>(packet, tables) && !tables.may_know(&parsed.key.dst) {
+        return Err(service::unknown::<F, T>(tables, &parsed.key.dst));
+    }
     if let Some(entry) = tables.flow(FlowTable::Established, &parsed.key)
         && let Some(carry) = follow(packet, tables, parsed, &entry, FlowTable::Established)?
     {
         return Ok(carry);
     }
-    // Every entry of an incoming side has an address of this node, of a Service or of a backend as destination.
     let info = if came_tunnelled::<F, P, T>(packet, tables) {
         // Where the client has asked is an address of the other node.
         AddressInfo { flags: address_flags::NODE_PORT }
@@ -278,7 +282,7 @@ fn follow<F: Family, P: Packet, T: Tables<F>>(
             return Err(Reason::BackendRemoved);
         }
     }
-    if !pending && flow::is_at_rest::<F, T>(tables, &flow, parsed) {
+    if !pending && flow::is_at_rest::<F, T>(tables, entry, parsed) {
         flow::set_ack(entry, parsed);
         return carry(packet, tables, parsed, entry).map(Some);
     }

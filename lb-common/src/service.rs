@@ -28,11 +28,14 @@ pub enum Scope {
 /// [`Reason::NoSuchService`] for an address of a ServiceCIDR that no Service has, else [`Reason::NotOurs`].
 #[inline(always)]
 pub fn address<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Result<AddressInfo, Reason> {
-    if let Some(info) = tables.address(addr) {
-        return Ok(info);
-    }
+    tables.address(addr).ok_or_else(|| unknown::<F, T>(tables, addr))
+}
+
+/// What to say of an address that this node does not know.
+#[inline(never)]
+pub fn unknown<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Reason {
     let unallocated = tables.networks(addr) & network_flags::SERVICE != 0;
-    Err(if unallocated { Reason::NoSuchService } else { Reason::NotOurs })
+    if unallocated { Reason::NoSuchService } else { Reason::NotOurs }
 }
 
 /// Finds the frontend that answers on `key`: the exact one, else the NodePort or host port for any address, if `info`

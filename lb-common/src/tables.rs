@@ -70,6 +70,9 @@ pub trait Tables<F: Family> {
 
     fn address(&self, addr: &F::Addr) -> Option<AddressInfo>;
 
+    /// Whether an address may be one that `ADDRESSES` has, or had while a flow began (`ADDRESS_FILTER`). `false` is sure.
+    fn may_know(&self, addr: &F::Addr) -> bool;
+
     fn service(&self, key: &ServiceKey<F::Addr>) -> Option<Service>;
 
     /// Whether `SOURCES` names a network of this Service that has the address.

@@ -70,6 +70,7 @@ both_families! {
     affinity_ends_with_its_time_or_its_backend
     affinity_is_shared_by_the_frontends_of_a_port
     unallocated_addresses_of_a_service_cidr_are_dropped
+    addresses_without_a_bit_in_the_filter_are_nobodys
     pods_of_other_nodes_are_inside_of_the_cluster
     usage_is_counted_for_each_service
 }
@@ -1115,6 +1116,28 @@ fn unallocated_addresses_of_a_service_cidr_are_dropped<F: TestFamily>() {
     syn(&node, neighbour).untouched(Verdict::Drop, Reason::NoSuchService);
     syn(&node, F::VIP).seen(Verdict::SendBack, Reason::Hairpinned);
     syn(&node, F::FAR_POD).untouched(Verdict::Pass, Reason::Direct);
+}
+
+/// What the filter does not know is not looked for; what it knows goes on when its Service is gone.
+fn addresses_without_a_bit_in_the_filter_are_nobodys<F: TestFamily>() {
+    let mut node = Node::<F>::new();
+    let known: BTreeSet<_> = node.tables.addresses.keys().copied().collect();
+    node.tables.filter = Some(known.clone());
+    let (client, frontend) = (client::<F>(40000), at(F::NODE, ports::WEB_NODE));
+    node.send(Side::NicIn, tcp(client, frontend, SYN));
+    node.send(Side::NicOut, tcp(at(F::POD, ports::TARGET), client, SYN | ACK));
+    node.send(Side::NicIn, tcp(client, frontend, ACK)).seen(Verdict::Pass, Reason::Translated);
+    node.tables.services.clear();
+    node.tables.addresses.clear();
+    node.send(Side::NicIn, tcp(client, frontend, ACK)).seen(Verdict::Pass, Reason::Translated);
+    node.tables.filter = Some(BTreeSet::new());
+    for side in [Side::NicIn, Side::PodIn] {
+        node.send(side, tcp(client, frontend, ACK)).untouched(Verdict::Pass, Reason::NotOurs);
+    }
+    let mask = if F::HEADER_LEN == 20 { "255.0.0.0" } else { "ff00::" };
+    let (addr, mask) = (F::wire(at(F::VIP, 0).ip()), F::wire(at(mask, 0).ip()));
+    node.tables.networks.push(Network { addr, mask, flags: network_flags::SERVICE });
+    node.send(Side::PodIn, tcp(client, at(F::VIP, 80), SYN)).untouched(Verdict::Drop, Reason::NoSuchService);
 }
 
 /// A pod of another node asks here for a NodePort: traffic policy Local does not restrict it.

@@ -16,13 +16,14 @@ use lb_common::abi::{
     Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use lb_common::maps::{
-    DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, MAX_ADDRESSES, MAX_AFFINITIES,
-    MAX_EDGE_SOURCES, MAX_EDGES, MAX_FRAGMENTS, MAX_MACS, MAX_MEMBERS, MAX_NETWORKS, MAX_REFUSALS,
-    MAX_SOCKETS, MAX_SOURCES, MAX_USAGES, NO_PREALLOC, SAMPLES_BYTES, SLOTS_PER_BACKEND, max_pending,
+    DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, FILTER_WORDS, MAX_ADDRESSES,
+    MAX_AFFINITIES, MAX_EDGE_SOURCES, MAX_EDGES, MAX_FRAGMENTS, MAX_MACS, MAX_MEMBERS, MAX_NETWORKS,
+    MAX_REFUSALS, MAX_SOCKETS, MAX_SOURCES, MAX_USAGES, NO_PREALLOC, SAMPLES_BYTES, SLOTS_PER_BACKEND,
+    max_pending,
 };
 use lb_common::reason::{COUNTERS as COUNTER_COUNT, counter_index};
 use lb_common::tables::{Admission, Event, FlowTable};
-use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6, service};
+use lb_common::{Addr4, Addr6, Hook, Reason, Tables, V4, V6, hash, service};
 
 use crate::globals::{
     ADMISSION, HAVE_COARSE_CLOCK, MASQUERADE_ALL, RESETS_REMOVED, SENDS_TUNNELLED, TIMEOUTS, TUNNEL_PORT,
@@ -58,6 +59,8 @@ static PLACES4: HashMap<ServiceKey<Addr4>, Place<Addr4>, BACKEND_COUNT, WRITTEN_
 static PLACES6: HashMap<ServiceKey<Addr6>, Place<Addr6>, BACKEND_COUNT, WRITTEN_BY_AGENT> = HashMap::new();
 #[btf_map]
 static MACS: Array<OwnMac, { MAX_MACS as usize }> = Array::new();
+#[btf_map]
+static ADDRESS_FILTER: Array<u64, { FILTER_WORDS as usize }> = Array::new();
 #[btf_map]
 static EDGE_SOURCES: HashMap<EdgeSourceKey, Edge, { MAX_EDGE_SOURCES as usize }, WRITTEN_BY_AGENT> =
     HashMap::new();
@@ -259,6 +262,12 @@ macro_rules! tables {
             fn address(&self, addr: &$addr) -> Option<AddressInfo> {
                 // SAFETY: the value is copied at once.
                 unsafe { $addresses.get(addr) }.copied()
+            }
+
+            #[inline(always)]
+            fn may_know(&self, addr: &$addr) -> bool {
+                let (word, bit) = hash::filter_bit::<$family>(addr);
+                ADDRESS_FILTER.get(word).is_none_or(|bits| bits & bit != 0)
             }
 
             #[inline(always)]

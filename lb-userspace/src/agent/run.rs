@@ -115,6 +115,8 @@ pub async fn run(config: Config) -> Result<()> {
     }
     tokio::spawn(Sweeper::new(&datapath)?.run(metrics.flows().clone()));
     let routes = tokio::spawn(routing::follow(Routing::open(&datapath)?));
+    // Before programs are on their hooks that rely on it.
+    let maps = datapath.maps()?;
     let edges = attach(&config, &datapath, &metrics)?;
     let facts = Facts {
         node_name: config.node_name.clone(),
@@ -122,7 +124,7 @@ pub async fn run(config: Config) -> Result<()> {
         algorithm: config.algorithm,
         mode: config.mode,
     };
-    let mut agent = Agent::new(facts, datapath.maps()?, health)?;
+    let mut agent = Agent::new(facts, maps, health)?;
     if let Some(client) = source.client.clone() {
         agent.report(Events::start(client, &config.node_name, metrics.events()));
     }

@@ -63,6 +63,8 @@ pub enum OpenError {
     Aya { name: &'static str, source: Box<aya::programs::ProgramError> },
     #[error("program {name} on map {map}: {source}")]
     Sweep { name: &'static str, map: &'static str, source: io::Error },
+    #[error(transparent)]
+    Maps(#[from] super::MapError),
     #[error("map {name}: {source}")]
     Map { name: &'static str, source: Box<aya::maps::MapError> },
 }

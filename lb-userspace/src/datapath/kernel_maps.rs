@@ -1,6 +1,7 @@
 //! The service maps in the kernel.
 
 mod check;
+mod filter;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -14,6 +15,7 @@ use ipnet::IpNet;
 use lb_common::abi::{self, Addr4, Addr6, AddressInfo, MemberKey, Network, OwnerName, ServiceKey, Source};
 use lb_common::maps::{MAPS, MapSpec};
 
+use self::filter::AddressFilter;
 use super::error::OpenError;
 use super::{ApplyError, MapError, Maps, Position};
 use crate::entries::{BackendEntry, Family, FrontendKey, Limits, Op, Place, Protocol, Snapshot, Table};
@@ -37,6 +39,7 @@ pub struct KernelMaps {
     slots: Array<MapData, u32>,
     addresses4: HashMap<MapData, Addr4, AddressInfo>,
     addresses6: HashMap<MapData, Addr6, AddressInfo>,
+    filter: AddressFilter,
     members: HashMap<MapData, MemberKey, u32>,
     names: HashMap<MapData, u32, OwnerName>,
     networks4: Array<MapData, Network<Addr4>>,
@@ -75,6 +78,7 @@ impl KernelMaps {
             slots,
             addresses4,
             addresses6: typed("ADDRESSES6", &open)?,
+            filter: AddressFilter::new(typed(filter::NAME, &open)?)?,
             members,
             names: typed("NAMES", &open)?,
             networks4: typed("NETWORKS4", &open)?,
@@ -85,6 +89,17 @@ impl KernelMaps {
             places6: typed("PLACES6", &open)?,
             limits,
         })
+    }
+
+    /// Gives every address that is in the maps already its bit in the filter: before programs ask for it that another build has
+    /// no filter for.
+    pub(crate) fn complete_filter(&mut self) -> Result<(), MapError> {
+        let mut addrs4 = vec![];
+        walk("ADDRESSES4", fd(&self.addresses4), |addr: Addr4, _: AddressInfo| addrs4.push(addr))?;
+        let mut addrs6 = vec![];
+        walk("ADDRESSES6", fd(&self.addresses6), |addr: Addr6, _: AddressInfo| addrs6.push(addr))?;
+        self.filter.add4(&addrs4)?;
+        self.filter.add6(&addrs6)
     }
 
     /// Carries out the longest run at the start of `ops` that one system call can do; how many it did.
@@ -129,6 +144,7 @@ impl KernelMaps {
                     Op::SetAddress { addr, flags } => Some((octets4(*addr)?, AddressInfo { flags: *flags })),
                     _ => None,
                 });
+                self.filter.add4(&run.0).map_err(nothing_done)?;
                 write(&mut self.addresses4, "ADDRESSES4", run, ops)
             }
             Op::SetAddress { .. } => {
@@ -136,6 +152,7 @@ impl KernelMaps {
                     Op::SetAddress { addr, flags } => Some((octets6(*addr)?, AddressInfo { flags: *flags })),
                     _ => None,
                 });
+                self.filter.add6(&run.0).map_err(nothing_done)?;
                 write(&mut self.addresses6, "ADDRESSES6", run, ops)
             }
             Op::SetNetwork { family: Family::V4, .. } => {
@@ -439,6 +456,10 @@ impl Maps for KernelMaps {
         }
         Ok(())
     }
+}
+
+fn nothing_done(source: MapError) -> ApplyError {
+    ApplyError { done: 0, source }
 }
 
 /// The entries that the operations at the start of `ops` write, as far as `entry` takes them.

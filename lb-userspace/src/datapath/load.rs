@@ -115,9 +115,11 @@ impl Datapath {
         Self::load(options, &sizes, program_names(), |_| None)
     }
 
-    /// The service maps.
+    /// The service maps, for their writer.
     pub fn maps(&self) -> Result<KernelMaps, OpenError> {
-        KernelMaps::new(|spec| self.map_data(spec))
+        let mut maps = KernelMaps::new(|spec| self.map_data(spec))?;
+        maps.complete_filter()?;
+        Ok(maps)
     }
 
     /// The map of external edges, for [`crate::edges`].

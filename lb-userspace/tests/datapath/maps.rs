@@ -1,12 +1,16 @@
 //! The service maps: what is written is what is read, what does not fit is refused by name.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
+use aya::maps::{Array, Map};
 use fairlead::datapath::{Datapath, Idle, MapError, Maps, Options, Sizes};
 use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, ServiceName, Snapshot, Table};
 use fairlead::owner::{Owner, PodName};
-use lb_common::abi::{Service, Window, address_flags, backend_state, frontend_kind};
+use lb_common::abi::{Addr4, Addr6, Service, Window, address_flags, backend_state, frontend_kind};
+use lb_common::hash::filter_bit;
+use lb_common::maps::MAPS;
+use lb_common::{V4, V6};
 
 use crate::support::{TempBpffs, in_new_netns, small};
 
@@ -331,5 +335,45 @@ fn pinned_maps_keep_their_entries() {
         drop(first);
         let second = Datapath::open(&bpffs.options()).unwrap();
         assert_eq!(second.maps().unwrap().read().unwrap(), after(&ops));
+    });
+}
+
+#[test]
+fn every_address_has_its_bit_in_the_filter_for_good() {
+    in_new_netns(|| {
+        let options = Options { sizes: small(), idle: Idle::ALL, ..Options::default() };
+        let datapath = Datapath::isolated(&options).unwrap();
+        let mut maps = datapath.maps().unwrap();
+        let addrs: Vec<IpAddr> =
+            ["192.0.2.1", "10.96.0.1", "2001:db8::7"].map(|addr| addr.parse().unwrap()).into();
+        let set =
+            |flags| addrs.iter().map(move |addr| Op::SetAddress { addr: *addr, flags }).collect::<Vec<_>>();
+        let bit = |addr: &IpAddr| match addr {
+            IpAddr::V4(addr) => filter_bit::<V4>(&Addr4 { octets: addr.octets() }),
+            IpAddr::V6(addr) => filter_bit::<V6>(&Addr6 { octets: addr.octets() }),
+        };
+        let spec = MAPS.iter().find(|spec| spec.name == "ADDRESS_FILTER").unwrap();
+        let filter = || Array::<_, u64>::try_from(Map::Array(datapath.map_data(spec).unwrap())).unwrap();
+        let has = |addr| filter().get(&bit(addr).0, 0).unwrap() & bit(addr).1 != 0;
+        assert!(!addrs.iter().any(has));
+
+        maps.apply(&set(address_flags::SERVICE)).unwrap();
+        assert!(addrs.iter().all(has));
+        let removals: Vec<Op> = addrs.iter().map(|addr| Op::RemoveAddress { addr: *addr }).collect();
+        maps.apply(&removals[..2]).unwrap();
+        assert!(addrs.iter().all(has), "flows outlive their Services");
+
+        // Somebody takes it away: the check finds and mends it.
+        let write = set(address_flags::SERVICE).pop().unwrap();
+        assert_eq!(maps.differing(vec![write.clone()]).unwrap(), []);
+        filter().set(bit(&addrs[2]).0, 0, 0).unwrap();
+        assert_eq!(maps.differing(vec![write.clone()]).unwrap(), [write.clone()]);
+        maps.apply(&[write]).unwrap();
+        assert!(has(&addrs[2]));
+
+        // Maps of a build that had no filter: what they know gets its bits before programs rely on it.
+        filter().set(bit(&addrs[2]).0, 0, 0).unwrap();
+        drop(datapath.maps().unwrap());
+        assert!(has(&addrs[2]));
     });
 }

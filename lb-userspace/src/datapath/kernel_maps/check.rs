@@ -7,6 +7,7 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, MapData, MapError as AyaError};
 use ipnet::IpNet;
 use lb_common::abi::{self, AddressInfo, MemberKey, Network, OwnerName, ServiceKey, Source};
+use lb_common::{V4, V6};
 
 use super::{
     KernelMaps, PRESENT, backend, fd, frontend_key, network_entry, octets4, octets6, place_entry, read_error,
@@ -71,8 +72,14 @@ impl KernelMaps {
             Op::SetAddress { addr, flags } => {
                 let info = Some(AddressInfo { flags: *flags });
                 match (octets4(*addr), octets6(*addr)) {
-                    (Some(addr), _) => equal(map, self.addresses4.get(&addr, 0), info),
-                    (_, Some(addr)) => equal(map, self.addresses6.get(&addr, 0), info),
+                    (Some(addr), _) => {
+                        Ok(equal(map, self.addresses4.get(&addr, 0), info)?
+                            && self.filter.has::<V4>(&addr)?)
+                    }
+                    (_, Some(addr)) => {
+                        Ok(equal(map, self.addresses6.get(&addr, 0), info)?
+                            && self.filter.has::<V6>(&addr)?)
+                    }
                     (None, None) => Ok(true),
                 }
             }
