@@ -23,7 +23,8 @@ pub struct Features {
     pub checks_mtu: bool,
     /// tcx links (6.6); otherwise clsact.
     pub tcx: bool,
-    /// Programs that walk over the flow tables (5.9): flows that are over are removed inside the kernel.
+    /// Programs that walk over the flow tables (5.9), where no policy keeps them out: flows that are over are removed inside the
+    /// kernel.
     pub kernel_sweep: bool,
 }
 
@@ -66,10 +67,19 @@ fn set_retval() -> io::Result<bool> {
     loads(bpf::prog_load(ProgType::CgroupSockAddr, Some(AttachType::Inet4Connect), &insns))
 }
 
-/// Whether the kernel has something for these programs to hook into; when they are loaded it shows whether they are let in.
+/// Iterators are programs that trace: a security module may refuse all of these (`EPERM`).
 fn kernel_sweep() -> io::Result<bool> {
     let btf = Btf::from_sys_fs().map_err(io::Error::other)?;
-    Ok(btf.id_by_type_name_kind("bpf_iter_bpf_map_elem", BtfKind::Func).is_ok())
+    let Ok(function) = btf.id_by_type_name_kind("bpf_iter_bpf_map_elem", BtfKind::Func) else {
+        return Ok(false);
+    };
+    match bpf::prog_load_iterator(function, &[mov(R0, 0), EXIT]) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            tracing::info!(%error, "the kernel lets no iterator in");
+            Ok(false)
+        }
+        result => loads(result),
+    }
 }
 
 fn coarse_clock() -> io::Result<bool> {

@@ -217,12 +217,12 @@ impl Datapath {
             maps.insert(spec.name, map_fd(&ebpf, spec.name)?);
         }
         let sweeps = match options.sweep {
-            SweepMode::Auto => Sweeps::load(&mut ebpf, btf.as_ref(), &maps)
+            SweepMode::Auto if features.kernel_sweep => Sweeps::load(&mut ebpf, btf.as_ref(), &maps)
                 .inspect_err(
-                    |error| tracing::info!(%error, "the agent sweeps the flow tables, not the kernel"),
+                    |error| tracing::warn!(%error, "the agent sweeps the flow tables, not the kernel"),
                 )
                 .ok(),
-            SweepMode::Agent => None,
+            SweepMode::Auto | SweepMode::Agent => None,
         };
         features.kernel_sweep = sweeps.is_some();
         let features_text: Vec<String> =

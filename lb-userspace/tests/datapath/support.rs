@@ -36,6 +36,15 @@ pub(crate) fn has_tcx(otherwise_left_out: &str) -> bool {
     *TCX
 }
 
+/// Whether the kernel lets programs in that walk over maps; says what is left out where it does not.
+pub(crate) fn has_iterators(otherwise_left_out: &str) -> bool {
+    static ITERATORS: LazyLock<bool> = LazyLock::new(|| Features::probe().kernel_sweep);
+    if !*ITERATORS {
+        eprintln!("this kernel lets no iterator in; not tested: {otherwise_left_out}");
+    }
+    *ITERATORS
+}
+
 /// Runs `ip` in the namespace of the calling thread.
 pub(crate) fn ip(arguments: &str) -> String {
     run("ip", arguments)

@@ -16,6 +16,7 @@ pub enum AttachType {
     Udp6Sendmsg = 15,
     Udp4Recvmsg = 19,
     Udp6Recvmsg = 20,
+    TraceIter = 28,
     Inet4Getpeername = 29,
     Inet6Getpeername = 30,
     Xdp = 37,

@@ -12,6 +12,7 @@ pub enum ProgType {
     SchedCls = 3,
     Xdp = 6,
     CgroupSockAddr = 18,
+    Tracing = 26,
 }
 
 /// What the kernel says about a program.
@@ -113,7 +114,12 @@ pub fn prog_load_with_log(
     insns: &[Insn],
     log: &mut [u8],
 ) -> io::Result<OwnedFd> {
-    load("fairlead_probe", kind, attach_type, insns, log)
+    load("fairlead_probe", kind, attach_type, 0, insns, log)
+}
+
+/// [`prog_load`] of an iterator, by the number that the kernel's types have for the function of its kind (`bpf_iter_*`).
+pub fn prog_load_iterator(function: u32, insns: &[Insn]) -> io::Result<OwnedFd> {
+    load("fairlead_probe", ProgType::Tracing, Some(AttachType::TraceIter), function, insns, &mut [])
 }
 
 /// [`prog_load`] of a program that people may see by this name, of which the kernel keeps 15 bytes.
@@ -123,13 +129,14 @@ pub fn prog_load_named(
     attach_type: Option<AttachType>,
     insns: &[Insn],
 ) -> io::Result<OwnedFd> {
-    load(name, kind, attach_type, insns, &mut [])
+    load(name, kind, attach_type, 0, insns, &mut [])
 }
 
 fn load(
     name: &str,
     kind: ProgType,
     attach_type: Option<AttachType>,
+    attach_btf_id: u32,
     insns: &[Insn],
     log: &mut [u8],
 ) -> io::Result<OwnedFd> {
@@ -147,6 +154,14 @@ fn load(
         prog_name: [u8; 16],
         prog_ifindex: u32,
         expected_attach_type: u32,
+        prog_btf_fd: u32,
+        func_info_rec_size: u32,
+        func_info: u64,
+        func_info_cnt: u32,
+        line_info_rec_size: u32,
+        line_info: u64,
+        line_info_cnt: u32,
+        attach_btf_id: u32,
     }
     let mut prog_name = [0; 16];
     for (to, from) in prog_name.iter_mut().take(15).zip(name.bytes()) {
@@ -165,6 +180,14 @@ fn load(
         prog_name,
         prog_ifindex: 0,
         expected_attach_type: attach_type.map_or(0, |attach_type| attach_type as u32),
+        prog_btf_fd: 0,
+        func_info_rec_size: 0,
+        func_info: 0,
+        func_info_cnt: 0,
+        line_info_rec_size: 0,
+        line_info: 0,
+        line_info_cnt: 0,
+        attach_btf_id,
     };
     // SAFETY: `insns`, the licence and the log outlive the call, and their lengths are what is said.
     unsafe { bpf_fd(Command::ProgLoad, &mut attr) }
