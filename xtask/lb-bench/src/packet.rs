@@ -22,6 +22,10 @@ pub(crate) const FLOOD: u32 = 1 << 30;
 /// The first of them that begins no known flow anew: more than are known.
 const NEW: u32 = 1 << 24;
 
+/// Known flows of one kind, at most, beside which everything else is measured: a flow table of the default size or twice that has
+/// room for all kinds.
+const FEW: u32 = 100_000;
+
 /// Answers that tc writes into one buffer: each leaves less of it, and the kernel makes it longer.
 const ANSWERS: u32 = 16;
 
@@ -45,6 +49,8 @@ pub(crate) struct Args {
 /// A kind of packet.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum What {
+    /// Of flows that were silent for a second and more.
+    NodePortHereIdle,
     NodePortHere,
     NodePortThere,
     ReplyHere,
@@ -79,7 +85,10 @@ enum Flows {
 
 impl What {
     /// All that there are where the node that is asked brings back the answers.
-    const ALL: [Self; 15] = [
+    ///
+    /// Idle flows come first in each round: others wake them.
+    const ALL: [Self; 16] = [
+        Self::NodePortHereIdle,
         Self::NodePortHere,
         Self::NodePortThere,
         Self::ReplyHere,
@@ -99,6 +108,7 @@ impl What {
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
+            Self::NodePortHereIdle => "nodeport-here-idle",
             Self::NodePortHere => "nodeport-here",
             Self::NodePortThere => "nodeport-there",
             Self::ReplyHere => "reply-here",
@@ -120,7 +130,8 @@ impl What {
 
     pub(crate) const fn place(self) -> Place {
         match self {
-            Self::NodePortHere
+            Self::NodePortHereIdle
+            | Self::NodePortHere
             | Self::NodePortThere
             | Self::ReplyThere
             | Self::NewNodePortHere
@@ -140,7 +151,8 @@ impl What {
 
     const fn flows(self) -> Flows {
         match self {
-            Self::NodePortHere
+            Self::NodePortHereIdle
+            | Self::NodePortHere
             | Self::NodePortThere
             | Self::ReplyHere
             | Self::ReplyThere
@@ -157,7 +169,9 @@ impl What {
     /// The kind of packet that begins its flows.
     const fn opening(self) -> Option<Self> {
         match self {
-            Self::NodePortHere | Self::NodePortHereByTc | Self::ReplyHere => Some(Self::NewNodePortHere),
+            Self::NodePortHereIdle | Self::NodePortHere | Self::NodePortHereByTc | Self::ReplyHere => {
+                Some(Self::NewNodePortHere)
+            }
             Self::NodePortThere | Self::ReplyThere | Self::Tunnelled => Some(Self::NewNodePortThere),
             Self::ClusterIp | Self::ClusterIpReply => Some(Self::NewClusterIp),
             _ => None,
@@ -175,7 +189,9 @@ impl What {
         let node = |port| at(family.node(), port);
         let (outside, pod, cluster_ip) = (family.outside(), family.pod(), at(family.cluster_ip(0), PORT));
         let (segment, from, to) = match self {
-            Self::NodePortHere | Self::NodePortHereByTc => (Segment::Data, outside, node(PORT_HERE)),
+            Self::NodePortHereIdle | Self::NodePortHere | Self::NodePortHereByTc => {
+                (Segment::Data, outside, node(PORT_HERE))
+            }
             Self::NodePortThere | Self::Tunnelled => (Segment::Data, outside, node(PORT_THERE)),
             Self::ReplyHere => (Segment::Data, family.backend(true, 1), outside),
             Self::ClusterIp => (Segment::Data, pod, cluster_ip),
@@ -245,6 +261,8 @@ struct Case<'a> {
     node: &'a Node,
     sender: Sender,
     floor: Sender,
+    /// The same flows one after the other: nobody of them was silent for long then.
+    waker: Option<Sender>,
     samples: Vec<f64>,
     floors: Vec<f64>,
 }
@@ -252,24 +270,32 @@ struct Case<'a> {
 /// The group.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let link = Link::new()?;
-    let most = args.flows.iter().copied().max().unwrap_or(1);
+    let (few, many): (Vec<u32>, Vec<u32>) = args.flows.iter().partition(|flows| **flows <= FEW);
+    // Three kinds of known flows with two entries each, and half as much again, so that none is pushed out.
+    let room = |flows: &[u32]| flows.iter().max().map_or(0, |most| most.saturating_mul(9)).max(256 * 1024);
     let nodes = args
         .services
         .iter()
         .enumerate()
         .map(|(index, services)| {
-            // Three kinds of known flows with two entries each, and as much again, so that none is pushed out.
-            let flows = if index == 0 { most.saturating_mul(12) } else { 0 };
-            Ok((*services, Node::new(&link, flows.max(256 * 1024), *services)?))
+            let flows = if index == 0 { room(&few) } else { 256 * 1024 };
+            Ok((*services, Node::new(&link, flows, *services)?))
         })
         .collect::<Result<Vec<_>>>()?;
     let (_, first) = nodes.first().context("no number of Services")?;
+    // A table that is many times as large is slower to look into, whatever is in it.
+    let large = (!many.is_empty()).then(|| Node::new(&link, room(&many), 1)).transpose()?;
     let tunnelling = Node::tunnelling(&link, 256 * 1024)?;
     let mut cases = Vec::new();
     for (index, (services, node)) in nodes.iter().enumerate() {
-        let flows = if index == 0 { args.flows.as_slice() } else { &[1] };
+        let flows = if index == 0 { few.as_slice() } else { &[1] };
         for family in Family::ALL {
             cases.extend(Case::all(&link, node, family, flows, *services)?);
+        }
+    }
+    if let Some(large) = &large {
+        for family in Family::ALL {
+            cases.extend(Case::known(&link, large, family, &many)?);
         }
     }
     for family in Family::ALL {
@@ -289,15 +315,21 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 impl<'a> Case<'a> {
+    /// Packets of known flows that there are many of, which are entered here.
+    fn known(link: &Link, node: &'a Node, family: Family, flows: &[u32]) -> Result<Vec<Self>> {
+        begin_all(link, node, family, flows, 1)?;
+        let mut cases = Vec::new();
+        for what in What::ALL.into_iter().filter(|what| what.flows() == Flows::Known && !what.is_single()) {
+            for flows in flows {
+                cases.push(Self::new(link, node, what, &what.traffic(family, *flows, 1)?, 1)?);
+            }
+        }
+        Ok(cases)
+    }
+
     /// Every kind of packet of a family at a node, whose known flows are entered here.
     fn all(link: &Link, node: &'a Node, family: Family, flows: &[u32], services: u32) -> Result<Vec<Self>> {
-        let most = flows.iter().copied().max().unwrap_or(1);
-        let mut replies = BTreeMap::new();
-        for opening in [What::NewNodePortHere, What::NewNodePortThere, What::NewClusterIp] {
-            let traffic = opening.traffic(family, FLOOD, services)?;
-            let sender = Sender::new(&traffic, node.program(opening.place())?, link.ifindex)?;
-            replies.insert(opening, begin(node, family, &sender, most, BOTH)?);
-        }
+        let replies = begin_all(link, node, family, flows, services)?;
         let mut cases = Vec::new();
         for what in What::ALL {
             let many = what.flows() == Flows::Known && !what.is_single();
@@ -335,6 +367,11 @@ impl<'a> Case<'a> {
         let (family, flows) = (traffic.family, traffic.flows);
         let sender = Sender::new(traffic, node.program(what.place())?, link.ifindex)?;
         let floor = Sender::floor(traffic, link.ifindex)?;
+        let wakes =
+            what != What::NodePortHereIdle && traffic.pick == Pick::Random && (2..=FEW).contains(&flows);
+        let one_by_one = Traffic { pick: Pick::Next, ..traffic.clone() };
+        let program = node.program(what.place())?;
+        let waker = wakes.then(|| Sender::new(&one_by_one, program, link.ifindex)).transpose()?;
         if matches!(what.flows(), Flows::New | Flows::Flood) {
             // Clients that have no flow: a SYN would end one.
             sender.seek(NEW)?;
@@ -347,6 +384,7 @@ impl<'a> Case<'a> {
             node,
             sender,
             floor,
+            waker,
             samples: Vec::new(),
             floors: Vec::new(),
         };
@@ -377,6 +415,9 @@ impl<'a> Case<'a> {
             _ => (packets, u32::MAX),
         };
         let floor = mean(&self.floor, packets, at_once)?;
+        if let Some(waker) = &self.waker {
+            waker.send(self.flows)?;
+        }
         let whole = mean(&self.sender, packets, at_once)
             .with_context(|| format!("{} {}", self.what.name(), self.family.name()))?;
         if self.what.flows() == Flows::New {
@@ -400,6 +441,24 @@ impl<'a> Case<'a> {
         }
         Ok(())
     }
+}
+
+/// Has known flows of every kind begin, as many as the largest of these numbers. What became of the first packet of each kind.
+fn begin_all(
+    link: &Link,
+    node: &Node,
+    family: Family,
+    flows: &[u32],
+    services: u32,
+) -> Result<BTreeMap<What, Vec<u8>>> {
+    let most = flows.iter().copied().max().unwrap_or(1);
+    let mut replies = BTreeMap::new();
+    for opening in [What::NewNodePortHere, What::NewNodePortThere, What::NewClusterIp] {
+        let traffic = opening.traffic(family, FLOOD, services)?;
+        let sender = Sender::new(&traffic, node.program(opening.place())?, link.ifindex)?;
+        replies.insert(opening, begin(node, family, &sender, most, BOTH)?);
+    }
+    Ok(replies)
 }
 
 /// What one of so many packets costs, ns.

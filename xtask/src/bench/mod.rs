@@ -114,13 +114,13 @@ pub struct Programs {
 
 /// The subcommand.
 pub fn command(args: &Args) -> Result<()> {
-    let results = match &args.from {
-        Some(path) => Results::read(path)?,
-        None => measure(args)?,
-    };
-    show(&results);
     fs::create_dir_all(&args.output).with_context(|| format!("cannot make {}", args.output.display()))?;
     let json = args.output.join("bench.json");
+    let results = match &args.from {
+        Some(path) => Results::read(path)?,
+        None => measure(args, &json)?,
+    };
+    show(&results);
     results.write(&json)?;
     draw(&results, &args.output)?;
     say(format!("written: {} and pictures beside it", json.display()));
@@ -131,7 +131,8 @@ pub fn command(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn measure(args: &Args) -> Result<Results> {
+/// What has been measured is written to `json` with each group: a later one may fail, or be broken off.
+fn measure(args: &Args, json: &Path) -> Result<Results> {
     if !host::is_root() {
         bail!("this makes network namespaces and loads BPF programs; run as root: cargo xtask bench");
     }
@@ -157,14 +158,14 @@ fn measure(args: &Args) -> Result<Results> {
         }
     })?;
     let scale = if args.quick { Scale::Quick } else { Scale::Full };
-    let mut machine = Machine::here()?;
-    let mut series = Vec::new();
+    let mut results = Results { machine: Machine::here()?, command: command_line(args), series: Vec::new() };
     for group in groups {
         say(format!("measuring: {}", group.name()));
-        series.extend(run(*group, scale, &programs)?);
+        results.series.extend(run(*group, scale, &programs)?);
+        results.machine.finish()?;
+        results.write(json)?;
     }
-    machine.finish()?;
-    Ok(Results { machine, command: command_line(args), series })
+    Ok(results)
 }
 
 /// Measures one group.

@@ -23,7 +23,9 @@ const GROUPS: [Group; 6] = [
                 packet and to call a program that does nothing, in the same round. Flows come in random order. `live` \
                 are frames that are really sent (`BPF_F_TEST_XDP_LIVE_FRAMES`), with all that the kernel does about it. \
                 `here` and `there` say on which node the backend is; with `dsr` it answers the client itself, and gets the \
-                packet in a tunnel. `new` flows find room in their table, those of a `flood` do not.",
+                packet in a tunnel. `new` flows find room in their table, those of a `flood` do not. `idle` flows were silent \
+                for more than a second: the first packet after that is noted in both halves. So were those beyond 100,000, \
+                which are in a larger table; the others go on as busy connections do.",
     },
     Group {
         name: "flows",
