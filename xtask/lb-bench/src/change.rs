@@ -24,7 +24,8 @@ pub(crate) struct Args {
     /// The ClusterIP of the first Service whose manifest is changed; the others' follow
     addr: Ipv4Addr,
     port: u16,
-    /// Directory with the files `N.0.json`, `N.1.json`, which say what the Nth Service is in turns
+    /// Directory with the files `N.0.json`, `N.1.json`, which say what the Nth Service is in turns, and with `--rate` `N.2.json`, which
+    /// says what it is at last
     versions: PathBuf,
     /// Where they are to be, as `NAME-N.json`
     manifests: PathBuf,
@@ -50,8 +51,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for number in 0..args.count {
         let service = number % args.services;
         let before = map.read(args.addr, service, args.port)?;
-        // The files stand for what they say at the beginning.
-        let version = (number / args.services + 1) % 2;
+        let is_last = args.rate != 0 && args.count - number <= args.services;
+        // The files stand for what they say at the beginning. An agent that is behind may never have seen the version before the
+        // last: it must not be the same as the one that it has written.
+        let version = if is_last { 2 } else { (number / args.services + 1) % 2 };
         let from = args.versions.join(format!("{service}.{version}.json"));
         let changed = match args.server {
             Some(server) => {
@@ -65,7 +68,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         if args.rate == 0 {
             println!("{}", map.wait(args.addr, service, args.port, before.as_deref(), changed)?);
         } else {
-            if args.count - number <= args.services {
+            if is_last {
                 last.push((service, before, changed));
             }
             let due = begin + Duration::from_secs(1) * (number + 1) / args.rate;

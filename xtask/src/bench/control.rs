@@ -20,6 +20,8 @@ const ENDPOINTS: u32 = 10;
 const PORT: u16 = 80;
 /// Services of one file; the first few have one each, and are changed.
 const PER_FILE: u32 = 500;
+/// The version that Services are left in after many changes; 0 and 1 take turns before.
+const LAST: u32 = 2;
 /// Services that are changed.
 const CHANGED: u32 = 50;
 /// Endpoints of the Service that is rolled over, and how many go at a time.
@@ -98,7 +100,7 @@ impl<'a> Site<'a> {
         let versions = lab.dir().join("versions");
         fs::create_dir(&versions).context("cannot make a directory")?;
         for number in 0..changed {
-            for version in [0, 1] {
+            for version in 0..=LAST {
                 let text = list(&service(number, ENDPOINTS, version));
                 fs::write(versions.join(format!("{number}.{version}.json")), text)
                     .context("cannot write a manifest")?;
@@ -248,8 +250,8 @@ fn list(items: &str) -> String {
 /// A Service and its slice. In another version the first endpoint is another one.
 fn service(number: u32, endpoints: u32, version: u32) -> String {
     let first = Ipv4Addr::new(10, 128, 0, 0).to_bits() + number * endpoints;
-    let other = Ipv4Addr::new(10, 120, 0, 0).to_bits() + number;
-    let ips = (0..endpoints).map(|index| if index == 0 && version == 1 { other } else { first + index });
+    let other = Ipv4Addr::new(10, 120, 0, 0).to_bits() + number * LAST + version;
+    let ips = (0..endpoints).map(|index| if index == 0 && version > 0 { other } else { first + index });
     objects(number, ips)
 }
 
@@ -339,9 +341,11 @@ mod tests {
             let endpoints = value["items"][1]["endpoints"].as_array().unwrap();
             endpoints.iter().map(|endpoint| endpoint["addresses"][0].to_string()).collect()
         };
-        let (one, other) = (addrs(&read(0)), addrs(&read(1)));
+        let [one, other, last] = [0, 1, LAST].map(|version| addrs(&read(version)));
         assert_eq!((one.len(), read(0)["items"][0]["kind"].as_str()), (10, Some("Service")));
-        assert_eq!(one.iter().zip(&other).filter(|(one, other)| one != other).count(), 1);
+        for [a, b] in [[&one, &other], [&one, &last], [&other, &last]] {
+            assert_eq!(a.iter().zip(b).filter(|(a, b)| a != b).count(), 1);
+        }
     }
 
     #[test]
