@@ -6,7 +6,9 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::ops::Deref;
 use std::process::Command;
+use std::sync::Mutex;
 use std::thread;
 
 use aya::Pod;
@@ -19,8 +21,9 @@ use lb_common::abi::{
     Affinity, AffinityKey, Counter, Flow, FlowKey, Fragment, FragmentKey, Network, OwnMac, RefusalKey,
     Sample, Sampling, Side, Source, Usage, edge_flags,
 };
+use lb_common::hash::filter_bit;
 use lb_common::host::{HostPacket, HostRoute, HostTables};
-use lb_common::maps::{MAPS, MAX_MACS};
+use lb_common::maps::{MAPS, MAX_MACS, MAX_NETWORKS};
 use lb_common::packet::NETWORK;
 use lb_common::pipeline::{Verdict, process};
 use lb_common::reason::{Action, counter_index};
@@ -134,10 +137,112 @@ fn mac(octets: [u8; 6]) -> String {
     octets.map(|o| format!("{o:02x}")).join(":")
 }
 
-fn open(masquerade_all: bool, tunnel_port: u16) -> Datapath {
-    let sizes = Sizes { flows: Some(128 * 1024), services: Some(1024), backends: Some(1024) };
-    Datapath::isolated(&Options { sizes, masquerade_all, tunnel_port, ..Options::default() })
-        .expect("the programs load")
+/// What programs are loaded with: `--masquerade-all`, and `--tunnel-port`.
+type Loaded = (bool, u16);
+
+/// Programs that no test uses at the moment: the kernel verifies them for longer than most tests take.
+static IDLE: Mutex<Vec<(Loaded, Datapath)>> = Mutex::new(vec![]);
+
+/// Programs with maps that no other test uses meanwhile.
+struct Kernel {
+    loaded: Loaded,
+    datapath: Option<Datapath>,
+}
+
+impl Kernel {
+    /// With maps in which nothing of a family is left; what is counted goes on.
+    fn take<F: KernelFamily>(loaded: Loaded) -> Self
+    where
+        lb_common::abi::ServiceKey<F::Addr>: Pod,
+        lb_common::abi::Backend<F::Addr>: Pod,
+        lb_common::abi::Place<F::Addr>: Pod,
+        AffinityKey<F::Addr>: Pod,
+        FragmentKey<F::Addr>: Pod,
+        Network<F::Addr>: Pod,
+        Source<F::Addr>: Pod,
+        FlowKey<F::Addr>: Pod,
+        Flow<F::Addr>: Pod,
+    {
+        let mut idle = IDLE.lock().expect("no test fails here");
+        let found = idle.iter().position(|(other, _)| *other == loaded).map(|at| idle.swap_remove(at).1);
+        drop(idle);
+        if let Some(datapath) = found {
+            empty::<F>(&datapath);
+            return Self { loaded, datapath: Some(datapath) };
+        }
+        let (masquerade_all, tunnel_port) = loaded;
+        let sizes = Sizes { flows: Some(128 * 1024), services: Some(1024), backends: Some(1024) };
+        let options = Options { sizes, masquerade_all, tunnel_port, ..Options::default() };
+        Self { loaded, datapath: Some(Datapath::isolated(&options).expect("the programs load")) }
+    }
+}
+
+impl Deref for Kernel {
+    type Target = Datapath;
+
+    fn deref(&self) -> &Datapath {
+        self.datapath.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl Drop for Kernel {
+    /// What a failed test leaves is nobody's.
+    fn drop(&mut self) {
+        if let (false, Some(datapath)) = (thread::panicking(), self.datapath.take()) {
+            IDLE.lock().expect("no test fails here").push((self.loaded, datapath));
+        }
+    }
+}
+
+/// Takes everything of a family out of the maps. Slots that no window has, and bits of the filter, say nothing by themselves.
+fn empty<F: KernelFamily>(datapath: &Datapath)
+where
+    lb_common::abi::ServiceKey<F::Addr>: Pod,
+    lb_common::abi::Backend<F::Addr>: Pod,
+    lb_common::abi::Place<F::Addr>: Pod,
+    AffinityKey<F::Addr>: Pod,
+    FragmentKey<F::Addr>: Pod,
+    Network<F::Addr>: Pod,
+    Source<F::Addr>: Pod,
+    FlowKey<F::Addr>: Pod,
+    Flow<F::Addr>: Pod,
+{
+    use lb_common::abi;
+    fn clear<F: KernelFamily, K: Pod, V: Pod>(datapath: &Datapath, name: &str) {
+        let data = map::<F>(datapath, name);
+        let is_lru = data.info().is_ok_and(|info| matches!(info.map_type(), Ok(aya::maps::MapType::LruHash)));
+        let map = if is_lru { Map::LruHashMap(data) } else { Map::HashMap(data) };
+        let mut map: HashMap<_, K, V> = HashMap::try_from(map).expect("a hash of these types");
+        let keys: Vec<K> = map.keys().map(|key| key.expect("a key")).collect();
+        for key in keys {
+            map.remove(&key).expect("it was there");
+        }
+    }
+    clear::<F, abi::ServiceKey<F::Addr>, abi::Service>(datapath, "SERVICES");
+    clear::<F, F::Addr, abi::AddressInfo>(datapath, "ADDRESSES");
+    clear::<F, u32, abi::Edge>(datapath, "EDGES");
+    clear::<F, abi::ServiceKey<F::Addr>, abi::Place<F::Addr>>(datapath, "PLACES");
+    clear::<F, abi::MemberKey, u32>(datapath, "MEMBERS");
+    clear::<F, AffinityKey<F::Addr>, Affinity>(datapath, "AFFINITY");
+    clear::<F, FragmentKey<F::Addr>, Fragment>(datapath, "FRAGMENTS");
+    clear::<F, FlowKey<F::Addr>, Flow<F::Addr>>(datapath, "FLOWS");
+    clear::<F, FlowKey<F::Addr>, Flow<F::Addr>>(datapath, "PENDING");
+    let trie = LpmTrie::<_, Source<F::Addr>, u32>::try_from(Map::LpmTrie(map::<F>(datapath, "SOURCES")));
+    let mut trie = trie.expect("a trie");
+    let keys: Vec<_> = trie.keys().map(|key| key.expect("a key")).collect();
+    for key in keys {
+        trie.remove(&key).expect("it was there");
+    }
+    let mut networks = Array::try_from(Map::Array(map::<F>(datapath, "NETWORKS"))).expect("an array");
+    for index in 0..MAX_NETWORKS {
+        networks.set(index, Network::<F::Addr>::default(), 0).expect("room");
+    }
+    let mut backends = Array::try_from(Map::Array(map::<F>(datapath, "BACKENDS"))).expect("an array");
+    for id in 0..1024 {
+        backends.set(id, abi::Backend::<F::Addr>::default(), 0).expect("room");
+    }
+    let mut routing = Array::try_from(Map::Array(map::<F>(datapath, "ROUTING"))).expect("an array");
+    routing.set(0, abi::Routing::default(), 0).expect("room");
 }
 
 fn map<F: KernelFamily>(datapath: &Datapath, name: &str) -> MapData {
@@ -167,6 +272,15 @@ where
     let mut addresses = hash::<F, _, _>(datapath, "ADDRESSES");
     for (key, value) in &tables.addresses {
         addresses.insert(*key, *value, 0).expect("room");
+    }
+    let mut filter = Array::try_from(Map::Array(map::<F>(datapath, "ADDRESS_FILTER"))).expect("an array");
+    let mut bits: BTreeMap<u32, u64> = BTreeMap::new();
+    for addr in tables.addresses.keys() {
+        let (word, bit) = filter_bit::<F>(addr);
+        *bits.entry(word).or_default() |= bit;
+    }
+    for (word, bits) in bits {
+        filter.set(word, bits, 0).expect("room");
     }
     let mut edges = hash::<F, _, _>(datapath, "EDGES");
     for (key, value) in &tables.edges {
@@ -290,7 +404,7 @@ fn counters<F: KernelFamily>(datapath: &Datapath) -> Vec<(Hook, Reason, u64)> {
 /// The host's pipeline and the kernel's programs, side by side.
 struct Pair<F: KernelFamily> {
     host: HostTables<F>,
-    kernel: Datapath,
+    kernel: Kernel,
     device: u32,
     counts: BTreeMap<(Hook, Reason), u64>,
     samples: RingBuf<MapData>,
@@ -318,7 +432,7 @@ where
     fn with(device: u32, masquerades: Option<u32>, change: impl FnOnce(&mut HostTables<F>)) -> Self {
         let mut host = cluster::<F>(device);
         change(&mut host);
-        let kernel = open(masquerades.is_some(), host.tunnel_port);
+        let kernel = Kernel::take::<F>((masquerades.is_some(), host.tunnel_port));
         host.masquerades_all = masquerades.is_some();
         host.sends_tunnelled = kernel.features().checks_mtu;
         let edge = host.edges.entry(device).or_default();
@@ -335,7 +449,11 @@ where
         if !since_5_15 {
             eprintln!("not tested on this kernel: XDP, and that clients are told the MTU as it is");
         }
-        let counts = since_5_15.then_some(((Hook::Xdp, Reason::NotIp), 1)).into_iter().collect();
+        // Other tests may have counted before.
+        let counts =
+            counters::<F>(&kernel).into_iter().map(|(hook, reason, n)| ((hook, reason), n)).collect();
+        host.usage.replace(usage::<F>(&kernel));
+        host.refusals.replace(refusals::<F>(&kernel));
         host.samples.replace(Some(vec![]));
         let samples = samples::<F>(&kernel);
         Self { host, kernel, device, counts, samples, since_5_15 }
