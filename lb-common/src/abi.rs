@@ -8,8 +8,9 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
+use crate::checksum::for_words;
 use crate::reason::Hook;
-use crate::wire::Mac;
+use crate::wire::{Mac, Wire};
 
 /// An IPv4 address as it stands in a packet.
 #[repr(C, align(2))]
@@ -385,6 +386,38 @@ pub struct FlowKey<A> {
     /// [`Side`].
     pub side: u8,
     pub pad: u16,
+}
+
+/// The kernel hashes keys by words of 4 bytes, and waits for a word that was written in pieces: so they are written by whole words.
+impl<A: Wire> FlowKey<A> {
+    /// Writes the addresses.
+    #[inline(always)]
+    pub fn set_addresses(&mut self, src: &A, dst: &A) {
+        let key = core::ptr::from_mut(self).cast::<u64>();
+        let (mut word, mut halves) = (0, 0);
+        for addr in [src, dst] {
+            for_words(addr, |half| {
+                word |= u64::from(half) << (halves % 4 * 16);
+                halves += 1;
+                if halves % 4 == 0 {
+                    // SAFETY: keys begin with both addresses, are aligned to 8, and take any bytes.
+                    unsafe { key.add(halves / 4 - 1).write_volatile(u64::from_le(word)) };
+                    word = 0;
+                }
+            });
+        }
+    }
+
+    /// Writes everything else.
+    #[inline(always)]
+    pub fn set_rest(&mut self, [src_port, dst_port]: [u16; 2], proto: u8, side: u8) {
+        let [[a, b], [c, d]] = [src_port.to_ne_bytes(), dst_port.to_ne_bytes()];
+        let rest = u64::from_ne_bytes([a, b, c, d, proto, side, 0, 0]);
+        // SAFETY: the last 8 bytes of the key, which take any, and are aligned to 8 (`layout!`).
+        unsafe {
+            core::ptr::from_mut(self).byte_add(offset_of!(Self, src_port)).cast::<u64>().write_volatile(rest);
+        }
+    }
 }
 
 /// Value of `FLOWS4/6` and `PENDING4/6`: the whole rewrite of one direction of a flow.

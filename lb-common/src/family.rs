@@ -194,7 +194,8 @@ impl Family for V4 {
         parsed.ip_len = len;
         parsed.transport = (NETWORK + Ipv4Hdr::LEN) as u16;
         parsed.ttl = ip.ttl;
-        parsed.key = FlowKey { src: ip.src, dst: ip.dst, proto: ip.proto, ..FlowKey::default() };
+        parsed.key.set_addresses(&ip.src, &ip.dst);
+        parsed.key.proto = ip.proto;
         Ok(())
     }
 
@@ -379,7 +380,7 @@ impl Family for V6 {
         let mut next = ip.next_header;
         parsed.ip_len = len;
         parsed.ttl = ip.hop_limit;
-        parsed.key = FlowKey { src: ip.src, dst: ip.dst, ..FlowKey::default() };
+        parsed.key.set_addresses(&ip.src, &ip.dst);
 
         let mut transport = NETWORK + Ipv6Hdr::LEN;
         for _ in 0..MAX_EXTENSION_HEADERS {

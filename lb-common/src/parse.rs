@@ -127,6 +127,7 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
     }
     let transport = parsed.transport as usize;
     let room = parsed.transport_len();
+    let ports;
     if parsed.is_tcp() {
         let tcp = packet.view::<TcpHdr>(transport)?;
         let header = u32::from(tcp.offset >> 4) * 4;
@@ -136,8 +137,7 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
         parsed.tcp_flags = tcp.flags;
         parsed.seq = tcp.seq.get();
         parsed.ack = tcp.ack.get();
-        parsed.key.src_port = tcp.ports.src.get();
-        parsed.key.dst_port = tcp.ports.dst.get();
+        ports = [tcp.ports.src.get(), tcp.ports.dst.get()];
     } else if parsed.is_udp() {
         let udp = packet.view::<UdpHdr>(transport)?;
         let len = u32::from(udp.len.get());
@@ -146,8 +146,7 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
         if len < UdpHdr::LEN as u32 || cut {
             return Err(Reason::Truncated);
         }
-        parsed.key.src_port = udp.ports.src.get();
-        parsed.key.dst_port = udp.ports.dst.get();
+        ports = [udp.ports.src.get(), udp.ports.dst.get()];
     } else if parsed.is_sctp() {
         if parsed.is_first_fragment() {
             // Its checksum covers the whole packet, whose length only the last fragment tells.
@@ -157,14 +156,14 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
         if room < SctpHdr::LEN as u32 {
             return Err(Reason::Truncated);
         }
-        parsed.key.src_port = sctp.ports.src.get();
-        parsed.key.dst_port = sctp.ports.dst.get();
+        ports = [sctp.ports.src.get(), sctp.ports.dst.get()];
         if room >= (SctpHdr::LEN + SctpChunkHdr::LEN) as u32 {
             parsed.tcp_flags = first_chunk(packet, transport + SctpHdr::LEN);
         }
     } else {
         return Err(Reason::UnknownProtocol);
     }
+    parsed.key.set_rest(ports, parsed.key.proto, side as u8);
     Ok(())
 }
 

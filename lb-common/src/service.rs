@@ -32,7 +32,7 @@ pub fn address<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Result<Ad
 }
 
 /// What to say of an address that this node does not know.
-#[inline(never)]
+#[inline(always)]
 pub fn unknown<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Reason {
     let unallocated = tables.networks(addr) & network_flags::SERVICE != 0;
     if unallocated { Reason::NoSuchService } else { Reason::NotOurs }
