@@ -100,7 +100,7 @@ mod tests {
         }
         // In 2^20 bits at random, 48,800 of each would differ.
         assert!(bits.iter().all(|bits| bits.len() > 48_800), "{} {}", bits[0].len(), bits[1].len());
-        assert!(bits.iter().flatten().all(|(word, bit)| *word < FILTER_WORDS && bit.count_ones() == 1));
+        assert!(bits.iter().flatten().all(|(word, bit)| *word < FILTER_WORDS && bit.is_power_of_two()));
     }
 
     #[test]
