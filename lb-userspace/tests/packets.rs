@@ -149,34 +149,6 @@ struct Kernel {
     datapath: Option<Datapath>,
 }
 
-impl Kernel {
-    /// With maps in which nothing of a family is left; what is counted goes on.
-    fn take<F: KernelFamily>(loaded: Loaded) -> Self
-    where
-        lb_common::abi::ServiceKey<F::Addr>: Pod,
-        lb_common::abi::Backend<F::Addr>: Pod,
-        lb_common::abi::Place<F::Addr>: Pod,
-        AffinityKey<F::Addr>: Pod,
-        FragmentKey<F::Addr>: Pod,
-        Network<F::Addr>: Pod,
-        Source<F::Addr>: Pod,
-        FlowKey<F::Addr>: Pod,
-        Flow<F::Addr>: Pod,
-    {
-        let mut idle = IDLE.lock().expect("no test fails here");
-        let found = idle.iter().position(|(other, _)| *other == loaded).map(|at| idle.swap_remove(at).1);
-        drop(idle);
-        if let Some(datapath) = found {
-            empty::<F>(&datapath);
-            return Self { loaded, datapath: Some(datapath) };
-        }
-        let (masquerade_all, tunnel_port) = loaded;
-        let sizes = Sizes { flows: Some(128 * 1024), services: Some(1024), backends: Some(1024) };
-        let options = Options { sizes, masquerade_all, tunnel_port, ..Options::default() };
-        Self { loaded, datapath: Some(Datapath::isolated(&options).expect("the programs load")) }
-    }
-}
-
 impl Deref for Kernel {
     type Target = Datapath;
 
@@ -192,57 +164,6 @@ impl Drop for Kernel {
             IDLE.lock().expect("no test fails here").push((self.loaded, datapath));
         }
     }
-}
-
-/// Takes everything of a family out of the maps. Slots that no window has, and bits of the filter, say nothing by themselves.
-fn empty<F: KernelFamily>(datapath: &Datapath)
-where
-    lb_common::abi::ServiceKey<F::Addr>: Pod,
-    lb_common::abi::Backend<F::Addr>: Pod,
-    lb_common::abi::Place<F::Addr>: Pod,
-    AffinityKey<F::Addr>: Pod,
-    FragmentKey<F::Addr>: Pod,
-    Network<F::Addr>: Pod,
-    Source<F::Addr>: Pod,
-    FlowKey<F::Addr>: Pod,
-    Flow<F::Addr>: Pod,
-{
-    use lb_common::abi;
-    fn clear<F: KernelFamily, K: Pod, V: Pod>(datapath: &Datapath, name: &str) {
-        let data = map::<F>(datapath, name);
-        let is_lru = data.info().is_ok_and(|info| matches!(info.map_type(), Ok(aya::maps::MapType::LruHash)));
-        let map = if is_lru { Map::LruHashMap(data) } else { Map::HashMap(data) };
-        let mut map: HashMap<_, K, V> = HashMap::try_from(map).expect("a hash of these types");
-        let keys: Vec<K> = map.keys().map(|key| key.expect("a key")).collect();
-        for key in keys {
-            map.remove(&key).expect("it was there");
-        }
-    }
-    clear::<F, abi::ServiceKey<F::Addr>, abi::Service>(datapath, "SERVICES");
-    clear::<F, F::Addr, abi::AddressInfo>(datapath, "ADDRESSES");
-    clear::<F, u32, abi::Edge>(datapath, "EDGES");
-    clear::<F, abi::ServiceKey<F::Addr>, abi::Place<F::Addr>>(datapath, "PLACES");
-    clear::<F, abi::MemberKey, u32>(datapath, "MEMBERS");
-    clear::<F, AffinityKey<F::Addr>, Affinity>(datapath, "AFFINITY");
-    clear::<F, FragmentKey<F::Addr>, Fragment>(datapath, "FRAGMENTS");
-    clear::<F, FlowKey<F::Addr>, Flow<F::Addr>>(datapath, "FLOWS");
-    clear::<F, FlowKey<F::Addr>, Flow<F::Addr>>(datapath, "PENDING");
-    let trie = LpmTrie::<_, Source<F::Addr>, u32>::try_from(Map::LpmTrie(map::<F>(datapath, "SOURCES")));
-    let mut trie = trie.expect("a trie");
-    let keys: Vec<_> = trie.keys().map(|key| key.expect("a key")).collect();
-    for key in keys {
-        trie.remove(&key).expect("it was there");
-    }
-    let mut networks = Array::try_from(Map::Array(map::<F>(datapath, "NETWORKS"))).expect("an array");
-    for index in 0..MAX_NETWORKS {
-        networks.set(index, Network::<F::Addr>::default(), 0).expect("room");
-    }
-    let mut backends = Array::try_from(Map::Array(map::<F>(datapath, "BACKENDS"))).expect("an array");
-    for id in 0..1024 {
-        backends.set(id, abi::Backend::<F::Addr>::default(), 0).expect("room");
-    }
-    let mut routing = Array::try_from(Map::Array(map::<F>(datapath, "ROUTING"))).expect("an array");
-    routing.set(0, abi::Routing::default(), 0).expect("room");
 }
 
 fn map<F: KernelFamily>(datapath: &Datapath, name: &str) -> MapData {
@@ -432,7 +353,7 @@ where
     fn with(device: u32, masquerades: Option<u32>, change: impl FnOnce(&mut HostTables<F>)) -> Self {
         let mut host = cluster::<F>(device);
         change(&mut host);
-        let kernel = Kernel::take::<F>((masquerades.is_some(), host.tunnel_port));
+        let kernel = Self::programs((masquerades.is_some(), host.tunnel_port));
         host.masquerades_all = masquerades.is_some();
         host.sends_tunnelled = kernel.features().checks_mtu;
         let edge = host.edges.entry(device).or_default();
@@ -457,6 +378,62 @@ where
         host.samples.replace(Some(vec![]));
         let samples = samples::<F>(&kernel);
         Self { host, kernel, device, counts, samples, since_5_15 }
+    }
+
+    /// Programs with maps in which nothing of the family is left; what is counted goes on.
+    fn programs(loaded: Loaded) -> Kernel {
+        let mut idle = IDLE.lock().expect("no test fails here");
+        let found = idle.iter().position(|(other, _)| *other == loaded).map(|at| idle.swap_remove(at).1);
+        drop(idle);
+        if let Some(datapath) = found {
+            Self::empty(&datapath);
+            return Kernel { loaded, datapath: Some(datapath) };
+        }
+        let (masquerade_all, tunnel_port) = loaded;
+        let sizes = Sizes { flows: Some(128 * 1024), services: Some(1024), backends: Some(1024) };
+        let options = Options { sizes, masquerade_all, tunnel_port, ..Options::default() };
+        Kernel { loaded, datapath: Some(Datapath::isolated(&options).expect("the programs load")) }
+    }
+
+    /// Takes everything of the family out of the maps. Slots that no window has, and bits of the filter, say nothing by themselves.
+    fn empty(datapath: &Datapath) {
+        use lb_common::abi;
+        fn clear<F: KernelFamily, K: Pod, V: Pod>(datapath: &Datapath, name: &str) {
+            let data = map::<F>(datapath, name);
+            let is_lru =
+                data.info().is_ok_and(|info| matches!(info.map_type(), Ok(aya::maps::MapType::LruHash)));
+            let map = if is_lru { Map::LruHashMap(data) } else { Map::HashMap(data) };
+            let mut map: HashMap<_, K, V> = HashMap::try_from(map).expect("a hash of these types");
+            let keys: Vec<K> = map.keys().map(|key| key.expect("a key")).collect();
+            for key in keys {
+                map.remove(&key).expect("it was there");
+            }
+        }
+        clear::<F, abi::ServiceKey<F::Addr>, abi::Service>(datapath, "SERVICES");
+        clear::<F, F::Addr, abi::AddressInfo>(datapath, "ADDRESSES");
+        clear::<F, u32, abi::Edge>(datapath, "EDGES");
+        clear::<F, abi::ServiceKey<F::Addr>, abi::Place<F::Addr>>(datapath, "PLACES");
+        clear::<F, abi::MemberKey, u32>(datapath, "MEMBERS");
+        clear::<F, AffinityKey<F::Addr>, Affinity>(datapath, "AFFINITY");
+        clear::<F, FragmentKey<F::Addr>, Fragment>(datapath, "FRAGMENTS");
+        clear::<F, FlowKey<F::Addr>, Flow<F::Addr>>(datapath, "FLOWS");
+        clear::<F, FlowKey<F::Addr>, Flow<F::Addr>>(datapath, "PENDING");
+        let trie = LpmTrie::<_, Source<F::Addr>, u32>::try_from(Map::LpmTrie(map::<F>(datapath, "SOURCES")));
+        let mut trie = trie.expect("a trie");
+        let keys: Vec<_> = trie.keys().map(|key| key.expect("a key")).collect();
+        for key in keys {
+            trie.remove(&key).expect("it was there");
+        }
+        let mut networks = Array::try_from(Map::Array(map::<F>(datapath, "NETWORKS"))).expect("an array");
+        for index in 0..MAX_NETWORKS {
+            networks.set(index, Network::<F::Addr>::default(), 0).expect("room");
+        }
+        let mut backends = Array::try_from(Map::Array(map::<F>(datapath, "BACKENDS"))).expect("an array");
+        for id in 0..1024 {
+            backends.set(id, abi::Backend::<F::Addr>::default(), 0).expect("room");
+        }
+        let mut routing = Array::try_from(Map::Array(map::<F>(datapath, "ROUTING"))).expect("an array");
+        routing.set(0, abi::Routing::default(), 0).expect("room");
     }
 
     /// What can be run here.
