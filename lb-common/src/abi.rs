@@ -8,7 +8,6 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
-use crate::checksum::for_words;
 use crate::reason::Hook;
 use crate::wire::{Mac, Wire};
 
@@ -390,22 +389,12 @@ pub struct FlowKey<A> {
 
 /// The kernel hashes keys by words of 4 bytes, and waits for a word that was written in pieces: so they are written by whole words.
 impl<A: Wire> FlowKey<A> {
-    /// Writes the addresses.
+    /// Writes both addresses, as they lie in memory one behind the other.
     #[inline(always)]
-    pub fn set_addresses(&mut self, src: &A, dst: &A) {
-        let key = core::ptr::from_mut(self).cast::<u64>();
-        let (mut word, mut halves) = (0, 0);
-        for addr in [src, dst] {
-            for_words(addr, |half| {
-                word |= u64::from(half) << (halves % 4 * 16);
-                halves += 1;
-                if halves % 4 == 0 {
-                    // SAFETY: keys begin with both addresses, are aligned to 8, and take any bytes.
-                    unsafe { key.add(halves / 4 - 1).write_volatile(u64::from_le(word)) };
-                    word = 0;
-                }
-            });
-        }
+    pub fn set_addresses<const WORDS: usize>(&mut self, addresses: [u64; WORDS]) {
+        const { assert!(size_of::<[u64; WORDS]>() == 2 * size_of::<A>()) };
+        // SAFETY: keys begin with both addresses, are aligned to 8, and take any bytes.
+        unsafe { core::ptr::from_mut(self).cast::<[u64; WORDS]>().write_volatile(addresses) };
     }
 
     /// Writes everything else.
@@ -471,6 +460,36 @@ pub struct Hop {
     pub src: [u8; 6],
     /// Ethernet address of the next hop.
     pub dst: [u8; 6],
+}
+
+/// The Ethernet addresses of a [`Hop`], in three words as they lie in memory.
+#[derive(Clone, Copy, Default)]
+pub struct Link(pub u32, pub u32, pub u32);
+
+impl Link {
+    /// Of the device.
+    #[inline(always)]
+    pub const fn src(self) -> Mac {
+        let ([a, b, c, d], [e, f, ..]) = (self.0.to_ne_bytes(), self.1.to_ne_bytes());
+        Mac { octets: [a, b, c, d, e, f] }
+    }
+
+    /// Of the next hop.
+    #[inline(always)]
+    pub const fn dst(self) -> Mac {
+        let ([.., a, b], [c, d, e, f]) = (self.1.to_ne_bytes(), self.2.to_ne_bytes());
+        Mac { octets: [a, b, c, d, e, f] }
+    }
+}
+
+impl Hop {
+    /// Both Ethernet addresses. In words, as a program otherwise copies them byte by byte.
+    #[inline(always)]
+    pub const fn link(&self) -> Link {
+        // SAFETY: they stand one behind the other, at an address that is a multiple of 4 (`layout!`).
+        let [a, b, c] = unsafe { (&raw const self.src).cast::<[u32; 3]>().read() };
+        Link(a, b, c)
+    }
 }
 
 /// Value of `ROUTING`: how long flows may believe their [`Hop`]. The agent follows the changes of routes, neighbours,

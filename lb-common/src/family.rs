@@ -2,6 +2,7 @@
 
 use core::fmt::Debug;
 use core::hash::Hash;
+use core::mem::offset_of;
 
 use crate::abi::{Addr4, Addr6, Edge, FlowKey};
 use crate::checksum::{self, Diff};
@@ -11,6 +12,7 @@ use crate::reason::Reason;
 use crate::wire::{
     Be16, Be32, EtherType, IcmpHdr, IpProto, Ipv4Hdr, Ipv6ExtHdr, Ipv6FragHdr, Ipv6Hdr, Quote, Wire,
 };
+use crate::word;
 
 /// An IP family.
 pub trait Family: Copy + Eq + Debug + 'static {
@@ -45,6 +47,8 @@ pub trait Family: Copy + Eq + Debug + 'static {
 
     /// Writes new addresses into the IP header, and with `forward` takes one from TTL or hop limit.
     /// `addresses` is what the addresses change in a sum.
+    ///
+    /// Both addresses stand in a key or in a flow: they are read by whole words, and the stack has to be aligned for that.
     fn readdress<P: Packet>(
         packet: &mut P,
         src: &Self::Addr,
@@ -194,7 +198,7 @@ impl Family for V4 {
         parsed.ip_len = len;
         parsed.transport = (NETWORK + Ipv4Hdr::LEN) as u16;
         parsed.ttl = ip.ttl;
-        parsed.key.set_addresses(&ip.src, &ip.dst);
+        parsed.key.set_addresses([word::load64::<_, { offset_of!(Ipv4Hdr, src) }>(ip)]);
         parsed.key.proto = ip.proto;
         Ok(())
     }
@@ -214,8 +218,8 @@ impl Family for V4 {
             diff = diff.and(Diff::between(word(ip.ttl), word(ip.ttl.wrapping_sub(1))));
             ip.ttl = ip.ttl.wrapping_sub(1);
         }
-        ip.src = *src;
-        ip.dst = *dst;
+        word::store32::<_, { offset_of!(Ipv4Hdr, src) }>(ip, word::load32::<_, 0>(src));
+        word::store32::<_, { offset_of!(Ipv4Hdr, dst) }>(ip, word::load32::<_, 0>(dst));
         ip.check = Be16::from_raw(diff.apply(ip.check.raw()));
         Ok(())
     }
@@ -380,7 +384,12 @@ impl Family for V6 {
         let mut next = ip.next_header;
         parsed.ip_len = len;
         parsed.ttl = ip.hop_limit;
-        parsed.key.set_addresses(&ip.src, &ip.dst);
+        parsed.key.set_addresses([
+            word::load64::<_, { offset_of!(Ipv6Hdr, src) }>(ip),
+            word::load64::<_, { offset_of!(Ipv6Hdr, src) + 8 }>(ip),
+            word::load64::<_, { offset_of!(Ipv6Hdr, dst) }>(ip),
+            word::load64::<_, { offset_of!(Ipv6Hdr, dst) + 8 }>(ip),
+        ]);
 
         let mut transport = NETWORK + Ipv6Hdr::LEN;
         for _ in 0..MAX_EXTENSION_HEADERS {
@@ -432,8 +441,10 @@ impl Family for V6 {
         if forward {
             ip.hop_limit = ip.hop_limit.wrapping_sub(1);
         }
-        ip.src = *src;
-        ip.dst = *dst;
+        word::store64::<_, { offset_of!(Ipv6Hdr, src) }>(ip, word::load64::<_, 0>(src));
+        word::store64::<_, { offset_of!(Ipv6Hdr, src) + 8 }>(ip, word::load64::<_, 8>(src));
+        word::store64::<_, { offset_of!(Ipv6Hdr, dst) }>(ip, word::load64::<_, 0>(dst));
+        word::store64::<_, { offset_of!(Ipv6Hdr, dst) + 8 }>(ip, word::load64::<_, 8>(dst));
         Ok(())
     }
 

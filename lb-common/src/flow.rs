@@ -7,7 +7,9 @@
 use core::cell::Cell;
 use core::ptr::write_volatile;
 
-use crate::abi::{Carry, Flow, FlowKey, Hop, RESERVED_PORTS_COUNT, RESERVED_PORTS_FIRST, Side, flow_flags};
+use crate::abi::{
+    Carry, Flow, FlowKey, Hop, Link, RESERVED_PORTS_COUNT, RESERVED_PORTS_FIRST, Side, flow_flags,
+};
 use crate::checksum::Diff;
 use crate::family::Family;
 use crate::hash;
@@ -407,16 +409,11 @@ fn see_to<F: Family, T: Tables<F>>(tables: &T, entry: &Cell<Flow<F::Addr>>, flag
     note(entry, flags, now)
 }
 
-/// Where the packets of a flow go, if that is known and this one fits.
+/// Whether a flow knows where its packets go ([`Flow::hop`]), and this one fits.
 #[inline(always)]
-pub fn known_hop<F: Family, T: Tables<F>>(
-    tables: &T,
-    flow: &Flow<F::Addr>,
-    parsed: &Parsed<F>,
-) -> Option<Hop> {
+pub fn knows_hop<F: Family, T: Tables<F>>(tables: &T, flow: &Flow<F::Addr>, parsed: &Parsed<F>) -> bool {
     let generation = tables.routing().generation;
-    let known = generation != 0 && flow.hop.generation == generation;
-    (known && parsed.ip_len <= u32::from(flow.fits)).then_some(flow.hop)
+    generation != 0 && flow.hop.generation == generation && parsed.ip_len <= u32::from(flow.fits)
 }
 
 /// Remembers where a packet of a flow goes, as the routing table said after it was of this generation.
@@ -426,7 +423,7 @@ pub fn keep_hop<F: Family, T: Tables<F>>(
     entry: &Cell<Flow<F::Addr>>,
     parsed: &Parsed<F>,
     generation: u32,
-    hop: Hop,
+    (ifindex, link): (u32, Link),
 ) {
     if generation == 0 || tables.now() >= tables.routing().until {
         return;
@@ -436,9 +433,11 @@ pub fn keep_hop<F: Family, T: Tables<F>>(
     unsafe {
         let kept = &raw mut (*entry.as_ptr()).hop;
         write_volatile(&raw mut (*kept).generation, 0);
-        write_volatile(&raw mut (*kept).ifindex, hop.ifindex);
-        write_volatile(&raw mut (*kept).src, hop.src);
-        write_volatile(&raw mut (*kept).dst, hop.dst);
+        write_volatile(&raw mut (*kept).ifindex, ifindex);
+        let addresses = (&raw mut (*kept).src).cast::<u32>();
+        write_volatile(addresses, link.0);
+        write_volatile(addresses.add(1), link.1);
+        write_volatile(addresses.add(2), link.2);
         let fits = parsed.ip_len.min(u32::from(u16::MAX)) as u16;
         write_volatile(&raw mut (*entry.as_ptr()).fits, fits);
         write_volatile(&raw mut (*kept).generation, generation);

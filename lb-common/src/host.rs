@@ -8,8 +8,8 @@ use std::rc::Rc;
 
 use crate::abi::{
     Addr6, AddressInfo, Affinity, AffinityKey, Backend, Edge, EdgeSourceKey, Flow, FlowKey, Fragment,
-    FragmentKey, Hop, MemberKey, Network, OwnMac, Place, PrefixKey, RefusalKey, Routing, Sample, Service,
-    ServiceKey, SocketKey, SocketPeer, Source, Usage,
+    FragmentKey, Hop, Link, MemberKey, Network, OwnMac, Place, PrefixKey, RefusalKey, Routing, Sample,
+    Service, ServiceKey, SocketKey, SocketPeer, Source, Usage,
 };
 use crate::family::Family;
 use crate::flow::State;
@@ -202,8 +202,8 @@ impl Packet for HostPacket {
         self.out_ifindex
     }
 
-    fn hop(&self) -> Hop {
-        Hop { ifindex: self.out_ifindex, ..Hop::default() }
+    fn link(&self) -> Link {
+        Link::default()
     }
 
     fn set_hop(&mut self, hop: &Hop) {

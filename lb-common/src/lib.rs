@@ -7,6 +7,7 @@
 //! * [`Packet`]: the bytes of one packet (XDP, tc, or a host buffer),
 //! * [`Tables`]: the maps (kernel maps, or host hash maps).
 #![cfg_attr(not(any(test, feature = "host")), no_std)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![expect(
     clippy::inline_always,
     reason = "in the kernel a call costs 8 ns, takes five arguments at most, and hides from the verifier what was checked"
@@ -42,6 +43,7 @@ pub mod tables;
 pub mod testing;
 pub mod tunnel;
 pub mod wire;
+pub mod word;
 
 pub use abi::{Addr4, Addr6};
 pub use family::{Family, V4, V6};

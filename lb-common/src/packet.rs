@@ -3,7 +3,7 @@
 
 use core::mem::offset_of;
 
-use crate::abi::Hop;
+use crate::abi::{Hop, Link};
 use crate::checksum::Diff;
 use crate::family::Family;
 use crate::reason::Reason;
@@ -88,8 +88,8 @@ pub trait Packet {
     /// The device of the last [`Route::Out`].
     fn out_ifindex(&self) -> u32;
 
-    /// The way of the last [`Route::Out`], as far as [`Packet::KEEPS_HOP`] needs it.
-    fn hop(&self) -> Hop;
+    /// The Ethernet addresses of the last [`Route::Out`], as far as [`Packet::KEEPS_HOP`] needs them.
+    fn link(&self) -> Link;
 
     /// Has the packet go this way without asking the routing table.
     fn set_hop(&mut self, hop: &Hop);

@@ -1,10 +1,13 @@
 //! From bytes to the five-tuple.
 
+use core::mem::offset_of;
+
 use crate::abi::{FlowKey, Side};
 use crate::family::Family;
 use crate::packet::{NETWORK, Packet};
 use crate::reason::Reason;
 use crate::wire::{IpProto, Ipv4Hdr, SctpChunkHdr, SctpHdr, TcpHdr, UdpHdr, sctp_chunk, tcp_flags};
+use crate::word;
 
 /// What the pipeline needs to know about a packet.
 #[repr(C)]
@@ -135,8 +138,8 @@ pub fn parse<F: Family, P: Packet>(packet: &P, side: Side, parsed: &mut Parsed<F
             return Err(Reason::Truncated);
         }
         parsed.tcp_flags = tcp.flags;
-        parsed.seq = tcp.seq.get();
-        parsed.ack = tcp.ack.get();
+        parsed.seq = u32::from_be(word::load32::<_, { offset_of!(TcpHdr, seq) }>(tcp));
+        parsed.ack = u32::from_be(word::load32::<_, { offset_of!(TcpHdr, ack) }>(tcp));
         ports = [tcp.ports.src.get(), tcp.ports.dst.get()];
     } else if parsed.is_udp() {
         let udp = packet.view::<UdpHdr>(transport)?;

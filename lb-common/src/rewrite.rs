@@ -21,25 +21,59 @@ pub fn rewrite<F: Family, P: Packet>(
     flow: &Flow<F::Addr>,
     forward: bool,
 ) -> Result<(), Reason> {
-    let key = &parsed.key;
     let addresses = Diff::unfolded(flow.addresses);
     F::readdress(packet, &flow.src, &flow.dst, addresses, forward)?;
 
     if parsed.is_later_fragment() {
         return packet.readdressed::<F>(addresses);
     }
-    let header = parsed.transport as usize;
-    let new = Ports { src: Be16::new(flow.src_port), dst: Be16::new(flow.dst_port) };
-    let old = Ports { src: Be16::new(key.src_port), dst: Be16::new(key.dst_port) };
-    *packet.view_mut::<Ports>(header)? = new;
     if parsed.is_sctp() {
+        let header = parsed.transport as usize;
+        let (old, new) = ports(parsed, flow);
+        *packet.view_mut::<Ports>(header)? = new;
         let check = &mut packet.view_mut::<SctpHdr>(header)?.check;
         *check = Le32::new(crc32c::update(check.get(), old, new, parsed.transport_len() as u16));
         return Ok(());
     }
+    readdress_segment(packet, parsed, flow, addresses)
+}
 
+/// [`rewrite`] of TCP or UDP with its header.
+#[inline(always)]
+pub fn rewrite_segment<F: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<F>,
+    flow: &Flow<F::Addr>,
+    forward: bool,
+) -> Result<(), Reason> {
+    let addresses = Diff::unfolded(flow.addresses);
+    F::readdress(packet, &flow.src, &flow.dst, addresses, forward)?;
+    readdress_segment(packet, parsed, flow, addresses)
+}
+
+/// Gives TCP or UDP its new ports, and a checksum for these and for what changed with the addresses.
+#[inline(always)]
+fn readdress_segment<F: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<F>,
+    flow: &Flow<F::Addr>,
+    addresses: Diff,
+) -> Result<(), Reason> {
+    let header = parsed.transport as usize;
+    let (old, new) = ports(parsed, flow);
+    *packet.view_mut::<Ports>(header)? = new;
     let field = if parsed.is_tcp() { ChecksumField::Tcp { header } } else { ChecksumField::Udp { header } };
     packet.update_checksum::<F>(field, addresses, port_change(old, new))
+}
+
+/// The ports that a packet has, and those that its flow gives it.
+#[inline(always)]
+fn ports<F: Family>(parsed: &Parsed<F>, flow: &Flow<F::Addr>) -> (Ports, Ports) {
+    let key = &parsed.key;
+    (
+        Ports { src: Be16::new(key.src_port), dst: Be16::new(key.dst_port) },
+        Ports { src: Be16::new(flow.src_port), dst: Be16::new(flow.dst_port) },
+    )
 }
 
 /// What new addresses change in the sums that cover them.

@@ -101,24 +101,14 @@ pub struct Mac {
 }
 
 impl Mac {
-    /// Whether it is a group's, or everybody's.
-    #[inline(always)]
-    pub const fn is_group(self) -> bool {
-        self.octets[0] & 1 != 0
-    }
+    /// What all addresses of groups have in their [`Self::number`], that of everybody among them.
+    pub const GROUP: u64 = 1;
 
-    /// Whether it is another's than `own`; one of zeroes is not known.
+    /// As a number, which is compared at once.
     #[inline(always)]
-    pub const fn differs(self, own: Self) -> bool {
-        let ([a0, a1, a2], [b0, b1, b2]) = (self.words(), own.words());
-        b0 | b1 | b2 != 0 && (a0 ^ b0) | (a1 ^ b1) | (a2 ^ b2) != 0
-    }
-
-    /// A comparison of bytes would be a call.
-    #[inline(always)]
-    const fn words(self) -> [u16; 3] {
-        let [a0, a1, b0, b1, c0, c1] = self.octets;
-        [u16::from_ne_bytes([a0, a1]), u16::from_ne_bytes([b0, b1]), u16::from_ne_bytes([c0, c1])]
+    pub const fn number(self) -> u64 {
+        let [a, b, c, d, e, f] = self.octets;
+        u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
     }
 }
 

@@ -9,8 +9,8 @@ use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
 };
 use aya_ebpf::helpers::generated::bpf_fib_lookup as fib_lookup;
+use lb_common::abi::Link;
 use lb_common::packet::Route;
-use lb_common::wire::Mac;
 use lb_common::{Family, Reason};
 
 /// MTU that senders are told where the kernel does not tell it: before 5.12 (commit e1850ea9bd9e) it leaves the length
@@ -21,10 +21,8 @@ const UNTOLD_MTU: u16 = 1280;
 #[derive(Clone, Copy, Default)]
 pub struct Hop {
     pub ifindex: u32,
-    /// Ethernet address of the device.
-    pub src: Mac,
-    /// Ethernet address of the next hop.
-    pub dst: Mac,
+    /// Ethernet addresses of the device and of the next hop.
+    pub link: Link,
     /// MTU of a way that was too narrow, bytes.
     pub mtu: u16,
     /// The next hop's address is known.
@@ -59,8 +57,9 @@ pub fn route<F: Family>(
     hop.ifindex = params.ifindex;
     match u32::try_from(result) {
         Ok(BPF_FIB_LKUP_RET_SUCCESS) => {
-            hop.src = Mac { octets: params.smac };
-            hop.dst = Mac { octets: params.dmac };
+            // SAFETY: both stand one behind the other, at an address that is a multiple of 4.
+            let [a, b, c] = unsafe { (&raw const params.smac).cast::<[u32; 3]>().read() };
+            hop.link = Link(a, b, c);
             hop.resolved = true;
             Ok(Route::Out)
         }

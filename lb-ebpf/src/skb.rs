@@ -44,7 +44,10 @@ const HEAD: u32 = (MAX_TRANSPORT + Ipv6FragHdr::LEN + 4) as u32;
 #[expect(clippy::struct_field_names, reason = "the kernel's name of it")]
 pub struct Skb {
     skb: *mut __sk_buff,
-    hop: Hop,
+    /// Device of the last way that was found.
+    out_ifindex: u32,
+    /// MTU of the last that was too narrow.
+    mtu: u16,
     chosen: u32,
 }
 
@@ -55,7 +58,7 @@ impl Skb {
     /// SCTP's common header, and to pull the first of the packets in would change where the kernel divides them.
     #[inline(always)]
     pub fn new(skb: *mut __sk_buff) -> Self {
-        let mut packet = Self { skb, hop: Hop::default(), chosen: 0 };
+        let mut packet = Self { skb, out_ifindex: 0, mtu: 0, chosen: 0 };
         // SAFETY: the context is valid while the program runs.
         if unsafe { (*skb).gso_size } != BY_FRAGS {
             packet.pull(HEADERS);
@@ -99,7 +102,7 @@ impl Skb {
     #[inline(always)]
     pub fn forward(&self) -> i32 {
         // SAFETY: a helper that only takes numbers here.
-        unsafe { bpf_redirect_neigh(self.hop.ifindex, null_mut(), 0, 0) as i32 }
+        unsafe { bpf_redirect_neigh(self.out_ifindex, null_mut(), 0, 0) as i32 }
     }
 
     /// Sends the packet back out of the device it came in through.
@@ -217,17 +220,20 @@ impl Packet for Skb {
             (_, 0 | BY_FRAGS) => ip_len,
             (_, segment) => segment + (F::HEADER_LEN + TcpHdr::LEN) as u32,
         };
-        fib::route::<F>(self.skb.cast(), ifindex, from, to, (len as u16, added), &mut self.hop)
+        let mut hop = Hop::default();
+        let route = fib::route::<F>(self.skb.cast(), ifindex, from, to, (len as u16, added), &mut hop);
+        (self.out_ifindex, self.mtu) = (hop.ifindex, hop.mtu);
+        route
     }
 
     #[inline(always)]
     fn out_ifindex(&self) -> u32 {
-        self.hop.ifindex
+        self.out_ifindex
     }
 
     #[inline(always)]
-    fn hop(&self) -> abi::Hop {
-        abi::Hop::default()
+    fn link(&self) -> abi::Link {
+        abi::Link::default()
     }
 
     #[inline(always)]
@@ -235,7 +241,7 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn mtu(&self) -> u32 {
-        self.hop.mtu.into()
+        self.mtu.into()
     }
 
     /// The kernel's helper knows whether the field holds a checksum or, with `CHECKSUM_PARTIAL`, the sum of the

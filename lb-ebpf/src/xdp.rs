@@ -5,7 +5,7 @@ use core::ptr::{addr_of, read_volatile};
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
 use lb_common::packet::Route;
-use lb_common::wire::{EthHdr, Mac, Wire};
+use lb_common::wire::{EthHdr, Wire};
 use lb_common::{Family, Packet, Reason, abi};
 
 use crate::bounds::locate;
@@ -51,8 +51,8 @@ impl Xdp {
     pub fn transmit(&mut self) -> u32 {
         let hop = self.hop;
         let Ok(eth) = self.view_mut::<EthHdr>(0) else { return xdp_action::XDP_DROP };
-        eth.src = hop.src;
-        eth.dst = hop.dst;
+        eth.src = hop.link.src();
+        eth.dst = hop.link.dst();
         if hop.ifindex == self.ifindex() {
             return xdp_action::XDP_TX;
         }
@@ -158,20 +158,13 @@ impl Packet for Xdp {
     }
 
     #[inline(always)]
-    fn hop(&self) -> abi::Hop {
-        let Hop { ifindex, src, dst, .. } = self.hop;
-        abi::Hop { ifindex, src: src.octets, dst: dst.octets, ..abi::Hop::default() }
+    fn link(&self) -> abi::Link {
+        self.hop.link
     }
 
     #[inline(always)]
     fn set_hop(&mut self, hop: &abi::Hop) {
-        self.hop = Hop {
-            ifindex: hop.ifindex,
-            src: Mac { octets: hop.src },
-            dst: Mac { octets: hop.dst },
-            resolved: true,
-            mtu: 0,
-        };
+        self.hop = Hop { ifindex: hop.ifindex, link: hop.link(), resolved: true, mtu: 0 };
     }
 
     #[inline(always)]
