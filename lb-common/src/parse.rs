@@ -10,18 +10,15 @@ use crate::wire::{IpProto, Ipv4Hdr, SctpChunkHdr, SctpHdr, TcpHdr, UdpHdr, sctp_
 use crate::word;
 
 /// What the pipeline needs to know about a packet.
+///
+/// What is written together stands in the same 8 bytes: the verifier keeps the stack by these, and takes two states for
+/// different if one has a word of which only a part was written. In another order the programs took three times as long to load.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Parsed<F: Family> {
     pub key: FlowKey<F::Addr>,
     /// Length the IP header states, bytes, the header included.
     pub ip_len: u32,
-    /// TCP sequence number.
-    pub seq: u32,
-    /// TCP acknowledgement number; without ACK it says nothing.
-    pub ack: u32,
-    /// Identification of the datagram that a fragment is of.
-    pub id: u32,
     /// Offset of the transport header in the packet.
     pub transport: u16,
     /// Which part of its datagram the packet is, as IPv4 says it: [`Ipv4Hdr::MORE_FRAGMENTS`] and
@@ -29,6 +26,12 @@ pub struct Parsed<F: Family> {
     ///
     /// Bits and no enum: a value that it knows makes the verifier walk everything behind it once for each.
     pub fragment: u16,
+    /// TCP sequence number.
+    pub seq: u32,
+    /// TCP acknowledgement number; without ACK it says nothing.
+    pub ack: u32,
+    /// Identification of the datagram that a fragment is of.
+    pub id: u32,
     /// TTL or hop limit.
     pub ttl: u8,
     /// TCP flags, or those that say of an SCTP association what its packet says; 0 for UDP.
@@ -43,11 +46,11 @@ impl<F: Family> Default for Parsed<F> {
         Self {
             key: FlowKey::default(),
             ip_len: 0,
+            transport: 0,
+            fragment: 0,
             seq: 0,
             ack: 0,
             id: 0,
-            transport: 0,
-            fragment: 0,
             ttl: 0,
             tcp_flags: 0,
             id_proto: 0,

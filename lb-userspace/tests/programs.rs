@@ -16,12 +16,12 @@ fn options() -> Options {
 /// walks twice as many as that of 6.18.
 fn budget(name: &str, tunnels: bool) -> (u32, u32) {
     match name {
-        programs::XDP_NIC if tunnels => (950_000, 70_000),
-        programs::TC_NIC_IN | programs::TC_POD_IN if tunnels => (850_000, 70_000),
-        programs::TC_NIC_OUT | programs::TC_POD_OUT if tunnels => (220_000, 44_000),
-        programs::XDP_NIC => (750_000, 58_000),
-        programs::TC_NIC_IN | programs::TC_POD_IN => (600_000, 58_000),
-        programs::TC_NIC_OUT | programs::TC_POD_OUT => (120_000, 40_000),
+        programs::XDP_NIC if tunnels => (450_000, 70_000),
+        programs::TC_NIC_IN | programs::TC_POD_IN if tunnels => (300_000, 70_000),
+        programs::TC_NIC_OUT | programs::TC_POD_OUT if tunnels => (150_000, 44_000),
+        programs::XDP_NIC => (300_000, 58_000),
+        programs::TC_NIC_IN | programs::TC_POD_IN => (260_000, 58_000),
+        programs::TC_NIC_OUT | programs::TC_POD_OUT => (110_000, 40_000),
         // For each entry of a table, without a pause.
         "sweep_flows4" | "sweep_pending4" | "sweep_flows6" | "sweep_pending6" => (2_000, 4_000),
         _ => (16_000, 12_000),
