@@ -470,25 +470,29 @@ impl Link {
     /// Of the device.
     #[inline(always)]
     pub const fn src(self) -> Mac {
-        let ([a, b, c, d], [e, f, ..]) = (self.0.to_ne_bytes(), self.1.to_ne_bytes());
-        Mac { octets: [a, b, c, d, e, f] }
+        let ([s0, s1, s2, s3], [s4, s5, ..]) = (self.0.to_ne_bytes(), self.1.to_ne_bytes());
+        Mac { octets: [s0, s1, s2, s3, s4, s5] }
     }
 
     /// Of the next hop.
     #[inline(always)]
     pub const fn dst(self) -> Mac {
-        let ([.., a, b], [c, d, e, f]) = (self.1.to_ne_bytes(), self.2.to_ne_bytes());
-        Mac { octets: [a, b, c, d, e, f] }
+        let ([.., d0, d1], [d2, d3, d4, d5]) = (self.1.to_ne_bytes(), self.2.to_ne_bytes());
+        Mac { octets: [d0, d1, d2, d3, d4, d5] }
     }
 }
 
 impl Hop {
+    /// Where both Ethernet addresses stand, one behind the other, in words of 4 bytes.
+    pub const LINK: usize = offset_of!(Self, src) / size_of::<u32>();
+
     /// Both Ethernet addresses. In words, as a program otherwise copies them byte by byte.
     #[inline(always)]
     pub const fn link(&self) -> Link {
-        // SAFETY: they stand one behind the other, at an address that is a multiple of 4 (`layout!`).
-        let [a, b, c] = unsafe { (&raw const self.src).cast::<[u32; 3]>().read() };
-        Link(a, b, c)
+        // SAFETY: as many bytes as there are behind that place (`layout!`).
+        let [first, both, last] =
+            unsafe { core::ptr::from_ref(self).cast::<u32>().add(Self::LINK).cast::<[u32; 3]>().read() };
+        Link(first, both, last)
     }
 }
 

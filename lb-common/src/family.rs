@@ -121,6 +121,13 @@ pub trait Family: Copy + Eq + Debug + 'static {
     /// machine.
     fn folded(addr: &Self::Addr) -> u64;
 
+    /// Length of the prefix that all addresses of a neighbourhood share: a ServiceCIDR has few of these, and most other
+    /// addresses are of none that it has.
+    const NEIGHBOURHOOD: u8;
+
+    /// [`Family::folded`] of the first address of an address' neighbourhood.
+    fn neighbourhood(addr: &Self::Addr) -> u64;
+
     /// Sum of an address' words.
     #[inline(always)]
     fn sum(addr: &Self::Addr) -> u32 {
@@ -326,6 +333,13 @@ impl Family for V4 {
     #[inline(always)]
     fn folded(addr: &Addr4) -> u64 {
         u32::from_be_bytes(addr.octets).into()
+    }
+
+    const NEIGHBOURHOOD: u8 = 16;
+
+    #[inline(always)]
+    fn neighbourhood(addr: &Addr4) -> u64 {
+        Self::folded(addr) & 0xffff_0000
     }
 
     #[inline(always)]
@@ -545,6 +559,13 @@ impl Family for V6 {
     fn folded(addr: &Addr6) -> u64 {
         let all = u128::from_be_bytes(addr.octets);
         ((all >> 64) as u64).rotate_left(29) ^ all as u64
+    }
+
+    const NEIGHBOURHOOD: u8 = 64;
+
+    #[inline(always)]
+    fn neighbourhood(addr: &Addr6) -> u64 {
+        ((u128::from_be_bytes(addr.octets) >> 64) as u64).rotate_left(29)
     }
 
     #[inline(always)]

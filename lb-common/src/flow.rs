@@ -434,7 +434,7 @@ pub fn keep_hop<F: Family, T: Tables<F>>(
         let kept = &raw mut (*entry.as_ptr()).hop;
         write_volatile(&raw mut (*kept).generation, 0);
         write_volatile(&raw mut (*kept).ifindex, ifindex);
-        let addresses = (&raw mut (*kept).src).cast::<u32>();
+        let addresses = kept.cast::<u32>().add(Hop::LINK);
         write_volatile(addresses, link.0);
         write_volatile(addresses.add(1), link.1);
         write_volatile(addresses.add(2), link.2);

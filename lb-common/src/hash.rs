@@ -35,9 +35,20 @@ pub const fn again(hash: u32) -> u32 {
 /// golden ratio: a filter may mistake one address for another, and is asked for every packet.
 #[inline(always)]
 pub fn filter_bit<F: Family>(addr: &F::Addr) -> (u32, u64) {
+    bit_of(F::folded(addr))
+}
+
+/// The same of the first address of an address' neighbourhood ([`Family::NEIGHBOURHOOD`]).
+#[inline(always)]
+pub fn neighbourhood_bit<F: Family>(addr: &F::Addr) -> (u32, u64) {
+    bit_of(F::neighbourhood(addr))
+}
+
+#[inline(always)]
+const fn bit_of(number: u64) -> (u32, u64) {
     const BITS: u32 = FILTER_WORDS.trailing_zeros() + u64::BITS.trailing_zeros();
     const _: () = assert!(FILTER_WORDS.is_power_of_two());
-    let place = F::folded(addr).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - BITS);
+    let place = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - BITS);
     ((place >> 6) as u32, 1 << (place & 63))
 }
 
@@ -101,6 +112,20 @@ mod tests {
         // In 2^20 bits at random, 48,800 of each would differ.
         assert!(bits.iter().all(|bits| bits.len() > 48_800), "{} {}", bits[0].len(), bits[1].len());
         assert!(bits.iter().flatten().all(|(word, bit)| *word < FILTER_WORDS && bit.is_power_of_two()));
+    }
+
+    #[test]
+    fn a_neighbourhood_has_the_bit_of_its_first_address() {
+        let addr4 = |octets| Addr4 { octets };
+        for host in [[0, 0], [0, 1], [255, 255]] {
+            let addr = addr4([10, 96, host[0], host[1]]);
+            assert_eq!(neighbourhood_bit::<V4>(&addr), filter_bit::<V4>(&addr4([10, 96, 0, 0])));
+        }
+        assert_ne!(neighbourhood_bit::<V4>(&addr4([10, 97, 0, 0])), filter_bit::<V4>(&addr4([10, 96, 0, 0])));
+        let addr6 =
+            |net: u8, host: u8| Addr6 { octets: [0xfd, 0, 0, 0, 0, 0, 0, net, host, 0, 0, 0, 0, 0, 0, host] };
+        assert_eq!(neighbourhood_bit::<V6>(&addr6(1, 9)), filter_bit::<V6>(&addr6(1, 0)));
+        assert_ne!(neighbourhood_bit::<V6>(&addr6(2, 9)), filter_bit::<V6>(&addr6(1, 0)));
     }
 
     #[test]

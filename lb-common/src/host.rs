@@ -364,6 +364,10 @@ impl<F: Family> Tables<F> for HostTables<F> {
         self.filter.as_ref().is_none_or(|filter| filter.contains(addr))
     }
 
+    fn may_be_service(&self, _addr: &F::Addr) -> bool {
+        true
+    }
+
     fn service(&self, key: &ServiceKey<F::Addr>) -> Option<Service> {
         self.services.get(key).copied()
     }

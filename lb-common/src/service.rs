@@ -34,7 +34,7 @@ pub fn address<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Result<Ad
 /// What to say of an address that this node does not know.
 #[inline(always)]
 pub fn unknown<F: Family, T: Tables<F>>(tables: &T, addr: &F::Addr) -> Reason {
-    let unallocated = tables.networks(addr) & network_flags::SERVICE != 0;
+    let unallocated = tables.may_be_service(addr) && tables.networks(addr) & network_flags::SERVICE != 0;
     if unallocated { Reason::NoSuchService } else { Reason::NotOurs }
 }
 

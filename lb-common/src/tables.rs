@@ -73,6 +73,9 @@ pub trait Tables<F: Family> {
     /// Whether an address may be one that `ADDRESSES` has, or had while a flow began (`ADDRESS_FILTER`). `false` is sure.
     fn may_know(&self, addr: &F::Addr) -> bool;
 
+    /// Whether an address may be a ServiceCIDR's ([`Family::NEIGHBOURHOOD`]). `false` is sure.
+    fn may_be_service(&self, addr: &F::Addr) -> bool;
+
     fn service(&self, key: &ServiceKey<F::Addr>) -> Option<Service>;
 
     /// Whether `SOURCES` names a network of this Service that has the address.

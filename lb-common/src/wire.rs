@@ -107,8 +107,8 @@ impl Mac {
     /// As a number, which is compared at once.
     #[inline(always)]
     pub const fn number(self) -> u64 {
-        let [a, b, c, d, e, f] = self.octets;
-        u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
+        let [a0, a1, b0, b1, c0, c1] = self.octets;
+        u64::from_le_bytes([a0, a1, b0, b1, c0, c1, 0, 0])
     }
 }
 

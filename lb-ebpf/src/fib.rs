@@ -1,7 +1,7 @@
 //! The node's routing table, through `bpf_fib_lookup` (kernel commit 87f5fc7e48dd).
 
 use core::ffi::c_void;
-use core::mem::{size_of, zeroed};
+use core::mem::{offset_of, size_of, zeroed};
 use core::ptr::addr_of_mut;
 
 use aya_ebpf::bindings::{
@@ -57,9 +57,11 @@ pub fn route<F: Family>(
     hop.ifindex = params.ifindex;
     match u32::try_from(result) {
         Ok(BPF_FIB_LKUP_RET_SUCCESS) => {
-            // SAFETY: both stand one behind the other, at an address that is a multiple of 4.
-            let [a, b, c] = unsafe { (&raw const params.smac).cast::<[u32; 3]>().read() };
-            hop.link = Link(a, b, c);
+            const AT: usize = offset_of!(bpf_fib_lookup, smac) / size_of::<u32>();
+            // SAFETY: both stand one behind the other, and are as many bytes.
+            let [first, both, last] =
+                unsafe { (&raw const params).cast::<u32>().add(AT).cast::<[u32; 3]>().read() };
+            hop.link = Link(first, both, last);
             hop.resolved = true;
             Ok(Route::Out)
         }

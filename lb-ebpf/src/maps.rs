@@ -193,6 +193,12 @@ fn networks6(addr: &Addr6) -> u32 {
     network_flags6(all as u64, (all >> 64) as u64)
 }
 
+/// Whether `ADDRESS_FILTER` has a bit.
+#[inline(always)]
+fn is_in_filter((word, bit): (u32, u64)) -> bool {
+    ADDRESS_FILTER.get(word).is_none_or(|bits| bits & bit != 0)
+}
+
 /// The maps of one family differ in their names alone.
 macro_rules! tables {
     (
@@ -266,8 +272,12 @@ macro_rules! tables {
 
             #[inline(always)]
             fn may_know(&self, addr: &$addr) -> bool {
-                let (word, bit) = hash::filter_bit::<$family>(addr);
-                ADDRESS_FILTER.get(word).is_none_or(|bits| bits & bit != 0)
+                is_in_filter(hash::filter_bit::<$family>(addr))
+            }
+
+            #[inline(always)]
+            fn may_be_service(&self, addr: &$addr) -> bool {
+                is_in_filter(hash::neighbourhood_bit::<$family>(addr))
             }
 
             #[inline(always)]

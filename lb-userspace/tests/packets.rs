@@ -21,7 +21,7 @@ use lb_common::abi::{
     Affinity, AffinityKey, Counter, Flow, FlowKey, Fragment, FragmentKey, Network, OwnMac, RefusalKey,
     Sample, Sampling, Side, Source, Usage, edge_flags,
 };
-use lb_common::hash::filter_bit;
+use lb_common::hash::{filter_bit, neighbourhood_bit};
 use lb_common::host::{HostPacket, HostRoute, HostTables};
 use lb_common::maps::{MAPS, MAX_MACS, MAX_NETWORKS};
 use lb_common::packet::NETWORK;
@@ -196,8 +196,10 @@ where
     }
     let mut filter = Array::try_from(Map::Array(map::<F>(datapath, "ADDRESS_FILTER"))).expect("an array");
     let mut bits: BTreeMap<u32, u64> = BTreeMap::new();
-    for addr in tables.addresses.keys() {
-        let (word, bit) = filter_bit::<F>(addr);
+    let addresses = tables.addresses.keys().map(filter_bit::<F>);
+    // None is wider than its neighbourhood.
+    let networks = tables.networks.iter().map(|network| neighbourhood_bit::<F>(&network.addr));
+    for (word, bit) in addresses.chain(networks) {
         *bits.entry(word).or_default() |= bit;
     }
     for (word, bits) in bits {

@@ -99,7 +99,9 @@ impl KernelMaps {
         let mut addrs6 = vec![];
         walk("ADDRESSES6", fd(&self.addresses6), |addr: Addr6, _: AddressInfo| addrs6.push(addr))?;
         self.filter.add4(&addrs4)?;
-        self.filter.add6(&addrs6)
+        self.filter.add6(&addrs6)?;
+        let networks = self.read_networks()?;
+        self.filter.add_networks(networks.iter().flatten().filter_map(of_services))
     }
 
     /// Carries out the longest run at the start of `ops` that one system call can do; how many it did.
@@ -162,6 +164,7 @@ impl KernelMaps {
                     }
                     _ => None,
                 });
+                self.filter.add_networks(services_networks(&ops[..run.0.len()])).map_err(nothing_done)?;
                 write(&mut self.networks4, "NETWORKS4", run, ops)
             }
             Op::SetNetwork { .. } => {
@@ -171,6 +174,7 @@ impl KernelMaps {
                     }
                     _ => None,
                 });
+                self.filter.add_networks(services_networks(&ops[..run.0.len()])).map_err(nothing_done)?;
                 write(&mut self.networks6, "NETWORKS6", run, ops)
             }
             Op::AddMember { .. } => {
@@ -587,6 +591,19 @@ fn fd<K: Pod, V>(map: &impl IterableMap<K, V>) -> BorrowedFd<'_> {
 
 fn service_key<A>(key: FrontendKey, addr: A) -> ServiceKey<A> {
     ServiceKey { addr, port: key.port, proto: key.protocol.number(), pad: 0 }
+}
+
+/// The network, if it is a ServiceCIDR.
+fn of_services((net, flags): &(IpNet, u32)) -> Option<&IpNet> {
+    (flags & abi::network_flags::SERVICE != 0).then_some(net)
+}
+
+/// The ServiceCIDRs that these operations write.
+fn services_networks(ops: &[Op]) -> impl Iterator<Item = &IpNet> {
+    ops.iter().filter_map(|op| match op {
+        Op::SetNetwork { network: Some(network), .. } => of_services(network),
+        _ => None,
+    })
 }
 
 /// One family's networks: those before the first without flags.

@@ -3,12 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use aya::maps::{Array, Map};
+use aya::maps::{Array, Map, MapData};
 use fairlead::datapath::{Datapath, Idle, MapError, Maps, Options, Sizes};
 use fairlead::entries::{BackendEntry, Family, FrontendKey, Op, Protocol, ServiceName, Snapshot, Table};
 use fairlead::owner::{Owner, PodName};
-use lb_common::abi::{Addr4, Addr6, Service, Window, address_flags, backend_state, frontend_kind};
-use lb_common::hash::filter_bit;
+use ipnet::IpNet;
+use lb_common::abi::{
+    Addr4, Addr6, Service, Window, address_flags, backend_state, frontend_kind, network_flags,
+};
+use lb_common::hash::{filter_bit, neighbourhood_bit};
 use lb_common::maps::MAPS;
 use lb_common::{V4, V6};
 
@@ -339,6 +342,58 @@ fn pinned_maps_keep_their_entries() {
 }
 
 #[test]
+fn neighbourhoods_of_service_networks_have_their_bits_in_the_filter() {
+    in_new_netns(|| {
+        let options = Options { sizes: small(), idle: Idle::ALL, ..Options::default() };
+        let datapath = Datapath::isolated(&options).unwrap();
+        let mut maps = datapath.maps().unwrap();
+        let bit = |addr: &str| match addr.parse().unwrap() {
+            IpAddr::V4(addr) => neighbourhood_bit::<V4>(&Addr4 { octets: addr.octets() }),
+            IpAddr::V6(addr) => neighbourhood_bit::<V6>(&Addr6 { octets: addr.octets() }),
+        };
+        let filter = || filter(&datapath);
+        let has = |addr| filter().get(&bit(addr).0, 0).unwrap() & bit(addr).1 != 0;
+        let set = |index, net: &str, flags| {
+            let net: IpNet = net.parse().unwrap();
+            let family = if net.addr().is_ipv4() { Family::V4 } else { Family::V6 };
+            Op::SetNetwork { family, index, network: Some((net, flags)) }
+        };
+        let (services, pods) = (network_flags::SERVICE, network_flags::POD);
+
+        let cluster = set(0, "10.96.0.0/12", services);
+        maps.apply(&[cluster.clone(), set(1, "10.244.0.0/16", pods)]).unwrap();
+        maps.apply(&[set(0, "fd00:10:96::/112", services), set(1, "fd00:9::/62", services | pods)]).unwrap();
+        for addr in ["10.96.0.1", "10.103.7.7", "10.111.255.255", "fd00:10:96::7", "fd00:9:0:3::1"] {
+            assert!(has(addr), "{addr}");
+        }
+        for addr in ["10.95.0.1", "10.112.0.1", "10.244.0.1", "fd00:10:96:1::", "fd00:9:0:4::"] {
+            assert!(!has(addr), "{addr}");
+        }
+
+        // Somebody takes one away: the check finds and mends it.
+        assert_eq!(maps.differing(vec![cluster.clone()]).unwrap(), []);
+        filter().set(bit("10.100.0.0").0, 0, 0).unwrap();
+        assert_eq!(maps.differing(vec![cluster.clone()]).unwrap(), std::slice::from_ref(&cluster));
+        maps.apply(&[cluster]).unwrap();
+        assert!(has("10.100.0.0"));
+        // So does the next start, before programs rely on it.
+        filter().set(bit("fd00:9:0:2::").0, 0, 0).unwrap();
+        drop(datapath.maps().unwrap());
+        assert!(has("fd00:9:0:2::"));
+
+        // One that has more than can be told apart gets every bit there is.
+        maps.apply(&[set(2, "fd00::/8", services)]).unwrap();
+        assert!(has("fdff:1:2:3::") && has("203.0.113.1"));
+    });
+}
+
+/// `ADDRESS_FILTER`.
+fn filter(datapath: &Datapath) -> Array<MapData, u64> {
+    let spec = MAPS.iter().find(|spec| spec.name == "ADDRESS_FILTER").unwrap();
+    Array::try_from(Map::Array(datapath.map_data(spec).unwrap())).unwrap()
+}
+
+#[test]
 fn every_address_has_its_bit_in_the_filter_for_good() {
     in_new_netns(|| {
         let options = Options { sizes: small(), idle: Idle::ALL, ..Options::default() };
@@ -352,8 +407,7 @@ fn every_address_has_its_bit_in_the_filter_for_good() {
             IpAddr::V4(addr) => filter_bit::<V4>(&Addr4 { octets: addr.octets() }),
             IpAddr::V6(addr) => filter_bit::<V6>(&Addr6 { octets: addr.octets() }),
         };
-        let spec = MAPS.iter().find(|spec| spec.name == "ADDRESS_FILTER").unwrap();
-        let filter = || Array::<_, u64>::try_from(Map::Array(datapath.map_data(spec).unwrap())).unwrap();
+        let filter = || filter(&datapath);
         let has = |addr| filter().get(&bit(addr).0, 0).unwrap() & bit(addr).1 != 0;
         assert!(!addrs.iter().any(has));
 

@@ -10,8 +10,8 @@ use lb_common::abi::{self, AddressInfo, MemberKey, Network, OwnerName, ServiceKe
 use lb_common::{V4, V6};
 
 use super::{
-    KernelMaps, PRESENT, backend, fd, frontend_key, network_entry, octets4, octets6, place_entry, read_error,
-    service_key, source_key, source_net, source_value,
+    KernelMaps, PRESENT, backend, fd, frontend_key, network_entry, octets4, octets6, of_services,
+    place_entry, read_error, service_key, source_key, source_net, source_value,
 };
 use crate::datapath::{MapError, Position};
 use crate::entries::{BackendEntry, Family, Op, Table};
@@ -49,11 +49,15 @@ impl KernelMaps {
                 let key = MemberKey { window: *window, backend: *backend };
                 equal(map, self.members.get(&key, 0), Some(PRESENT))
             }
-            Op::SetNetwork { family: Family::V4, index, network } => {
-                equal(map, self.networks4.get(index, 0), network_entry(*network, octets4))
-            }
-            Op::SetNetwork { family: Family::V6, index, network } => {
-                equal(map, self.networks6.get(index, 0), network_entry(*network, octets6))
+            Op::SetNetwork { family, index, network } => {
+                let stands = match family {
+                    Family::V4 => equal(map, self.networks4.get(index, 0), network_entry(*network, octets4)),
+                    Family::V6 => equal(map, self.networks6.get(index, 0), network_entry(*network, octets6)),
+                }?;
+                match network.as_ref().and_then(of_services) {
+                    Some(net) => Ok(stands && self.filter.has_network(*net)?),
+                    None => Ok(stands),
+                }
             }
             Op::SetSource { service, net } => match (octets4(net.addr()), octets6(net.addr())) {
                 (Some(addr), _) => {
