@@ -258,8 +258,8 @@ fn follow_established<F: Family, P: Packet, T: Tables<F>>(
 /// A packet that has nothing to say of its flow, which is at rest, and goes where the flow knows already. `None`: it is
 /// not such a packet, and nothing was done.
 ///
-/// All that [`follow`] and [`carry`] would do is done here in one piece: a call costs a third of a look-up, a copy of the
-/// flow another, and most packets are such. Whatever asks for more belongs there.
+/// All that [`follow`] and [`carry`] would do is done here in one piece: a call costs a third of a look-up, and most packets
+/// are such. Whatever asks for more belongs there.
 #[inline(always)]
 fn follow_at_rest<F: Family, P: Packet, T: Tables<F>>(
     packet: &mut P,
