@@ -463,6 +463,7 @@ pub struct Hop {
 }
 
 /// The Ethernet addresses of a [`Hop`], in three words as they lie in memory.
+#[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct Link(pub u32, pub u32, pub u32);
 

@@ -18,6 +18,7 @@ use lb_common::{Family, Reason};
 const UNTOLD_MTU: u16 = 1280;
 
 /// The way out that was found.
+#[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct Hop {
     pub ifindex: u32,

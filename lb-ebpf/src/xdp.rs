@@ -11,6 +11,8 @@ use lb_common::{Family, Packet, Reason, abi};
 use crate::bounds::locate;
 use crate::fib::{self, Hop};
 
+/// In the order that has parts of one word of the stack written together, as in [`lb_common::parse::Parsed`].
+#[repr(C)]
 pub struct Xdp {
     ctx: *mut xdp_md,
     hop: Hop,
@@ -164,7 +166,8 @@ impl Packet for Xdp {
 
     #[inline(always)]
     fn set_hop(&mut self, hop: &abi::Hop) {
-        self.hop = Hop { ifindex: hop.ifindex, link: hop.link(), resolved: true, mtu: 0 };
+        self.hop.ifindex = hop.ifindex;
+        self.hop.link = hop.link();
     }
 
     #[inline(always)]

@@ -13,14 +13,14 @@ fn options() -> Options {
 }
 
 /// What a program may cost: (verified instructions, bytes of machine code). The verifier stops at a million; that of 6.1
-/// walks twice as many as that of 6.18.
+/// walks up to three times as many as that of 6.18.
 fn budget(name: &str, tunnels: bool) -> (u32, u32) {
     match name {
-        programs::XDP_NIC if tunnels => (450_000, 70_000),
-        programs::TC_NIC_IN | programs::TC_POD_IN if tunnels => (300_000, 70_000),
-        programs::TC_NIC_OUT | programs::TC_POD_OUT if tunnels => (150_000, 44_000),
-        programs::XDP_NIC => (300_000, 58_000),
-        programs::TC_NIC_IN | programs::TC_POD_IN => (260_000, 58_000),
+        programs::XDP_NIC if tunnels => (600_000, 70_000),
+        programs::TC_NIC_IN | programs::TC_POD_IN if tunnels => (370_000, 70_000),
+        programs::TC_NIC_OUT | programs::TC_POD_OUT if tunnels => (130_000, 44_000),
+        programs::XDP_NIC => (460_000, 58_000),
+        programs::TC_NIC_IN | programs::TC_POD_IN => (300_000, 58_000),
         programs::TC_NIC_OUT | programs::TC_POD_OUT => (110_000, 40_000),
         // For each entry of a table, without a pause.
         "sweep_flows4" | "sweep_pending4" | "sweep_flows6" | "sweep_pending6" => (2_000, 4_000),
@@ -30,6 +30,7 @@ fn budget(name: &str, tunnels: bool) -> (u32, u32) {
 
 #[test]
 fn programs_keep_their_budgets() {
+    let mut over = Vec::new();
     for (masquerade_all, tunnel_port) in [(false, 0), (true, 0), (false, 6081)] {
         let options = Options { masquerade_all, tunnel_port, ..options() };
         let datapath = Datapath::isolated(&options).expect("the programs load");
@@ -42,11 +43,16 @@ fn programs_keep_their_budgets() {
         for (name, program) in datapath.programs().iter().chain(sweeps) {
             let info = fairlead::sys::bpf::prog_info(program).expect("what the kernel knows of it");
             let (instructions, bytes) = budget(name, tunnel_port != 0);
-            println!("{name}: {} instructions verified, {} bytes", info.verified_insns, info.jited_len);
-            assert!(info.verified_insns <= instructions, "{name}: {info:?}");
-            assert!(info.jited_len > 0 && info.jited_len <= bytes, "{name}: {info:?}");
+            let cost =
+                format!("{name}: {} instructions verified, {} bytes", info.verified_insns, info.jited_len);
+            println!("{cost}");
+            assert!(info.jited_len > 0, "{name}: no machine code");
+            if info.verified_insns > instructions || info.jited_len > bytes {
+                over.push(format!("{cost}; allowed: {instructions}, {bytes}"));
+            }
         }
     }
+    assert!(over.is_empty(), "{over:#?}");
 }
 
 /// Those of hooks that are switched off cost no start anything.
