@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::time::{Duration, Instant};
 
+use futures::channel::mpsc::UnboundedReceiver;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
@@ -16,6 +17,12 @@ use crate::datapath::{Place, device_exists, program_names};
 
 /// Whoever takes programs off again and again is answered so often.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What the kernel has said is here after that long.
+const DELIVERY: Duration = Duration::from_millis(20);
+
+/// What netlink says, and from where.
+type Changes<A> = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, A)>;
 
 /// Programs that were put back on their hooks, counted by name.
 #[derive(Clone, Debug)]
@@ -78,8 +85,8 @@ impl Doubts {
 
 impl Follower {
     /// Forgets what is not on its hook any more, so that it is put there again. `true`: somebody took something off.
-    pub(super) async fn check(&mut self, devices: &[Device]) -> bool {
-        let left = mem::take(&mut self.doubts.left);
+    pub(super) async fn check<A>(&mut self, devices: &[Device], changes: &mut Changes<A>) -> bool {
+        let mut left = mem::take(&mut self.doubts.left);
         let filters = mem::take(&mut self.doubts.filters);
         let everything = self.doubts.checked.elapsed() >= PERIOD;
         let by_index: BTreeMap<u32, &Device> =
@@ -101,6 +108,14 @@ impl Follower {
             if !held {
                 lost.push((*key, *device));
             }
+        }
+        if lost.iter().any(|((ifindex, _), _)| !left.contains(ifindex) && device_exists(*ifindex)) {
+            // Or is that another device already? Then the kernel has said by now that the first one left.
+            tokio::time::sleep(DELIVERY).await;
+            while let Ok((message, _)) = changes.try_recv() {
+                self.doubts.heed(&message);
+            }
+            left.extend(&self.doubts.left);
         }
         let mut taken = false;
         for ((ifindex, place), device) in lost {

@@ -210,7 +210,7 @@ async fn follow(
         let mut taken = false;
         match dump::devices(&follower.netlink).await {
             Ok(devices) => {
-                taken = follower.check(&devices).await;
+                taken = follower.check(&devices, &mut changes).await;
                 let now = Arc::new(follower.settle(&devices).await);
                 view.send_if_modified(|shown| {
                     let differs = shown.as_ref() != Some(&now);
