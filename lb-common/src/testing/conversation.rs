@@ -189,6 +189,8 @@ struct Talk {
     source: SocketAddr,
     backend: SocketAddr,
     id: u32,
+    /// Of the backend, when the conversation began: one that comes after it under its number is another.
+    generation: u32,
     reason: Reason,
     answer: Answer,
     ending: bool,
@@ -396,7 +398,7 @@ impl<F: TestFamily> World<F> {
 
         if let Some(talk) = self.talks.get_mut(&who) {
             let state = &self.node.tables.backends[&talk.id];
-            let alive = state.state == backend_state::ACTIVE;
+            let alive = state.state == backend_state::ACTIVE && state.generation == talk.generation;
             let stays = !talk.shaken
                 && !talk.may_be_over(now)
                 && if opening { talk.answer == Answer::Awaited && alive } else { proto != UDP || alive };
@@ -459,6 +461,7 @@ impl<F: TestFamily> World<F> {
             source,
             backend,
             id,
+            generation: self.node.tables.backends[&id].generation,
             reason,
             answer: known.map_or(Answer::Awaited, |(_, answer)| answer),
             ending: flags & (tcp_flags::FIN | tcp_flags::RST) != 0,
